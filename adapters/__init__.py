@@ -1,0 +1,1 @@
+"""What is trained for a domain, and how."""

@@ -1,0 +1,1 @@
+"""Data sets: pictures, rows, prompts and batches."""

@@ -1,0 +1,11 @@
+"""The one exception for a user's mistake."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake the user can mend.
+
+    The message is one line that names the flag, file or row, the value found and the fix. The command
+    prints it without a traceback and exits with code 2.
+    """
