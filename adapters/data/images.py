@@ -1,0 +1,295 @@
+"""Pictures: any file, bytes or data URI in; one upright 8-bit RGB picture of bounded size out.
+
+Every picture of training and of serving comes through `open_image`, so that both see the same pixels. Here is
+also the whole list of what can be wrong with a picture, each with a one-line message for its owner.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import struct
+import zlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from qformer.errors import UserError
+
+MAX_PIXELS = 64 * 2**20
+"""The most pixels that are decoded: 8192 x 8192, which Pillow holds in 256 MiB."""
+
+MAX_FILE_BYTES = 256 * 2**20
+"""The largest file that is read into memory."""
+
+# Only formats whose decoders stay inside Pillow: its EPS reader, for one, would start Ghostscript.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_KNOWN_STRANGERS = (
+    (b"ftyphei", "HEIC"),
+    (b"ftypmif1", "HEIF"),
+    (b"<svg", "SVG"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "EPS"),
+)
+
+# What Pillow's plugins are seen to raise on a damaged file.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    EOFError,
+    RuntimeError,  # AVIF
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """A picture that has not been opened yet: a file, or its bytes.
+
+    Args:
+        label: how the user wrote it, for messages.
+        path: the file, or None where `data` holds the picture.
+        data: the encoded bytes (PNG, JPEG, …), or None where `path` names the file.
+        where: the file and row that first named it, for messages; two references are equal without it.
+    """
+
+    label: str
+    path: Path | None = None
+    data: bytes | None = None
+    where: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        """Hold exactly one of file and bytes."""
+        if (self.path is None) == (self.data is None):
+            raise ValueError("ImageRef takes either path or data")
+
+    def read(self) -> bytes:
+        """Return the encoded bytes; UserError where the file is missing, unreadable or over the cap."""
+        if self.data is not None:
+            return self.data
+        with self._open() as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise UserError(f"{_subject(self)} is larger than {MAX_FILE_BYTES >> 20} MiB: save it smaller")
+        return data
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the bytes in hex; a file is read once, then the value is remembered."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        if self.data is not None:
+            return hashlib.sha256(self.data).hexdigest()
+        with self._open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _open(self) -> io.BufferedReader:
+        assert self.path is not None  # by __post_init__
+        try:
+            if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for ever
+                raise UserError(f"{_subject(self)} is not a file: give the path of a picture")
+            return self.path.open("rb")
+        except FileNotFoundError:
+            raise UserError(
+                f"{_subject(self)} is not there: correct the path or put the file there"
+            ) from None
+        except (OSError, ValueError) as error:  # ValueError: a null character in the name
+            raise UserError(
+                f"{_subject(self)} cannot be read ({error}): give the path of a picture"
+            ) from error
+
+
+def _subject(ref: ImageRef) -> str:
+    return f"{ref.where}: image '{ref.label}'" if ref.where else f"image '{ref.label}'"
+
+
+def image_ref(text: str, *, base: Path | None = None, where: str = "") -> ImageRef:
+    """Turn what a user wrote into a reference, without opening anything.
+
+    Args:
+        text: a path, or a base64 data URI.
+        base: the folder that a relative path starts from; None: the working folder.
+        where: the file and row for messages.
+
+    Raises:
+        UserError: nothing written, a web address, or a data URI that is not base64.
+    """
+    if not text.strip():
+        raise UserError(_at(where, "the image is empty: give a path or a base64 data URI"))
+    if text.startswith("data:"):
+        label = text if len(text) <= 48 else f"{text[:40]}… ({len(text)} characters)"
+        return ImageRef(label, data=_data_uri_bytes(text, label, where), where=where)
+    if "://" in text[:12]:
+        raise UserError(_at(where, f"image '{text}' is a web address: download it first and give its path"))
+    path = Path(text).expanduser()
+    return ImageRef(text, path=path if base is None else base / path, where=where)
+
+
+def _data_uri_bytes(text: str, label: str, where: str) -> bytes:
+    head, comma, body = text.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise UserError(_at(where, f"image '{label}' is not of the form 'data:image/png;base64,…'"))
+    try:
+        data = base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(_at(where, f"image '{label}' is broken base64 ({error}): encode it again")) from error
+    if not data:
+        raise UserError(_at(where, f"image '{label}' holds no data: encode the picture again"))
+    return data
+
+
+def _at(where: str, message: str) -> str:
+    return f"{where}: {message}" if where else message
+
+
+def blank_image() -> ImageRef:
+    """Return a mid-grey 16 x 16 picture: the control that shows what is answered without seeing."""
+    # PPM by hand: the same bytes, and so the same digest, with every Pillow.
+    return ImageRef("blank", data=b"P6\n16 16\n255\n" + bytes([128]) * (16 * 16 * 3))
+
+
+def open_image(source: ImageRef | Path | str | bytes | Image.Image, *, where: str = "") -> Image.Image:
+    """Decode one picture completely and return it as an upright RGB image in memory.
+
+    An animation gives its first frame, EXIF rotation is applied, transparency lies on white, 16 bits a
+    channel are scaled to 8, and CMYK is converted by Pillow's plain formula (its colour profile is not used).
+    A JPEG of more than `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its size where it can be; any other
+    picture of more is refused before a pixel is decoded.
+
+    Args:
+        source: a reference, a path, a path or data URI as text, encoded bytes, or an image of Pillow.
+        where: the file and row for messages; left out, the reference's own.
+
+    Raises:
+        UserError: the picture is missing, empty, damaged, of an unknown format or too large.
+    """
+    if isinstance(source, Image.Image):
+        return _finish(source, _at(where, "image"))
+    if isinstance(source, bytes):
+        ref = ImageRef("bytes", data=source, where=where)
+    elif isinstance(source, str):
+        ref = image_ref(source, where=where)
+    elif isinstance(source, Path):
+        ref = ImageRef(str(source), path=source, where=where)
+    else:
+        ref = source if not where else ImageRef(source.label, source.path, source.data, where)
+    with io.BytesIO(ref.data) if ref.data is not None else ref._open() as file:
+        return _finish(_open_header(file, _subject(ref)), _subject(ref), file)
+
+
+def _open_header(file: BinaryIO, subject: str) -> Image.Image:
+    """Read the header only.
+
+    `Image.open` is not used: above its own limit it warns or raises before a JPEG could be asked for a
+    smaller size, and that limit can only be changed for the whole process.
+    """
+    prefix = file.read(16)
+    if not prefix:
+        raise UserError(f"{subject} is empty (0 bytes): replace the file")
+    Image.init()
+    for name in _FORMATS:
+        if name not in Image.OPEN:  # Pillow was built without it
+            continue
+        factory, accept = Image.OPEN[name]
+        if accept is not None and accept(prefix) is not True:  # text: a decoder that is missing
+            continue
+        file.seek(0)
+        try:
+            return factory(file, "")
+        except _DECODING_ERRORS as error:
+            raise UserError(f"{subject} is damaged ({name}: {_reason(error)}): replace the file") from error
+    kind = next((kind for mark, kind in _KNOWN_STRANGERS if mark in prefix), None)
+    found = f"is {kind}, which is not read" if kind else f"is not a picture (it starts with {prefix!r})"
+    raise UserError(f"{subject} {found}: save it as JPEG or PNG")
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _finish(picture: Image.Image, subject: str, file: BinaryIO | None = None) -> Image.Image:
+    width, height = picture.size
+    if width * height > MAX_PIXELS and not _reduce_on_load(picture, file):
+        raise UserError(
+            f"{subject} has {width} x {height} = {width * height:,} pixels, over the cap of {MAX_PIXELS:,}: "
+            "save it smaller"
+        )
+    try:
+        picture.load()
+        return _to_rgb(_upright(picture))
+    except _DECODING_ERRORS as error:
+        raise UserError(f"{subject} is cut short or damaged ({_reason(error)}): replace the file") from error
+
+
+def _reduce_on_load(picture: Image.Image, file: BinaryIO | None) -> bool:
+    """Ask a JPEG's decoder for the largest of 1/2, 1/4 and 1/8 that fits the cap; False where it cannot."""
+    if picture.format not in ("JPEG", "MPO") or file is None:
+        return False
+    # A progressive file, or one with a scan for each channel, is held as coefficients (6 bytes a pixel) at
+    # its full size whatever size is asked for. Pillow has just read the header of the first scan: length,
+    # number of channels, …
+    channels = len(picture.getbands())
+    header = 6 + 2 * channels
+    file.seek(-header, io.SEEK_CUR)
+    one_scan = file.read(3) == bytes([0, header, channels])
+    file.seek(header - 3, io.SEEK_CUR)
+    if picture.info.get("progressive") or not one_scan:
+        return False
+    width, height = picture.size
+    for scale in (2, 4, 8):
+        if -(-width // scale) * -(-height // scale) <= MAX_PIXELS:
+            picture.draft(None, (width // scale, height // scale))
+            return picture.size[0] * picture.size[1] <= MAX_PIXELS
+    return False
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (SyntaxError, KeyError, TypeError, ValueError, struct.error):
+        return picture  # the pixels are sound, only the camera's notes are broken: no orientation is known
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray(_scale_down(np.asarray(picture), 65535))
+    elif picture.mode in ("I", "F"):
+        picture = Image.fromarray(_wide_to_grey(np.asarray(picture)))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        rgb = Image.new("RGB", picture.size, "white")
+        rgb.paste(picture, mask=picture.getchannel("A"))
+    else:
+        rgb = picture.convert("RGB")
+    rgb.info = {}  # EXIF that stays would turn the picture a second time
+    return rgb
+
+
+def _scale_down(values: np.ndarray, largest: int) -> np.ndarray:
+    """Map 0…largest to 0…255, rounded."""
+    return ((values.astype(np.uint32) * 255 + largest // 2) // largest).astype(np.uint8)
+
+
+def _wide_to_grey(values: np.ndarray) -> np.ndarray:
+    """32-bit samples: 16-bit ones in a wide type are scaled as such; else least is black, greatest white."""
+    if values.dtype.kind == "i" and values.min() >= 0 and 255 < values.max() <= 65535:
+        return _scale_down(values, 65535)
+    # Integers and floats beyond that have no agreed range.
+    values = np.nan_to_num(values.astype(np.float32), posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    return ((values - low) * (255.0 / (high - low) if high > low else 0.0) + 0.5).astype(np.uint8)
