@@ -1,0 +1,203 @@
+"""Data in: a user's file, or a packaged set by its name, becomes a checked DataSet.
+
+Every row is checked before anything is trained, pictures' files included (they are looked for, not opened).
+Bad rows are an error that counts them; with `skip_bad_rows` they are left out and listed, never in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from adapters.data.examples import DataSet, Example, Task
+from adapters.data.files import RawRow, csv_rows, json_rows, jsonl_rows, shorten
+from adapters.data.rows import BadRow, MissingImage, Pictures, read_row, tasks_of
+from qformer.errors import UserError
+
+EASY_VQA = ("easy-vqa:train", "easy-vqa:test")
+_SUFFIXES = (".jsonl", ".json", ".csv")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Rows to read, with the folder that their pictures' paths start from."""
+
+    name: str
+    rows: Iterator[RawRow]
+    base: Path
+    terms: str | None
+
+
+@dataclass(frozen=True)
+class _Problem:
+    where: str
+    error: BadRow
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.error}"
+
+
+def read_data(
+    source: str | Path,
+    *,
+    task: str | None = None,
+    need_answers: bool = True,
+    skip_bad_rows: bool = False,
+    limit: int | None = None,
+) -> DataSet:
+    """Read and check VQA or caption rows.
+
+    Args:
+        source: a `.jsonl`, `.json` (a list) or `.csv` file, or "easy-vqa:train" or "easy-vqa:test". Rows are
+            {"image", "question", "answer"} or {"image", "caption"}; an answer may be a list, which is kept
+            whole, and so may "captions". "file_name" stands for "image"; "id" or "question_id" is kept, and
+            "language"; other fields are ignored. A picture is a path, absolute or relative to the data file,
+            or a base64 data URI.
+        task: "vqa" or "caption"; None takes what the first good row's fields say.
+        need_answers: False reads rows to be answered: answers may be absent, and a picture alone is a row
+            that asks for its caption.
+        skip_bad_rows: leave bad rows out and list them in `skipped`.
+        limit: take the first so many good rows; the file is not read further.
+
+    Returns:
+        The rows in the order of the file.
+
+    Raises:
+        UserError: the file is missing or of an unknown kind, rows are bad, or none are there.
+    """
+    if task is not None and task not in get_args(Task):
+        raise UserError(f"--task '{task}' has no reader: take {' or '.join(get_args(Task))}")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: give a number of rows from 1 on")
+    opened = _open_packaged(str(source)) if str(source) in EASY_VQA else _open_file(Path(source).expanduser())
+
+    pictures = Pictures(opened.base)
+    examples: list[Example] = []
+    problems: list[_Problem] = []
+    found_task: Task | None = None
+    for row in opened.rows:
+        try:
+            if row.problem is not None:
+                raise BadRow(row.problem)
+            tasks = tasks_of(row.fields, need_answers=need_answers)
+            if found_task is None:
+                found_task = _settle_task(task, tasks, row)
+            elif found_task not in tasks:
+                raise BadRow(f"a {tasks[0]} row among {found_task} rows: keep one task in a file")
+            examples.append(read_row(row, found_task, pictures, need_answers=need_answers))
+        except BadRow as error:
+            problems.append(_Problem(row.where, error))
+        if limit is not None and len(examples) == limit:
+            break
+
+    if problems and not (skip_bad_rows and examples):
+        raise UserError(_complaint(problems, len(examples), skip_bad_rows))
+    if not examples or found_task is None:
+        raise UserError(f"{source} holds no rows: give it at least one")
+    return DataSet(
+        name=opened.name,
+        task=found_task,
+        examples=tuple(examples),
+        fingerprint=_fingerprint(found_task, examples, pictures),
+        terms=opened.terms,
+        skipped=tuple(str(problem) for problem in problems),
+    )
+
+
+def _settle_task(asked: str | None, tasks: tuple[Task, ...], row: RawRow) -> Task:
+    if asked is None:
+        if "rationale" in row.fields:  # to read such rows as plain VQA is the user's to say
+            raise UserError(f"{row.where}: rationales are not read yet: --task vqa reads the rows without them")
+        return tasks[0]
+    for task in tasks:
+        if task == asked:
+            return task
+    raise UserError(f"--task {asked}, but {row.where} is a {tasks[0]} row: give --task {tasks[0]}, or none")
+
+
+def _complaint(problems: list[_Problem], good: int, skipping: bool) -> str:
+    first = problems[0]
+    text = str(first)
+    missing = [problem.error for problem in problems if isinstance(problem.error, MissingImage)]
+    if isinstance(first.error, MissingImage) and len(missing) > 1:
+        names = list(dict.fromkeys(error.label for error in missing))
+        text += f"; {len(missing)} rows name pictures that are not there: {', '.join(names[:3])}"
+        text += ", …" if len(names) > 3 else ""
+    count = f"{len(problems)} of {len(problems) + good} rows are bad"
+    if skipping:
+        return f"{text}; {count}, so none are left"
+    return f"{text}; {count} (--skip-bad-rows leaves them out)"
+
+
+def _fingerprint(task: Task, examples: list[Example], pictures: Pictures) -> str:
+    """SHA-256 over all that was read, with each picture's name and size.
+
+    The pictures' bytes are not read, so a picture changed within its size goes unseen here; the features cannot
+    be confused by that, for their cache goes by the bytes.
+    """
+    sha = hashlib.sha256(task.encode())
+    for example in examples:
+        marks = [pictures.mark(image) for image in example.images]
+        row = [example.id, example.question, example.answers, example.language, marks]
+        sha.update(json.dumps(row).encode() + b"\n")
+    return "sha256:" + sha.hexdigest()
+
+
+def _open_file(path: Path) -> _Source:
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+        hint = f", such as {path / inside[0]}" if inside else f" ({', '.join(_SUFFIXES)})"
+        raise UserError(f"{path} is a folder: name the data file in it{hint}")
+    if not path.exists():
+        raise UserError(f"data '{path}' is not there: {_suggestion(path)}")
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        rows = jsonl_rows(path)
+    elif suffix == ".json":
+        rows = json_rows(path)
+    elif suffix == ".csv":
+        rows = csv_rows(path)
+    else:
+        raise UserError(f"{path}: '{suffix}' data files are not read: take {', '.join(_SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes): give it at least one row")
+    return _Source(path.name, rows, path.parent, None)
+
+
+def _suggestion(path: Path) -> str:
+    """Say what was probably meant."""
+    names = sorted(difflib.get_close_matches(str(path), EASY_VQA, n=2, cutoff=0.7), reverse=True)
+    if not names and path.parent.is_dir():
+        files = [file.name for file in path.parent.iterdir() if file.suffix.lower() in _SUFFIXES]
+        near = difflib.get_close_matches(path.name, files, n=1, cutoff=0.7)
+        names = [str(path.parent / name) for name in near]
+    if names:
+        return f"did you mean {' or '.join(names)}?"
+    return f"give a {', '.join(_SUFFIXES)} file, or {' or '.join(EASY_VQA)}"
+
+
+def _open_packaged(name: str) -> _Source:
+    """easy-VQA from its wheel: rows [question, answer, image id] in questions.json, pictures beside it."""
+    from qformer.sources import resolve_wheel_data
+
+    part = name.partition(":")[2]
+    folder = resolve_wheel_data("easy-vqa")
+    table = folder / part / "questions.json"
+    try:
+        listed = json.loads(table.read_bytes())
+        rows = [(str(question), str(answer), int(image)) for question, answer, image in listed]
+    except (OSError, ValueError, TypeError) as error:
+        reason = shorten(str(error), 100)
+        raise UserError(f"{name}: {table} is damaged ({reason}): remove {folder} and run again") from error
+
+    def raw_rows() -> Iterator[RawRow]:
+        for number, (question, answer, image) in enumerate(rows, start=1):
+            fields = {"image": f"{part}/images/{image}.png", "question": question, "answer": answer}
+            yield RawRow(f"{name} row {number}", number, fields)
+
+    return _Source(name, raw_rows(), folder, "MIT (easy-VQA by Victor Zhou)")

@@ -1,0 +1,170 @@
+"""From the fields of one row to an Example: which task they are for, and what each must hold."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters.data.examples import Example, Task
+from adapters.data.files import RawRow, kind_of, shorten
+from adapters.data.images import ImageRef, image_ref
+from qformer.errors import UserError
+
+IMAGE_FIELDS = ("image", "file_name")  # the second as in an imagefolder's metadata
+ANSWER_FIELDS = ("answer", "answers")
+CAPTION_FIELDS = ("caption", "captions")
+ID_FIELDS = ("id", "question_id")
+# Formats that are known but not read yet: taking half of such a row would lose the rest in silence.
+_OTHER_FORMATS = {
+    "messages": "a conversation",
+    "conversations": "a conversation",
+    "instruction": "an instruction",
+}
+
+
+class BadRow(Exception):
+    """What is wrong with one row, without its place."""
+
+
+class MissingImage(BadRow):
+    """The row names a picture that is not there."""
+
+    def __init__(self, label: str, path: Path) -> None:
+        super().__init__(f"image '{label}' is not there (looked for {path}): correct the path or add the file")
+        self.label = label
+
+
+class Pictures:
+    """The pictures that rows name: each file looked up once and one reference kept for all its rows.
+
+    Args:
+        base: the folder that relative paths start from.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._found: dict[str, ImageRef | MissingImage] = {}
+        self._marks: dict[str, str] = {}
+
+    def find(self, text: str, where: str) -> ImageRef:
+        """Return the reference; BadRow where nothing can be there, MissingImage where the file is not."""
+        if text.startswith("data:"):
+            return _reference(text, self._base)
+        found = self._found.get(text)
+        if found is None:
+            found = self._found[text] = self._look_up(text, where)
+        if isinstance(found, MissingImage):
+            raise found
+        return found
+
+    def mark(self, image: ImageRef) -> str:
+        """Tell a picture from another cheaply: its name and size, or the digest of its bytes."""
+        return self._marks.get(image.label) or image.digest()
+
+    def _look_up(self, text: str, where: str) -> ImageRef | MissingImage:
+        found = _reference(text, self._base)
+        assert found.path is not None  # not a data URI
+        try:
+            status = os.stat(found.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return MissingImage(text, found.path)
+        except (OSError, ValueError) as error:
+            hint = " (a base64 picture begins with 'data:image/png;base64,')" if len(text) > 200 else ""
+            raise BadRow(f"image '{shorten(text)}' is not a usable path: {_cause(error)}{hint}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise BadRow(f"image '{text}' is not a file: give the path of a picture")
+        self._marks[text] = f"{text} {status.st_size}"
+        return ImageRef(text, path=found.path, where=where)
+
+
+def _reference(text: str, base: Path) -> ImageRef:
+    try:
+        return image_ref(text, base=base)
+    except UserError as error:  # here it is the row's fault, and can be skipped with it
+        raise BadRow(str(error)) from None
+
+
+def _cause(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def tasks_of(fields: Mapping[str, Any], *, need_answers: bool) -> tuple[Task, ...]:
+    """Tell from a row's fields what it can be read as; BadRow where it is neither VQA nor captions."""
+    other = next((name for name in _OTHER_FORMATS if name in fields), None)
+    if other is not None:
+        raise BadRow(f"a row of {_OTHER_FORMATS[other]} ('{other}') is not read yet: {_wanted(need_answers)}")
+    tasks: list[Task] = []
+    if "question" in fields:
+        tasks.append("vqa")
+    if any(name in fields for name in CAPTION_FIELDS):
+        tasks.append("caption")
+    if not tasks and not need_answers and not any(name in fields for name in ANSWER_FIELDS):
+        tasks.append("caption")  # a picture alone asks for its caption
+    if not tasks:
+        found = ", ".join(map(str, fields)) or "nothing"
+        missing = "'question'" if any(name in fields for name in ANSWER_FIELDS) else "'question' or 'caption'"
+        raise BadRow(f"field {missing} is missing (found: {shorten(found, 80)}): {_wanted(need_answers)}")
+    return tuple(tasks)
+
+
+def _wanted(need_answers: bool) -> str:
+    vqa = "image, question and answer" if need_answers else "image and question"
+    return f"write {vqa}, or image and caption{'' if need_answers else ' or image alone'}"
+
+
+def read_row(row: RawRow, task: Task, pictures: Pictures, *, need_answers: bool) -> Example:
+    """Read one row as VQA or captions.
+
+    Raises:
+        BadRow: a field is missing, empty or of a wrong type, or the picture is not there.
+    """
+    fields = row.fields
+    image = _text(fields, _present(fields, IMAGE_FIELDS))
+    question = _text(fields, "question") if task == "vqa" else ""
+    answer_field = _present(fields, ANSWER_FIELDS if task == "vqa" else CAPTION_FIELDS, required=need_answers)
+    answers = _texts(fields[answer_field], answer_field, need_answers) if answer_field in fields else ()
+    language = _text(fields, "language") if fields.get("language") is not None else "en"
+    id_field = _present(fields, ID_FIELDS, required=False)
+    own_id = _scalar(fields[id_field], id_field) if fields.get(id_field) is not None else str(row.number)
+    return Example((pictures.find(image, row.where),), question, answers, row.where, own_id, language)
+
+
+def _present(fields: Mapping[str, Any], names: tuple[str, ...], *, required: bool = True) -> str:
+    """Return the first of the names that the row has, else the first name where the field may be absent."""
+    for name in names:
+        if name in fields:
+            return name
+    if required:
+        found = shorten(", ".join(map(str, fields)) or "nothing", 80)
+        raise BadRow(f"field '{names[0]}' is missing or empty (found: {found}): add it")
+    return names[0]
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    value = fields[name]
+    if not isinstance(value, str):
+        raise BadRow(f"'{name}' is {kind_of(value)} ({shorten(value)}): write text in quotes")
+    if not value.strip():
+        raise BadRow(f"'{name}' is empty: fill it in")
+    return value
+
+
+def _texts(value: object, name: str, needed: bool) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not needed:
+        values = [item for item in values if item is not None and item != ""]
+    elif not values:
+        raise BadRow(f"'{name}' is an empty list: give at least one")
+    return tuple(_scalar(item, name) for item in values)
+
+
+def _scalar(value: object, name: str) -> str:
+    """Take text, and a number as the text it is written as ("how many?" has such answers)."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRow(f"'{name}' holds {kind_of(value)} ({shorten(value)}): write text in quotes")
+    if not str(value).strip():
+        raise BadRow(f"'{name}' is empty: fill it in")
+    return str(value)
