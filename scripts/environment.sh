@@ -182,19 +182,19 @@ explain() {
 
 torch_pin() { sed -n 's/^\(torch==[^ #]*\).*/\1/p' "$QB_ROOT/constraints.txt"; }
 
-# pip_install ARGUMENTS…: pip's progress is shown on a terminal; its complaints are kept and, when they are of
-# a known kind, said in one line.
+# pip_install ARGUMENTS…: on a terminal pip's progress is shown; what else it says is kept, and is said in one line
+# where the cause is known.
 pip_install() {
-    local complaints status=0 quiet=--quiet
-    [ ! -t 2 ] || quiet=--progress-bar=on
-    { complaints="$(cd "$QB_ROOT" && PIP_USER=0 "$QB_VENV/bin/python" -I -m pip install "$quiet" \
-        --no-input --disable-pip-version-check "$@" 2>&1 >&3)"; } 3>&2 || status=$?
-    if [ "$status" -eq 0 ]; then
-        [ -z "$complaints" ] || printf '%s\n' "$complaints" >&2
-        return 0
+    local said status=0
+    set -- -I -m pip install --no-input --disable-pip-version-check "$@"
+    if [ -t 2 ]; then
+        { said="$(cd "$QB_ROOT" && PIP_USER=0 "$QB_VENV/bin/python" "$@" 2>&1 >&3)"; } 3>&2 || status=$?
+    else
+        said="$(cd "$QB_ROOT" && PIP_USER=0 "$QB_VENV/bin/python" "$@" --progress-bar off 2>&1)" || status=$?
     fi
-    explain "$complaints"
-    printf '%s\n' "$complaints" >&2
+    [ "$status" -ne 0 ] || return 0
+    explain "$said"
+    printf '%s\n' "$said" | grep -v -e '^Collecting ' -e '^ *Using cached ' -e '^ *Downloading ' -e '^Looking in ' >&2
     die "pip could not install the libraries (its messages stand above)"
 }
 
