@@ -1,0 +1,57 @@
+"""The model card of an artefact, written from what was measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapters.recipe import Recipe
+
+if TYPE_CHECKING:
+    from adapters.artefact import Facts
+
+
+def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
+    """The card as Markdown."""
+    towers = " and ".join(f"`{tower.source}` (layer {tower.layer})" for tower in recipe.vision.towers)
+    bits = "4-bit NF4" if recipe.language.quantize == "nf4" else "unquantised"
+    lora = recipe.language.lora
+    lines = [
+        f"# {name}",
+        "",
+        recipe.description or f"A querybridge adapter for {recipe.task}.",
+        "",
+        "| part | what |",
+        "|---|---|",
+        f"| image encoder, frozen | {towers} |",
+        f"| bridge, trained | Q-Former, preset {recipe.bridge.preset}, started from `{recipe.bridge.start}` |",
+        f"| language model, frozen | `{recipe.language.source}`, {bits} |",
+        f"| LoRA, trained | {f'rank {lora.rank}, alpha {lora.alpha}, {lora.targets}' if lora else 'none'} |",
+        f"| started from | {facts.started_from or 'fresh weights'} |",
+        f"| steps | {facts.steps} |",
+        "",
+        "## Data",
+        "",
+        *[f"- {key}: {value}" for key, value in facts.data.items()],
+        f"- terms: {'; '.join(facts.terms) or 'not stated: they are those of the data it was trained on'}",
+        "",
+        "## Measured",
+        "",
+    ]
+    if facts.metrics:
+        lines += ["| figure | value |", "|---|---|"]
+        lines += [f"| {key} | {value:.4g} |" for key, value in facts.metrics.items()]
+    else:
+        lines.append("Nothing was measured.")
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```",
+        'querybridge ask PICTURE "QUESTION" --adapter THIS_FOLDER',
+        "```",
+        "",
+        "The frozen parts are not in this folder; they are fetched by name and checked against the fingerprints in"
+        " `artefact.json`.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""The order in which a run sees its answers: rows by picture, micro-batches by tokens, steps by answers.
+
+The plan of an epoch is a function of (rows, seed, epoch) alone, so a resumed run goes on exactly where it stopped and
+every process of a distributed run knows its share without asking.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapters.data.collate import Branch, Row
+from adapters.data.examples import DataSet
+from adapters.data.images import ImageRef
+from adapters.data.prompts import Prompt, PromptBuilder
+from qformer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its possible answers, tokenised. `answers` repeats an answer as often as people gave it."""
+
+    own: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """All questions that share their pictures and the first part of the prompt."""
+
+    images: tuple[ImageRef, ...]
+    shared: tuple[int, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens the loss sums over, in all rows: every process divides by the same number."""
+        return sum(len(branch.answer) for row in self.rows for branch in row.branches)
+
+    @property
+    def answers(self) -> int:
+        """Answers learned from in this step."""
+        return sum(len(row.branches) for row in self.rows)
+
+    def micro_batches(self, max_tokens: int, rank: int = 0, world: int = 1) -> list[tuple[Row, ...]]:
+        """One process's share of the rows, longest first so that little is padding, cut to fit a token budget."""
+        cut: list[tuple[Row, ...]] = []
+        current: list[Row] = []
+        for row in sorted(self.rows, key=len, reverse=True)[rank::world]:
+            if current and (len(current) + 1) * len(current[0]) > max_tokens:
+                cut.append(tuple(current))
+                current = []
+            current.append(row)
+        return [*cut, tuple(current)] if current else cut
+
+
+def tokenise(data: DataSet, prompts: PromptBuilder, *, max_tokens: int) -> list[Picture]:
+    """Turn a data set into tokenised questions, grouped by picture in the order of first appearance.
+
+    Raises:
+        UserError: an example has no answer, or is longer than `max_tokens`.
+    """
+    grouped: dict[tuple[object, ...], tuple[tuple[ImageRef, ...], tuple[int, ...], list[Question]]] = {}
+    for example in data.examples:
+        if not example.answers:
+            raise UserError(f"{example.where}: there is no answer to learn; add one, or leave the row out")
+        prompt = prompt_of(example.question, len(example.images), data.task, prompts, example.where)
+        counted = tuple(tuple(prompts.answer_ids(answer)) for answer in example.answers)
+        longest = len(prompt.ids) + max(len(answer) for answer in counted)
+        if longest > max_tokens:
+            raise UserError(
+                f"{example.where}: prompt and answer are {longest} tokens, more than train.micro_batch_tokens"
+                f" ({max_tokens}); shorten the text or raise it with --set train.micro_batch_tokens={longest}"
+            )
+        if data.task == "caption":  # every caption is learned from
+            questions = [Question(prompt.own, (answer,), example.question) for answer in counted]
+        else:  # one of the answers people gave is drawn each epoch, so each counts by its share
+            questions = [Question(prompt.own, counted, example.question)]
+        key = (*(image.digest() for image in example.images), prompt.shared)
+        grouped.setdefault(key, (example.images, prompt.shared, []))[2].extend(questions)
+    return [Picture(images, shared, tuple(questions)) for images, shared, questions in grouped.values()]
+
+
+def prompt_of(question: str, num_images: int, task: str, prompts: PromptBuilder, where: str = "question") -> Prompt:
+    """The prompt of an example: a caption's row may name its language in `question` as `caption:zh`."""
+    if task == "caption":
+        language = question.partition(":")[2] or "en"
+        return prompts.caption(language, num_images, where=where)
+    return prompts.vqa(question, num_images, where=where)
+
+
+def plan_epoch(
+    pictures: Sequence[Picture], *, seed: int, epoch: int, batch_size: int, row_tokens: int, world: int = 1
+) -> list[Step]:
+    """Shuffle an epoch and cut it into steps of at least `batch_size` answers; a row is never split over steps.
+
+    Args:
+        pictures: what `tokenise` gave.
+        seed: of the whole run.
+        epoch: 0, 1, 2, …
+        batch_size: answers a step. What is left at the end joins the last step.
+        row_tokens: a picture's questions share sequences up to this length; 0 gives each question its own.
+        world: processes; a step has at least a row for each.
+    """
+    rng = random.Random(f"{seed}:{epoch}")
+    rows = [row for picture in pictures for row in _rows(picture, rng, row_tokens)]
+    rng.shuffle(rows)
+    steps: list[list[Row]] = [[]]
+    waiting = 0
+    for row in rows:
+        if waiting >= batch_size and len(steps[-1]) >= world:
+            steps.append([])
+            waiting = 0
+        steps[-1].append(row)
+        waiting += len(row.branches)
+    if len(steps) > 1 and (waiting < batch_size or len(steps[-1]) < world):
+        steps[-2] += steps.pop()
+    return [Step(tuple(rows)) for rows in steps]
+
+
+def plan_validation(pictures: Sequence[Picture], *, row_tokens: int) -> Step:
+    """All rows once, in order, with the first answer of each question."""
+    return Step(tuple(row for picture in pictures for row in _rows(picture, None, row_tokens)))
+
+
+def _rows(picture: Picture, rng: random.Random | None, row_tokens: int) -> list[Row]:
+    """Fill sequences of at most `row_tokens` with a picture's questions; 0 gives each question its own."""
+    questions = list(picture.questions)
+    if rng is not None:
+        rng.shuffle(questions)
+    rows: list[Row] = []
+    branches: list[Branch] = []
+    length = len(picture.shared)
+    for question in questions:
+        answer = rng.choice(question.answers) if rng is not None else question.answers[0]
+        branch = Branch(question.own, answer, question.instruction)
+        if branches and length + len(branch) > row_tokens:
+            rows.append(Row(picture.images, picture.shared, tuple(branches)))
+            branches, length = [], len(picture.shared)
+        branches.append(branch)
+        length += len(branch)
+    rows.append(Row(picture.images, picture.shared, tuple(branches)))
+    return rows

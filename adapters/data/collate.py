@@ -1,0 +1,113 @@
+"""From tokenised prompts and answers to batches of tensors.
+
+Several answers about one picture share a sequence: the prompt's part up to the last image stands once, and each
+question with its answer sees that part and itself. Positions and masks make it equal to as many separate sequences
+(tested), at a fraction of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.data.images import ImageRef
+from adapters.data.prompts import IMAGE_SLOT, Prompt
+from qformer.language import IGNORED
+from qformer.model import TokenBatch
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One question with its answer: token ids after the shared part. `instruction` is the question as text."""
+
+    own: tuple[int, ...]
+    answer: tuple[int, ...]
+    instruction: str = ""
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence: pictures, the part of the prompt all branches share, and the branches."""
+
+    images: tuple[ImageRef, ...]
+    shared: tuple[int, ...]
+    branches: tuple[Branch, ...]
+
+    def __len__(self) -> int:
+        return len(self.shared) + sum(len(branch) for branch in self.branches)
+
+
+def collate_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+    """Rows to a training batch for a causal LLM, padded on the right.
+
+    Rows of one branch each get a plain [B, T] mask; otherwise the mask is bool [B, 1, T, T].
+    """
+    length = max(len(row) for row in rows)
+    shape = (len(rows), length)
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    labels = torch.full(shape, IGNORED, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long)
+    present = torch.zeros(shape, dtype=torch.bool)
+    branch_of = torch.full(shape, -1, dtype=torch.long)  # 0 is the shared part, 1, 2, … the branches
+    for r, row in enumerate(rows):
+        start = len(row.shared)
+        ids[r, :start] = torch.tensor(row.shared)
+        positions[r, :start] = torch.arange(start)
+        branch_of[r, :start] = 0
+        for b, branch in enumerate(row.branches, start=1):
+            end = start + len(branch)
+            ids[r, start:end] = torch.tensor(branch.own + branch.answer)
+            labels[r, end - len(branch.answer) : end] = torch.tensor(branch.answer)
+            positions[r, start:end] = torch.arange(len(row.shared), len(row.shared) + len(branch))
+            branch_of[r, start:end] = b
+            start = end
+        present[r, :start] = True
+    slots = ids == IMAGE_SLOT
+    ids = ids.masked_fill(slots, pad_id)
+    if all(len(row.branches) == 1 for row in rows):
+        return TokenBatch(ids, present.long(), slots, labels, positions)
+    return TokenBatch(ids, packed_mask(branch_of), slots, labels, positions)
+
+
+def packed_mask(branch_of: Tensor) -> Tensor:
+    """The attention of packed rows, bool [B, 1, T, T], True where attention may go.
+
+    Args:
+        branch_of: [B, T], 0 for the shared part, 1, 2, … for the branches, -1 for padding.
+    """
+    length = branch_of.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = branch_of.unsqueeze(2) == branch_of.unsqueeze(1)  # [B, T, T]
+    to_shared = (branch_of == 0).unsqueeze(1)  # [B, 1, T]
+    mask = causal & (same | to_shared)
+    return mask.unsqueeze(1)  # padding sees padding before it, so no row of the mask is empty
+
+
+def collate_encoder_decoder(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+    """Rows of one branch each to a training batch for an encoder-decoder LLM: prompt in, answer as labels [B, S]."""
+    batch = collate_prompts([Prompt(r.shared, r.branches[0].own, len(r.images)) for r in rows], pad_id, side="right")
+    longest = max(len(row.branches[0].answer) for row in rows)
+    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.long)
+    for r, row in enumerate(rows):
+        answer = row.branches[0].answer
+        labels[r, : len(answer)] = torch.tensor(answer)
+    return TokenBatch(batch.ids, batch.attention_mask, batch.image_slots, labels)
+
+
+def collate_prompts(prompts: Sequence[Prompt], pad_id: int, *, side: str = "left") -> TokenBatch:
+    """Prompts to a batch for generation: padded on the left for a causal LLM, on the right for an encoder-decoder."""
+    length = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for p, prompt in enumerate(prompts):
+        span = slice(length - len(prompt.ids), length) if side == "left" else slice(0, len(prompt.ids))
+        ids[p, span] = torch.tensor(prompt.ids)
+        mask[p, span] = 1
+    slots = ids == IMAGE_SLOT
+    return TokenBatch(ids.masked_fill(slots, pad_id), mask, slots)

@@ -1,0 +1,152 @@
+"""From a question and its pictures to token ids: the one place where a prompt is worded and tokenised.
+
+Training, evaluation and serving all come through here, so a model is asked in the words it was taught in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qformer.errors import UserError
+
+IMAGE_MARK = "<image>"
+IMAGE_SLOT = -1  # stands in a list of token ids where one vector of an image goes
+
+CAPTION_REQUEST = {"en": "Describe the picture.", "zh": "用中文描述这张图片。"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt, cut after its last image.
+
+    Attributes:
+        shared: ids up to and with the last image; `IMAGE_SLOT` for each vector of an image. Questions about one
+            picture have this part in common, so it is computed once for all of them.
+        own: ids after the last image up to where the answer begins.
+        num_images: how many images the slots belong to.
+    """
+
+    shared: tuple[int, ...]
+    own: tuple[int, ...]
+    num_images: int
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The whole prompt."""
+        return self.shared + self.own
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How questions are worded.
+
+    Attributes:
+        system: system message of the chat template; None leaves the template's own default.
+        question: wording around a question, with `{question}`; None takes the default of the model's kind.
+        caption: wording of a request for a caption; None takes the default of the model's kind and the language.
+    """
+
+    system: str | None = None
+    question: str | None = None
+    caption: str | None = None
+
+
+class PromptBuilder:
+    """Words and tokenises prompts for one LLM.
+
+    A tokenizer with a chat template is asked in it. Others get BLIP-2's prompts (arXiv 2301.12597, section 4):
+    `Question: {} Answer:` for a causal LLM, `Question: {} Short answer:` for an encoder-decoder, `a photo of` for
+    captions.
+
+    Args:
+        tokenizer: the LLM's.
+        num_queries: vectors an image becomes.
+        is_encoder_decoder: as the LLM says.
+        style: the wording.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        num_queries: int,
+        *,
+        is_encoder_decoder: bool = False,
+        style: PromptStyle | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.num_queries = num_queries
+        self.is_encoder_decoder = is_encoder_decoder
+        self.style = style or PromptStyle()
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+
+    def vqa(self, question: str, num_images: int = 1, *, where: str = "question") -> Prompt:
+        """The prompt of a question about pictures."""
+        if self.style.question is not None:
+            wording = self.style.question
+        elif self.has_template:
+            wording = "{question}"
+        else:
+            wording = (
+                "Question: {question} Short answer:" if self.is_encoder_decoder else "Question: {question} Answer:"
+            )
+        return self._encode(wording.replace("{question}", question.strip()), num_images, where)
+
+    def caption(self, language: str = "en", num_images: int = 1, *, where: str = "caption") -> Prompt:
+        """The prompt that asks for a caption, in English ("en") or Chinese ("zh")."""
+        if language not in CAPTION_REQUEST:
+            raise UserError(f"--language: '{language}' is not known; take one of {', '.join(CAPTION_REQUEST)}")
+        if self.style.caption is not None and language == "en":
+            wording = self.style.caption
+        elif self.has_template or language != "en":
+            wording = CAPTION_REQUEST[language]
+        else:
+            wording = "a photo of"
+        return self._encode(wording, num_images, where)
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Token ids of an answer, its end token included."""
+        if not self.has_template:
+            text = answer if self.is_encoder_decoder else " " + answer
+            return [*self._tokens(text), self.tokenizer.eos_token_id]
+        asked: list[dict[str, str]] = [{"role": "user", "content": "x"}]
+        opening = self._render(asked, add_generation_prompt=True)
+        whole = self._render([*asked, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        text = whole[len(opening) :].rstrip() if whole.startswith(opening) else ""
+        if not text.startswith(answer.strip()):  # a template that rewrites what the assistant said
+            return [*self._tokens(answer), self.tokenizer.eos_token_id]
+        ids = self._tokens(text)
+        return ids if len(text) > len(answer.strip()) else [*ids, self.tokenizer.eos_token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Generated ids back to text, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _encode(self, text: str, num_images: int, where: str) -> Prompt:
+        marks = text.count(IMAGE_MARK)
+        if marks == 0:
+            text = IMAGE_MARK * num_images + text
+        elif marks != num_images:
+            raise UserError(f"{where}: {marks} {IMAGE_MARK} marks but {num_images} images; make the two numbers equal")
+        if self.has_template:
+            messages = [{"role": "user", "content": text}]
+            if self.style.system is not None:
+                messages.insert(0, {"role": "system", "content": self.style.system})
+            text = self._render(messages, add_generation_prompt=True)
+        pieces = text.split(IMAGE_MARK)
+        slots = [IMAGE_SLOT] * self.num_queries
+        shared: list[int] = []
+        for piece in pieces[:-1]:
+            shared += [*self._tokens(piece), *slots]
+        # A plain tokenizer's own special tokens (OPT's start, T5's end) go around the text behind the images.
+        own = self._tokens(pieces[-1], special=not self.has_template)
+        return Prompt(tuple(shared), tuple(own), num_images)
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
+    def _tokens(self, text: str, *, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []

@@ -1,0 +1,75 @@
+"""Scores of short answers: exact match, the VQA accuracy of VQAv2, and the two controls that go with every score."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = {
+    word: str(number)
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+} | {"none": "0"}
+_SPACE_FOR = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`?!]")
+
+
+def normalise(answer: str) -> str:
+    """Lower case, underscores as spaces, single spaces, no full stop at the end."""
+    return " ".join(answer.lower().replace("_", " ").split()).rstrip(".").strip()
+
+
+def answer_set(answer: str) -> frozenset[str]:
+    """An answer that is a comma-separated list, as a set of its normalised items."""
+    return frozenset(item for item in (normalise(part) for part in answer.split(",")) if item)
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether a prediction equals one of the answers; a list answer matches as a set (DAQUAR's rule)."""
+    said = answer_set(prediction)
+    return any(said == answer_set(answer) for answer in answers)
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQAv2's accuracy: the mean over leave-one-out sets of min(matching answers / 3, 1).
+
+    Antol et al. 2015 (arXiv 1505.00468), section 5. With a single answer it is exact match.
+    """
+    said = _vqa_form(prediction)
+    given = [_vqa_form(answer) for answer in answers]
+    if len(given) == 1:
+        return float(said == given[0])
+    scores = []
+    for left_out in range(len(given)):
+        matching = sum(said == answer for index, answer in enumerate(given) if index != left_out)
+        scores.append(min(matching / 3, 1.0))
+    return sum(scores) / len(scores)
+
+
+def _vqa_form(answer: str) -> str:
+    """The form VQAv2 compares in: lower case, punctuation and articles out, number words as digits."""
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", _SPACE_FOR.sub(" ", answer.lower().strip()))
+    text = re.sub(r"(?<=\d),(?=\d)", "", text).replace(",", " ")
+    words = (_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)
+    return " ".join(words)
+
+
+def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`exact_match` and `vqa_accuracy` as fractions, and `n`."""
+    pairs = list(zip(predictions, answers, strict=True))
+    return {
+        "n": len(pairs),
+        "exact_match": sum(exact_match(said, given) for said, given in pairs) / max(len(pairs), 1),
+        "vqa_accuracy": sum(vqa_accuracy(said, given) for said, given in pairs) / max(len(pairs), 1),
+    }
+
+
+def commonest_answer_score(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """Exact match of answering each question with its commonest answer in this very set: what language alone can do."""
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, given in zip(questions, answers, strict=True):
+        by_question[normalise(question)].update({normalise(given[0]): 1})
+    guesses = [by_question[normalise(question)].most_common(1)[0][0] for question in questions]
+    return score(guesses, answers)["exact_match"]

@@ -1,0 +1,397 @@
+"""Fine-tuning: the bridge, the projection and LoRA learn to answer about a domain's pictures.
+
+The loop is `finetune`, from top to bottom: load, tokenise, encode, train with validations between, save.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from adapters.answering import answer_examples
+from adapters.artefact import Facts, find_artefact, load_trained, read_facts, read_recipe, save_artefact
+from adapters.assembly import Assembly, assemble, default_device
+from adapters.checkpoint import Position, find_state, load_state, read_position, save_state, trainable
+from adapters.data.batches import Picture, Step, plan_epoch, plan_validation, tokenise
+from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
+from adapters.data.examples import DataSet, Example
+from adapters.data.readers import read_data, split_by_image
+from adapters.evaluation.vqa import score
+from adapters.recipe import Recipe, TrainSection
+from adapters.reporting import Reporter
+from qformer.errors import UserError
+from qformer.language import Decoding
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        folder: the run's folder.
+        best: its best artefact.
+        steps: optimiser steps taken, over all sittings.
+        metrics: the best validation's figures, and peak_memory_gib of this sitting.
+        finished: False where Ctrl-C stopped it; `resume` goes on.
+    """
+
+    folder: Path
+    best: Path
+    steps: int
+    metrics: dict[str, float]
+    finished: bool
+
+
+def finetune(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    start_from: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    offline: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Train an adapter by a recipe.
+
+    Args:
+        recipe: what to train, and how.
+        out: the run's folder: recipe, metrics, loss curve, `best` and `last` artefacts, resume state.
+        resume: go on from the run that stands in `out`; equal to a run that was never stopped.
+        start_from: an adapter to start from instead of fresh weights; its terms are inherited.
+        device: where to train; a GPU where there is one.
+        dtype: "float32" or "bfloat16" for the LLM's computation.
+        offline: take frozen weights from the cache only.
+        quiet: print nothing.
+
+    Raises:
+        UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full.
+    """
+    out = Path(out)
+    accelerator = Accelerator(cpu=(device or default_device()) == "cpu")
+    main = accelerator.is_main_process
+    state = _check_run_folder(out, resume)
+    train = recipe.train
+
+    train_data, val_data = read_split(recipe)
+    starting = start_from if state is None else None  # a resumed run already holds what it started from
+    assembly = assemble(
+        recipe, device=device or str(accelerator.device), dtype=dtype, offline=offline, lora=starting is None
+    )
+    position = Position(data=train_data.fingerprint, terms=[train_data.terms] if train_data.terms else [])
+    if starting is not None:
+        position.started_from = starting
+        position.terms += _start_from(assembly, starting, quiet=quiet)
+    pictures = tokenise(train_data, assembly.prompts, max_tokens=train.micro_batch_tokens)
+    row_tokens = train.row_tokens if _packs(assembly) else 0
+    validation = plan_validation(
+        tokenise(val_data, assembly.prompts, max_tokens=train.micro_batch_tokens), row_tokens=row_tokens
+    )
+    with accelerator.main_process_first():
+        fill_caches(assembly, [train_data, val_data], quiet=quiet or not main)
+
+    model = assembly.model
+    optimiser = build_optimiser(assembly, train)
+    if state is not None:
+        position = load_state(state, model, optimiser)
+        if position.data != train_data.fingerprint:
+            raise UserError(
+                f"{out}: the run was trained on other data than {recipe.data.train} is now; name another --out"
+            )
+    prepared = accelerator.prepare(model)
+    answers = sum(len(picture.questions) for picture in pictures)
+    total = train.max_steps or max(1, math.ceil(train.epochs * answers / train.batch_size))
+    facts = Facts(
+        fingerprints=assembly.fingerprints,
+        data={"train": train_data.name, "answers": answers, "pictures": len(pictures), "fingerprint": train_data.fingerprint},
+        terms=tuple(dict.fromkeys(position.terms)),
+        started_from=position.started_from,
+    )  # fmt: skip
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    began = time.monotonic() - position.seconds
+    with (
+        Reporter(out if main else None, total, start=position.step, quiet=quiet or not main) as report,
+        _interruptible() as stop,
+    ):
+        report.say(describe_trainable(assembly))
+        if position.step == 0:  # a broken evaluation fails now, not after an hour
+            validate(assembly, Step(validation.rows[:2]), val_data.examples[:2], recipe)
+        losses: list[float] = []
+        timer = time.monotonic()
+        samples = 0
+        for step in _steps_from(position, pictures, train, row_tokens, accelerator.num_processes):
+            if position.step >= total or position.stopped_early or stop:
+                break
+            model.train()
+            rate = learning_rate(position.step, total, train)
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * rate
+            loss = 0.0
+            share = step.micro_batches(train.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
+            for index, rows in enumerate(share):
+                last = index == len(share) - 1
+                with nullcontext() if last else accelerator.no_sync(prepared):
+                    summed, _ = prepared(*model_inputs(assembly, rows))
+                    # each token of the step weighs the same, whatever micro-batch or process it is in
+                    part = summed / step.supervised
+                    accelerator.backward(part * accelerator.num_processes)
+                loss += part.item()
+            loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device)))
+            _check_finite(loss, position.step + 1, recipe)
+            norm = accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            position.step += 1
+            position.offset += 1
+            position.answers += step.answers
+            losses.append(loss)
+            samples += step.answers
+            if position.step % train.log_every == 0 or position.step == total:
+                elapsed = time.monotonic() - timer
+                report.step(
+                    position.step,
+                    {
+                        "loss": sum(losses) / len(losses),
+                        "learning_rate": train.learning_rate * rate,
+                        "gradient_norm": float(norm),
+                        "samples_per_second": samples / elapsed,
+                    },
+                )
+                losses, samples, timer = [], 0, time.monotonic()
+            if position.step % train.validate_every == 0 or position.step == total:
+                metrics = validate(assembly, validation, val_data.examples, recipe)
+                report.validation(position.step, metrics)
+                position.seconds = time.monotonic() - began
+                if main:
+                    _keep(out, assembly, facts, position, metrics, train)
+                    save_state(out / "state", model, optimiser, position)
+                    report.draw()
+                accelerator.wait_for_everyone()
+                timer = time.monotonic()
+        finished = position.step >= total or position.stopped_early
+        if not finished and main:
+            position.seconds = time.monotonic() - began
+            save_state(out / "state", model, optimiser, position)
+            report.say(f"stopped at step {position.step} of {total}; --resume goes on from there")
+        return Result(
+            out,
+            out / "best",
+            position.step,
+            {**position.metrics, "peak_memory_gib": report.memory.peak_gib},
+            finished,
+        )
+
+
+def read_split(recipe: Recipe) -> tuple[DataSet, DataSet]:
+    """The training and the validation data of a recipe; without a validation set, whole pictures are held out."""
+    data = recipe.data
+    train = read_data(data.train, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.limit)
+    if data.val is not None:
+        val = read_data(data.val, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.val_limit)
+        return train, val
+    train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not hang on the run's seed
+    return train, val.head(data.val_limit) if data.val_limit else val
+
+
+def fill_caches(assembly: Assembly, data: Sequence[DataSet], *, quiet: bool = False) -> None:
+    """Encode every picture that is not in the cache yet."""
+    images = [image for part in data for example in part.examples for image in example.images]
+    for cache in assembly.caches:
+        with Reporter(None, 1, quiet=quiet) as report:
+            shown = time.monotonic()
+
+            def progress(done: int, total: int, report: Reporter = report) -> None:
+                nonlocal shown
+                if time.monotonic() - shown > 10 or done == total:
+                    shown = time.monotonic()
+                    report.say(f"encoding pictures: {done}/{total}")
+
+            cache.fill(images, on_progress=progress)
+
+
+def build_optimiser(assembly: Assembly, train: TrainSection) -> torch.optim.AdamW:
+    """AdamW; no weight decay on biases and other one-dimensional parameters; LoRA may have a rate of its own."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in trainable(assembly.model).items():
+        is_lora = name.startswith("language.")
+        decays = parameter.dim() > 1 and not name.endswith("query_tokens")
+        groups.setdefault((is_lora, decays), []).append(parameter)
+    lora_rate = train.lora_learning_rate or train.learning_rate
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": train.weight_decay if decays else 0.0,
+                "peak": lora_rate if is_lora else train.learning_rate,
+            }
+            for (is_lora, decays), parameters in groups.items()
+        ],
+        lr=train.learning_rate,
+        betas=train.betas,
+        eps=1e-8,
+    )
+
+
+def learning_rate(step: int, total: int, train: TrainSection) -> float:
+    """The share of the peak rate at a step: linear warm-up, then a cosine down to `min_learning_rate`."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
+    return train.min_learning_rate + (1 - train.min_learning_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:
+    """What the model's forward takes for a micro-batch: tokens, features, and the instruction where it is read."""
+    collate = collate_encoder_decoder if assembly.model.language.is_encoder_decoder else collate_rows
+    batch = collate(rows, assembly.prompts.tokenizer.pad_token_id).to(assembly.model.device)
+    images = [image for row in rows for image in row.images]
+    instructions = [row.branches[0].instruction for row in rows for _ in row.images]
+    return (batch, assembly.features(images), *assembly.instruction_tokens(instructions))
+
+
+@torch.no_grad()
+def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], recipe: Recipe) -> dict[str, float]:
+    """Loss per supervised token over the validation rows, and for questions the exact match of greedy answers."""
+    assembly.model.eval()
+    summed = 0.0
+    for rows in validation.micro_batches(recipe.train.micro_batch_tokens):
+        loss, _ = assembly.model(*model_inputs(assembly, rows))
+        summed += loss.item()
+    metrics = {"val_loss": summed / validation.supervised}
+    if recipe.task == "vqa":
+        said = answer_examples(assembly, examples, recipe.task, decoding=Decoding(max_new_tokens=10))
+        metrics["val_exact_match"] = score(said, [example.answers for example in examples])["exact_match"]
+    return metrics
+
+
+def describe_trainable(assembly: Assembly) -> str:
+    """One line: what trains, and how much of the whole that is."""
+    model = assembly.model
+    lora = sum(p.numel() for name, p in trainable(model).items() if name.startswith("language."))
+    bridge = sum(p.numel() for p in trainable(model).values()) - lora
+    bits = {"nf4": "4-bit NF4", "none": "unquantised"}[assembly.recipe.language.quantize]
+    return (
+        f"training {bridge / 1e6:.1f} M parameters of bridge and projection and {lora / 1e6:.1f} M of LoRA;"
+        f" frozen: the image encoder and the {bits} LLM, computing in {str(model.language.compute_dtype)[6:]}"
+    )
+
+
+def _steps_from(
+    position: Position, pictures: list[Picture], train: TrainSection, row_tokens: int, world: int
+) -> Iterator[Step]:
+    """Steps from where the run stands, epoch after epoch without end."""
+    while True:
+        steps = plan_epoch(
+            pictures, seed=train.seed, epoch=position.epoch, batch_size=train.batch_size, row_tokens=row_tokens, world=world
+        )  # fmt: skip
+        yield from steps[position.offset :]
+        position.epoch += 1
+        position.offset = 0
+
+
+def _packs(assembly: Assembly) -> bool:
+    """Whether questions share a picture's sequence: not where the bridge reads each question beside the picture."""
+    return assembly.model.language.can_pack and assembly.bridge_tokenizer is None
+
+
+def _keep(
+    out: Path,
+    assembly: Assembly,
+    facts: Facts,
+    position: Position,
+    metrics: dict[str, float],
+    train: TrainSection,
+) -> None:
+    """Write `last`, and `best` where the validation says so; count towards patience."""
+    current = metrics.get("val_exact_match", -metrics["val_loss"])
+    measured = Facts(**{**vars(facts), "metrics": metrics, "steps": position.step})
+    save_artefact(out / "last", assembly, measured)
+    if position.best is None or current > position.best:
+        position.best, position.best_step, position.stale, position.metrics = (
+            current,
+            position.step,
+            0,
+            metrics,
+        )
+        save_artefact(out / "best", assembly, measured)
+    else:
+        position.stale += 1
+        position.stopped_early = train.patience is not None and position.stale >= train.patience
+
+
+def _start_from(assembly: Assembly, name: str, *, quiet: bool) -> list[str]:
+    """Load an adapter's weights as the start of a run; returns its terms, which the new adapter inherits."""
+    folder = find_artefact(name)
+    facts = read_facts(folder)
+    theirs, ours = read_recipe(folder), assembly.recipe
+    for part, differs in (
+        ("vision", theirs.vision != ours.vision),
+        ("bridge", theirs.bridge != ours.bridge),
+        ("language.lora", theirs.language.lora != ours.language.lora),
+    ):
+        if differs:
+            raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
+    for role, expected in facts.fingerprints.items():
+        if assembly.fingerprints.get(role) != expected:
+            raise UserError(f"--start-from {name}: it was trained with other {role} weights than the recipe names")
+    load_trained(assembly, folder)
+    Reporter(None, 1, quiet=quiet).say(f"starting from {name}; terms: {'; '.join(facts.terms) or 'not stated'}")
+    return list(facts.terms)
+
+
+def _check_run_folder(out: Path, resume: bool) -> Path | None:
+    """The state to go on from, or None for a fresh run."""
+    state = find_state(out / "state")
+    if resume:
+        if state is None:
+            raise UserError(f"--resume: {out} holds no run to go on with; leave --resume out, or name the run's folder")
+        return state
+    if state is not None:
+        steps = read_position(state).step
+        raise UserError(
+            f"--out {out}: a run of {steps} steps stands there; add --resume to go on, or name another folder"
+        )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: this is a file; name a folder")
+    return None
+
+
+def _check_finite(loss: float, step: int, recipe: Recipe) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}; try --set train.learning_rate={recipe.train.learning_rate / 3:.1e},"
+            " --set train.clip_norm=0.3 or --dtype float32 (the last validated weights are in 'last')"
+        )
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Let Ctrl-C finish the step under way: the list it yields becomes non-empty. A second one stops at once."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: whoever runs us deals with Ctrl-C
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,246 @@
+"""A recipe: everything a training run depends on, validated once, here, at the edge.
+
+Recipes are YAML files. Unknown keys, wrong types and impossible values are one-line errors that name the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qformer.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(_Section):
+    """What is learned from."""
+
+    train: str = "easy-vqa:train"
+    val: str | None = Field(default=None, description="data to choose on; left out, images are held out of train")
+    val_fraction: float = Field(default=0.05, gt=0, lt=1)
+    val_limit: int | None = Field(default=None, ge=1, description="at most so many validation rows")
+    limit: int | None = Field(default=None, ge=1, description="only the first so many training rows")
+    skip_bad_rows: bool = False
+
+
+class TowerSection(_Section):
+    """One frozen image tower."""
+
+    source: str
+    layer: int = -2
+    class_token: bool = True
+    image_size: int | None = Field(default=None, ge=32)
+
+
+class VisionSection(_Section):
+    """The frozen image encoder: one tower, or two side by side as tokens."""
+
+    towers: tuple[TowerSection, ...] = Field(min_length=1, max_length=2)
+
+
+class BridgeSection(_Section):
+    """The Q-Former: a preset of BridgeConfig, with what differs from it."""
+
+    preset: Literal["blip2", "small", "tiny"] = "small"
+    start: str | None = Field(default=None, description="BERT-family weights to start from")
+    num_queries: int | None = Field(default=None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    instruction_aware: bool = False
+    text_branch: bool = False
+
+
+class LoraSection(_Section):
+    """LoRA on the LLM."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+class LanguageSection(_Section):
+    """The frozen LLM."""
+
+    source: str
+    quantize: Literal["nf4", "none"] = "nf4"
+    lora: LoraSection | None = LoraSection()
+    gradient_checkpointing: bool = False
+
+
+class PromptSection(_Section):
+    """Wording of prompts; what is left out follows the LLM's kind."""
+
+    system: str | None = None
+    question: str | None = None
+    caption: str | None = None
+
+
+class TrainSection(_Section):
+    """The loop."""
+
+    seed: int = 0
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, whatever epochs says")
+    batch_size: int = Field(default=64, ge=1, description="answers a step, over all processes")
+    row_tokens: int = Field(default=384, ge=16, description="answers about one picture share a sequence up to here")
+    micro_batch_tokens: int = Field(default=1024, ge=16, description="tokens in memory at once, padding included")
+    learning_rate: float = Field(default=3e-4, gt=0, description="bridge, norm and projection")
+    lora_learning_rate: float | None = Field(default=None, gt=0, description="LoRA; left out, learning_rate")
+    min_learning_rate: float = Field(
+        default=0.0, ge=0, description="where the cosine ends, as a share of the peak", le=1
+    )
+    warmup_steps: int = Field(default=50, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = Field(default=1.0, gt=0)
+    validate_every: int = Field(default=200, ge=1, description="steps")
+    patience: int | None = Field(default=None, ge=1, description="validations without a gain before stopping")
+    log_every: int = Field(default=10, ge=1, description="steps")
+
+
+class Recipe(_Section):
+    """Everything a run depends on."""
+
+    task: Literal["vqa", "caption"] = "vqa"
+    description: str = ""
+    data: DataSection = DataSection()
+    vision: VisionSection
+    bridge: BridgeSection = BridgeSection()
+    language: LanguageSection
+    prompt: PromptSection = PromptSection()
+    train: TrainSection = TrainSection()
+
+    def dump(self) -> str:
+        """The recipe as YAML, every value written out."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(str(files("adapters"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as a shipped name.
+
+    Raises:
+        UserError: there is none; the message lists the near ones.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if path.stem in shipped and (path.parent == Path(".") or path.parent.name == "recipes"):
+        return shipped[path.stem]
+    near = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.3) or sorted(shipped)
+    raise UserError(f"recipe '{name}': no such file, and no shipped recipe of that name; near: {', '.join(near)}")
+
+
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        name: a YAML file or the name of a shipped recipe.
+        overrides: `key=value` strings as `--set` takes them, such as `train.learning_rate=1e-4`.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key, a wrong type or an impossible value.
+    """
+    path = find_recipe(str(name))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: this is not YAML ({getattr(error, 'problem', None) or error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections such as 'train:', this file holds {_kind(values)}")
+    for override in overrides:
+        _override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Check a recipe given as a mapping. `where` names it in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line, and how many more there are."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_beside(first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+        text = f"unknown key '{key}'; {hint}"
+    elif first["type"] == "missing":
+        text = f"'{key}' is missing; add it"
+    else:
+        text = f"'{key}' is {first.get('input')!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    more = error.error_count() - 1
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that a section may hold, given the place of a wrong one."""
+    section: type[_Section] = Recipe
+    for part in location[:-1]:
+        if isinstance(part, str) and part in section.model_fields:
+            annotation: Any = section.model_fields[part].annotation
+            for candidate in (annotation, *getattr(annotation, "__args__", ())):
+                if isinstance(candidate, type) and issubclass(candidate, _Section):
+                    section = candidate
+    return list(section.model_fields)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Apply one `key=value` to the mapping in place; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write it as key=value, such as train.epochs=2")
+    section: Any = values
+    parts = key.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if isinstance(section, list) and part.isdigit() and int(part) < len(section):
+            section = section[int(part)]
+            continue
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict | list):
+            raise UserError(f"--set {override}: '{'.'.join(parts[: index + 1])}' is a value, not a section")
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(value, str):  # YAML reads 1e-4 as text
+            value = _number(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML") from error
+    if isinstance(section, list):
+        raise UserError(f"--set {override}: name an entry of the list that exists, such as vision.towers.0.layer=-2")
+    section[parts[-1]] = value
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,482 @@
+"""The language model: any causal or encoder-decoder LLM of transformers, frozen, in 4-bit or not, with LoRA or not.
+
+The rest of the code sees one interface: token embeddings in, a summed loss or generated tokens out.
+Only LoRA's matrices are ever trainable here (QLoRA, arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qformer.errors import UserError
+
+IGNORED = -100  # label of a position that carries no loss, as torch's cross-entropy has it
+
+# Names under which the configurations of transformers keep their dropout rates. Frozen means no dropout.
+_DROPOUT_NAMES = (
+    "dropout",
+    "dropout_rate",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "layerdrop",
+)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on the LLM (arXiv 2106.09685).
+
+    Attributes:
+        rank: rank of the update, r.
+        alpha: the update is scaled by alpha / rank.
+        dropout: dropout on LoRA's input while training.
+        targets: "all-linear" for every linear layer but the LM head, or names of layers, such as ("q_proj", "v_proj").
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: the longest answer, in tokens of the LLM.
+        num_beams: 1 is greedy search, more is beam search.
+        length_penalty: exponent on the length in beam search; below 0 favours short answers.
+        temperature: 0 never samples; above 0 samples at that temperature (with one beam).
+        top_p: nucleus of the sampling.
+        repetition_penalty: above 1 discourages tokens already written.
+    """
+
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def preset(cls, name: str) -> Decoding:
+        """ "greedy", "paper-vqa" (BLIP-2, section 4.2: beam 5, length penalty -1, 10 tokens) or "caption" (beam 5, 30 tokens)."""
+        presets = {
+            "greedy": cls(),
+            "paper-vqa": cls(max_new_tokens=10, num_beams=5, length_penalty=-1.0),
+            "caption": cls(max_new_tokens=30, num_beams=5),
+        }
+        if name not in presets:
+            raise UserError(f"decoding: there is no preset '{name}'; take one of {', '.join(presets)}")
+        return presets[name]
+
+
+class LanguageModel(nn.Module):
+    """A frozen LLM with its tokenizer.
+
+    Args:
+        model: a causal or an encoder-decoder model of transformers.
+        tokenizer: its tokenizer. A missing padding token is replaced by the end-of-text token.
+        compute_dtype: bfloat16 runs the model under autocast; float32 does not.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        self.compute_dtype = compute_dtype
+        self.checkpointing = False
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.requires_grad_(False)
+        keep_four_bit_trainable(self.model)
+        self.train(False)
+
+    # What the rest of the code asks of a language model -------------------------------------------------
+
+    @property
+    def base(self) -> Any:
+        """The model of transformers below PEFT's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the LLM, as transformers has it."""
+        return cast(PretrainedConfig, self.base.config)
+
+    @property
+    def width(self) -> int:
+        """Width of the token embeddings, D_l (OPT-350m's differs from its hidden size)."""
+        return int(self.base.get_input_embeddings().embedding_dim)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the prompt goes to an encoder and the answer to a decoder, as in T5."""
+        return bool(self.config.is_encoder_decoder)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether several answers may share one sequence: needs a causal model that is told its positions."""
+        return not self.is_encoder_decoder and "position_ids" in inspect.signature(self.base.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings lie."""
+        return cast(torch.device, self.base.get_input_embeddings().weight.device)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether LoRA matrices are in place."""
+        return self.model is not self.base
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """Set LoRA's dropout; the frozen LLM itself only trains where gradient checkpointing asks for the flag."""
+        super().train(mode)
+        self.model.train(mode and self.checkpointing)
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Dropout) and "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def enable_checkpointing(self) -> None:
+        """Keep only each block's input and compute the rest again in the backward pass: less memory, more time."""
+        self.base.activation_checkpointing_enable()
+        self.checkpointing = True
+        self.train(self.training)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] to embeddings [B, T, D_l]."""
+        return cast(Tensor, self.base.get_input_embeddings()(ids))
+
+    def supervised_loss(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Cross-entropy summed over the supervised positions; logits exist at those positions alone.
+
+        Args:
+            inputs_embeds: [B, T, D_l].
+            attention_mask: [B, T] with 1 where there is a token, or bool [B, 1, T, T], True where attention may go.
+            labels: causal: [B, T], `IGNORED` where nothing is to be learned, not shifted. Encoder-decoder: [B, S],
+                the decoder's targets.
+            position_ids: [B, T], needed with a four-dimensional mask.
+
+        Returns:
+            The summed loss (a float32 scalar) and the number of positions it sums over.
+        """
+        if attention_mask.dim() == 4:  # transformers wants what is added to the scores, in the scores' dtype
+            dtype = self.compute_dtype
+            attention_mask = torch.zeros_like(attention_mask, dtype=dtype).masked_fill_(
+                ~attention_mask, torch.finfo(dtype).min
+            )
+        inputs: dict[str, Any] = {
+            "inputs_embeds": inputs_embeds.to(self.compute_dtype),
+            "attention_mask": attention_mask,
+        }
+        if self.is_encoder_decoder:
+            targets = labels
+            inputs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels=labels)
+        else:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
+            if position_ids is not None:
+                inputs["position_ids"] = position_ids
+        supervised = targets != IGNORED
+        with self.autocast(), _head_sees(self.base, supervised):
+            logits = self.model(**inputs, use_cache=False).logits  # [N, V]: N supervised positions
+        loss = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        return loss, int(supervised.sum())
+
+    @torch.no_grad()
+    def generate(self, inputs_embeds: Tensor, attention_mask: Tensor, decoding: Decoding) -> Tensor:
+        """Continue prompts that are padded on the left (on the right for an encoder-decoder).
+
+        Args:
+            inputs_embeds: [B, T, D_l].
+            attention_mask: [B, T].
+            decoding: how tokens are chosen.
+
+        Returns:
+            New token ids [B, N], padded on the right with the padding token.
+        """
+        sampling = decoding.temperature > 0 and decoding.num_beams == 1
+        options: dict[str, Any] = {
+            "max_new_tokens": decoding.max_new_tokens,
+            "num_beams": decoding.num_beams,
+            "do_sample": sampling,
+            "repetition_penalty": decoding.repetition_penalty,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": self.stop_ids,
+            "use_cache": True,
+        }
+        if decoding.num_beams > 1:
+            options["length_penalty"] = decoding.length_penalty
+        if sampling:
+            options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        was_training = self.training
+        self.eval()  # checkpointing would switch the cache off
+        with self.autocast():
+            ids = self.model.generate(
+                inputs_embeds=inputs_embeds.to(self.compute_dtype), attention_mask=attention_mask, **options
+            )
+        self.train(was_training)
+        return cast(Tensor, ids[:, 1:] if self.is_encoder_decoder else ids)  # a decoder starts from its start token
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's end token and the model's own."""
+        ids = {self.tokenizer.eos_token_id}
+        configured = getattr(self.base.generation_config, "eos_token_id", None)
+        ids.update(configured if isinstance(configured, list) else [configured])
+        return sorted(i for i in ids if i is not None)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context the computation runs in: autocast in half precision, nothing in float32."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    # LoRA ------------------------------------------------------------------------------------------------
+
+    def add_lora(self, settings: LoraSettings) -> None:
+        """Put fresh LoRA matrices (B is zero, so nothing changes yet) on the LLM; they are trained in float32."""
+        from peft import LoraConfig, get_peft_model
+
+        targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=targets,
+            bias="none",
+            task_type="SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM",
+        )
+        try:
+            self.model = get_peft_model(self.base, config)
+        except ValueError as error:
+            raise UserError(f"lora.targets: {targets} names no layer of {self.config.model_type}: {error}") from error
+        self.train(self.training)
+
+    def load_lora(self, folder: Path) -> None:
+        """Put LoRA matrices read from a folder in PEFT's own format on the LLM, trainable.
+
+        Raises:
+            UserError: the folder holds matrices that do not fit this LLM, or lacks some.
+        """
+        from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        try:
+            self.model = get_peft_model(self.base, config)
+        except ValueError as error:
+            raise UserError(f"{folder}: its LoRA names layers {self.config.model_type} does not have") from error
+        state = load_file(folder / "adapter_model.safetensors")
+        expected = dict(self.lora_state())
+        problems = [f"missing {name}" for name in expected if name not in state]
+        problems += [f"unexpected {name}" for name in state if name not in expected]
+        problems += [
+            f"{name} is {list(state[name].shape)}, not {list(expected[name].shape)}"
+            for name in expected
+            if name in state and state[name].shape != expected[name].shape
+        ]
+        if problems:
+            raise UserError(
+                f"{folder}: the LoRA matrices do not fit {self.config.model_type}: {'; '.join(problems[:3])}"
+                f" ({len(problems)} in all)"
+            )
+        set_peft_model_state_dict(self.model, {name: tensor.float() for name, tensor in state.items()})
+        self.train(self.training)
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """LoRA's matrices under the names PEFT stores them by."""
+        from peft import get_peft_model_state_dict
+
+        return cast(dict[str, Tensor], get_peft_model_state_dict(self.model)) if self.has_lora else {}
+
+
+@contextmanager
+def _head_sees(model: Any, supervised: Tensor) -> Iterator[None]:
+    """Hand the LM head only the hidden states at the supervised positions, [B, T, D] → [N, D].
+
+    A hook on the head, rather than a call of the parts below it, keeps whatever a model does before its head (T5's
+    scaling) and after it (Gemma's soft cap), and works through PEFT's wrapper.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][supervised],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def keep_four_bit_trainable(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU in an evaluation pass.
+
+    On processors with AVX512-BF16, `Linear4bit` repacks its weight in place for a fused kernel that has no backward;
+    the training that follows would lose its gradient without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (torch types every attribute of a module)
+
+
+def default_compute_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it; on the CPU whichever of float32 and bfloat16 a short measurement finds faster."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return _faster_on_cpu() if kind == "cpu" else torch.float32
+
+
+@lru_cache(maxsize=1)
+def _faster_on_cpu() -> torch.dtype:
+    """Time a 4-bit feed-forward block, forward and backward, in both dtypes (about 0.2 s).
+
+    A bare matrix product would mislead: bfloat16 can lose there and still win the step, since what lies between the
+    products is bound by memory.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    times: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layers = [
+            Linear4bit(i, o, bias=False, compute_dtype=dtype, quant_type="nf4") for i, o in ((576, 1536), (1536, 576))
+        ]
+        block = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.RMSNorm(576)).to(dtype).to("cpu")
+        keep_four_bit_trainable(block)
+        inputs = torch.ones(512, 576, dtype=dtype, requires_grad=True)
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            block(inputs).sum().backward()
+            runs.append(time.perf_counter() - start)
+        times[dtype] = sorted(runs)[1]
+    return min(times, key=lambda dtype: times[dtype])
+
+
+def load_language_model(
+    folder: str | Path,
+    *,
+    quantize: str = "nf4",
+    compute_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> LanguageModel:
+    """Load a frozen LLM from a local folder in transformers' layout.
+
+    Args:
+        folder: what `qformer.sources.resolve` returned.
+        quantize: "nf4" (4-bit with double quantisation, linear layers only; the LM head stays as it is) or "none".
+        compute_dtype: dtype of the computation; `default_compute_dtype` of the device where left out.
+        device: "cpu", "cuda", "cuda:1", "mps".
+
+    Raises:
+        UserError: no tokenizer or no model there, or 4-bit is asked for where it cannot run.
+    """
+    if quantize not in ("nf4", "none"):
+        raise UserError(f"language.quantize: '{quantize}' is not known; take nf4 or none")
+    dtype = compute_dtype or default_compute_dtype(device)
+    try:
+        config = without_dropout(AutoConfig.from_pretrained(str(folder)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no language model is described there ({first_line(error)})") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no tokenizer can be read there ({first_line(error)})") from error
+    loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options: dict[str, Any] = {}
+    if quantize == "nf4":
+        options["quantization_config"] = nf4_config(dtype)
+    try:
+        model = loader.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            device_map={"": str(device)},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: the language model cannot be loaded ({first_line(error)})") from error
+    return LanguageModel(model, tokenizer, dtype)
+
+
+def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, as QLoRA trains (arXiv 2305.14314, section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Set every dropout rate of a configuration to 0: a frozen model has none, whatever its training flag says."""
+    for name in _DROPOUT_NAMES:
+        if isinstance(getattr(config, name, None), int | float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one-line reports."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def linear_memory(model: nn.Module) -> Mapping[str, int]:
+    """Bytes of a model's weights: "linear" (quantised or not, quantisation constants included) and "other".
+
+    The embeddings and the LM head count as "other": they are never quantised.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            weight: Any = module.weight
+            linear += weight.numel() * weight.element_size()
+            seen.add(id(weight))
+            state = getattr(weight, "quant_state", None)
+            if state is not None:
+                linear += state.absmax.numel() * state.absmax.element_size()
+                if state.nested:
+                    linear += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    other = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in seen)
+    return {"linear": linear, "other": other}

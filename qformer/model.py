@@ -1,0 +1,131 @@
+"""The whole walk of a picture: frozen image encoder → norm → Q-Former → projection → frozen language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qformer.bridge import QFormer
+from qformer.language import Decoding, LanguageModel
+from qformer.vision import FeatureNorm, ImageEncoder
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids with places for images.
+
+    Attributes:
+        ids: [B, T], any valid id where `image_slots` is set.
+        attention_mask: [B, T] long, or bool [B, 1, T, T] where several answers share a sequence.
+        image_slots: [B, T] bool, True where a vector of an image goes; read row by row, they are filled in order.
+        labels: [B, T] (causal) or [B, S] (encoder-decoder), or None when only asking.
+        position_ids: [B, T], or None for 0, 1, 2, …
+    """
+
+    ids: Tensor
+    attention_mask: Tensor
+    image_slots: Tensor
+    labels: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+class VisionLanguageModel(nn.Module):
+    """BLIP-2's second stage (arXiv 2301.12597, section 3.3), with LoRA on the language model.
+
+    Args:
+        encoders: the frozen image towers, one or two; may be empty where features come from a cache.
+        feature_norm: trainable norm over the towers' features.
+        bridge: the Q-Former.
+        projection: linear layer from the bridge's width to the LLM's.
+        language: the LLM.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[ImageEncoder],
+        feature_norm: FeatureNorm,
+        bridge: QFormer,
+        projection: nn.Linear,
+        language: LanguageModel,
+    ) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.feature_norm = feature_norm
+        self.bridge = bridge
+        self.projection = projection
+        self.language = language
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bridge lies."""
+        return self.projection.weight.device
+
+    @property
+    def num_queries(self) -> int:
+        """Vectors an image becomes, Q."""
+        return self.bridge.config.num_queries
+
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """Training mode for what is trained; frozen towers stay in evaluation mode."""
+        super().train(mode)
+        self.encoders.train(False)
+        return self
+
+    def image_embeddings(
+        self, features: Sequence[Tensor], text_ids: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """Features of the towers, each [B, P_i, D_i], to vectors the LLM treats as words, [B, Q, D_l].
+
+        Args:
+            features: one tensor a tower.
+            text_ids: [B, T] the instruction in the bridge's own vocabulary, where it is instruction-aware.
+            text_mask: [B, T] bool, True where `text_ids` holds a token.
+        """
+        weight = self.projection.weight
+        on_device = [tower.to(device=weight.device, dtype=torch.float32) for tower in features]
+        with self.language.autocast():
+            normed = self.feature_norm(on_device)  # [B, P, D_v]
+            queries = self.bridge(normed, text_ids=text_ids, text_mask=text_mask).queries  # [B, Q, D_q]
+            projected: Tensor = self.projection(queries)  # [B, Q, D_l]
+        return projected
+
+    def place(self, batch: TokenBatch, image_embeddings: Tensor) -> Tensor:
+        """Token embeddings [B, T, D_l] with the images' vectors, [I, Q, D_l] in reading order, in their slots."""
+        embeds = self.language.embed(batch.ids)  # [B, T, D_l]
+        flat = image_embeddings.to(embeds.dtype).flatten(0, 1)  # [I * Q, D_l]
+        # [B, T, D_l]; out of place, so that gradients reach the projection
+        return embeds.masked_scatter(batch.image_slots.unsqueeze(-1), flat)
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        features: Sequence[Tensor],
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Cross-entropy summed over the supervised tokens, and their number; arguments as in `image_embeddings`."""
+        if batch.labels is None:
+            raise ValueError("a batch to learn from needs labels")
+        return self.language.supervised_loss(
+            self.place(batch, self.image_embeddings(features, text_ids, text_mask)),
+            batch.attention_mask,
+            batch.labels,
+            position_ids=batch.position_ids,
+        )
+
+    @torch.no_grad()
+    def generate(self, batch: TokenBatch, image_embeddings: Tensor, decoding: Decoding) -> Tensor:
+        """Answers to prompts, as token ids [B, N] padded on the right."""
+        return self.language.generate(self.place(batch, image_embeddings), batch.attention_mask, decoding)
+
+    def trainable_parts(self) -> dict[str, nn.Module]:
+        """What an artefact holds besides LoRA: module by name."""
+        return {"feature_norm": self.feature_norm, "bridge": self.bridge, "projection": self.projection}
