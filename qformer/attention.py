@@ -43,9 +43,7 @@ class MultiHeadAttention(nn.Module):
         dropout: of the attention weights, in training.
     """
 
-    def __init__(
-        self, width: int, num_heads: int, *, kv_width: int | None = None, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, width: int, num_heads: int, *, kv_width: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"num_heads ({num_heads}) must divide width ({width})")

@@ -207,9 +207,7 @@ class QFormer(nn.Module):
 
         if self_mask is None and text_mask is not None and text_ids is not None:
             before = num_queries if past is None else past[0].keys.shape[2]
-            self_mask = F.pad(text_mask.bool(), (before, 0), value=True)[
-                :, None, None, :
-            ]  # [B, 1, 1, before + T]
+            self_mask = F.pad(text_mask.bool(), (before, 0), value=True)[:, None, None, :]  # [B, 1, 1, before + T]
         if image_mask is not None:
             image_mask = image_mask.bool()[:, None, None, :]  # [B, P] → [B, 1, 1, P]
 
@@ -236,9 +234,7 @@ class QFormer(nn.Module):
             keys_values=tuple(keys_values) if return_keys_values else None,
         )
 
-    def _check(
-        self, image_features: Tensor | None, text_ids: Tensor | None, past: Sequence[KeysValues] | None
-    ) -> None:
+    def _check(self, image_features: Tensor | None, text_ids: Tensor | None, past: Sequence[KeysValues] | None) -> None:
         if image_features is None and text_ids is None:
             raise ValueError("a pass needs image_features, text_ids or both")
         if image_features is not None and image_features.shape[-1] != self.config.encoder_width:

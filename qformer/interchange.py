@@ -80,9 +80,7 @@ def bridge_config_from_transformers(
         UserError: an activation other than the exact GELU.
     """
     if qformer_config.hidden_act != "gelu":
-        raise UserError(
-            f"qformer_config.hidden_act is {qformer_config.hidden_act!r}; the bridge has 'gelu' only"
-        )
+        raise UserError(f"qformer_config.hidden_act is {qformer_config.hidden_act!r}; the bridge has 'gelu' only")
     return BridgeConfig(
         num_queries=num_query_tokens,
         hidden_size=qformer_config.hidden_size,
@@ -188,23 +186,15 @@ def start_from_bert(bridge: QFormer, bert_state: Mapping[str, Tensor]) -> StartR
     """
     config = bridge.config
     bert = _bert_names(bert_state)
-    layers = 1 + max(
-        (int(name.split(".")[2]) for name in bert if name.startswith("encoder.layer.")), default=-1
-    )
+    layers = 1 + max((int(name.split(".")[2]) for name in bert if name.startswith("encoder.layer.")), default=-1)
     words = bert.get(_WORDS)
     if not layers or words is None:
-        raise UserError(
-            "these weights are not a BERT's: no encoder.layer.* and embeddings.word_embeddings in them"
-        )
+        raise UserError("these weights are not a BERT's: no encoder.layer.* and embeddings.word_embeddings in them")
     if words.shape[1] != config.hidden_size:
         width = words.shape[1]
-        raise UserError(
-            f"the BERT is {width} wide, the bridge {config.hidden_size}: set hidden_size to {width}"
-        )
+        raise UserError(f"the BERT is {width} wide, the bridge {config.hidden_size}: set hidden_size to {width}")
     if config.has_text and words.shape[0] > config.vocab_size:
-        raise UserError(
-            f"the BERT has {words.shape[0]} words, vocab_size is {config.vocab_size}: raise vocab_size"
-        )
+        raise UserError(f"the BERT has {words.shape[0]} words, vocab_size is {config.vocab_size}: raise vocab_size")
 
     own = bridge.state_dict()  # shares memory with the bridge
     sources = _bert_sources(config, min(layers, config.num_layers))
@@ -245,9 +235,7 @@ def _names(config: BridgeConfig, kind: str) -> dict[str, str]:
         raise UserError(f"unknown kind {kind!r}: choose one of {', '.join(get_args(Kind))}")
     with_text = kind != "blip2"
     if with_text and not config.has_text:
-        raise UserError(
-            f"kind {kind!r} holds a text branch and the bridge has none: use 'blip2', or text_branch"
-        )
+        raise UserError(f"kind {kind!r} holds a text branch and the bridge has none: use 'blip2', or text_branch")
     modules = {"norm": "qformer.embeddings.layernorm" if kind == "instructblip" else "qformer.layernorm"}
     for index in range(config.num_layers):
         parts = _attention_names("self_attention", "attention", "attention")
@@ -297,9 +285,7 @@ def _in_layer(index: int, parts: Mapping[str, str], theirs: str) -> dict[str, st
 
 
 def _affine(modules: Mapping[str, str]) -> dict[str, str]:
-    return {
-        f"{ours}.{part}": f"{their}.{part}" for ours, their in modules.items() for part in ("weight", "bias")
-    }
+    return {f"{ours}.{part}": f"{their}.{part}" for ours, their in modules.items() for part in ("weight", "bias")}
 
 
 def _bert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -327,9 +313,7 @@ def _compare(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prob
     differences = [("missing", missing), ("unknown", unknown), ("of another shape", reshaped)]
     said = [f"{len(names)} {what} ({_some(names)})" for what, names in differences if names]
     if said:
-        raise UserError(
-            f"{problem}: {'; '.join(said)}; check the configuration and where the weights come from"
-        )
+        raise UserError(f"{problem}: {'; '.join(said)}; check the configuration and where the weights come from")
 
 
 def _some(names: list[str]) -> str:
