@@ -107,8 +107,6 @@ def _group_by_image(examples: Iterable[Example]) -> list[str]:
     rows = [sorted({image.digest() for image in example.images}) for example in examples]
     for first, *others in rows:
         for other in others:
-            low, high = sorted(
-                (root(first), root(other))
-            )  # the least name leads, whatever the order of the rows
+            low, high = sorted((root(first), root(other)))  # the least name leads, whatever the order of the rows
             parent[high] = low
     return [root(row[0]) for row in rows]

@@ -105,13 +105,9 @@ class ImageRef:
                 raise UserError(f"{_subject(self)} is not a file: give the path of a picture")
             return self.path.open("rb")
         except FileNotFoundError:
-            raise UserError(
-                f"{_subject(self)} is not there: correct the path or put the file there"
-            ) from None
+            raise UserError(f"{_subject(self)} is not there: correct the path or put the file there") from None
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
-            raise UserError(
-                f"{_subject(self)} cannot be read ({error}): give the path of a picture"
-            ) from error
+            raise UserError(f"{_subject(self)} cannot be read ({error}): give the path of a picture") from error
 
 
 def _subject(ref: ImageRef) -> str:

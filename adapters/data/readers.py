@@ -49,6 +49,7 @@ def read_data(
     need_answers: bool = True,
     skip_bad_rows: bool = False,
     limit: int | None = None,
+    offline: bool = False,
 ) -> DataSet:
     """Read and check VQA or caption rows.
 
@@ -63,6 +64,7 @@ def read_data(
             that asks for its caption.
         skip_bad_rows: leave bad rows out and list them in `skipped`.
         limit: take the first so many good rows; the file is not read further.
+        offline: take a packaged set from the cache folder or not at all.
 
     Returns:
         The rows in the order of the file.
@@ -74,7 +76,8 @@ def read_data(
         raise UserError(f"--task '{task}' has no reader: take {' or '.join(get_args(Task))}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: give a number of rows from 1 on")
-    opened = _open_packaged(str(source)) if str(source) in EASY_VQA else _open_file(Path(source).expanduser())
+    packaged = str(source) in EASY_VQA
+    opened = _open_packaged(str(source), offline) if packaged else _open_file(Path(source).expanduser())
 
     pictures = Pictures(opened.base)
     examples: list[Example] = []
@@ -181,12 +184,12 @@ def _suggestion(path: Path) -> str:
     return f"give a {', '.join(_SUFFIXES)} file, or {' or '.join(EASY_VQA)}"
 
 
-def _open_packaged(name: str) -> _Source:
+def _open_packaged(name: str, offline: bool) -> _Source:
     """easy-VQA from its wheel: rows [question, answer, image id] in questions.json, pictures beside it."""
     from qformer.sources import resolve_wheel_data
 
     part = name.partition(":")[2]
-    folder = resolve_wheel_data("easy-vqa")
+    folder = resolve_wheel_data("easy-vqa", offline=offline)
     table = folder / part / "questions.json"
     try:
         listed = json.loads(table.read_bytes())
