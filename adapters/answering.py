@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapters.assembly import Assembly
-from adapters.data.batches import prompt_of
+from adapters.data.batches import prompt_for
 from adapters.data.collate import collate_prompts
 from adapters.data.examples import Example
 from adapters.data.images import ImageRef
@@ -42,9 +42,7 @@ def answer_examples(
     Returns:
         One text an example, in their order.
     """
-    prompts = [
-        prompt_of(example.question, len(example.images), task, assembly.prompts, example.where) for example in examples
-    ]
+    prompts = [prompt_for(example, task, assembly.prompts) for example in examples]
     keys = [
         (tuple(image.digest() for image in example.images), prompt.ids)
         for example, prompt in zip(examples, prompts, strict=True)

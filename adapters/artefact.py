@@ -33,6 +33,7 @@ _BRIDGE = "bridge.safetensors"
 _LORA = "lora"
 _RECIPE = "recipe.yaml"
 _FACTS = "artefact.json"
+_SHIPPED = Path(__file__).parent / "shipped"
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -134,8 +135,7 @@ def find_artefact(name: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(name)
-    shipped = Path(__file__).parent / "shipped" / str(name)
-    for candidate in (path, path / "best", path / "last", shipped):
+    for candidate in (path, path / "best", path / "last", _SHIPPED / str(name)):
         if (candidate / _FACTS).is_file():
             return candidate
         old = candidate.with_name(candidate.name + ".old")  # a run was stopped between two renames
@@ -146,6 +146,11 @@ def find_artefact(name: str | Path) -> Path:
     raise UserError(
         f"--adapter {name}: this folder holds no artefact ({_FACTS} is missing); name a finished run's folder"
     )
+
+
+def shipped_adapters() -> list[str]:
+    """Names of the adapters that come with the package."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{_FACTS}"))
 
 
 def read_facts(folder: Path) -> Facts:

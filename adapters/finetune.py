@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -23,8 +23,8 @@ from adapters.assembly import Assembly, assemble, default_device
 from adapters.checkpoint import Position, find_state, load_state, read_position, save_state, trainable
 from adapters.data.batches import Picture, Step, plan_epoch, plan_validation, tokenise
 from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
-from adapters.data.examples import DataSet, Example
-from adapters.data.readers import read_data, split_by_image
+from adapters.data.examples import DataSet, Example, split_by_image
+from adapters.data.readers import read_data
 from adapters.evaluation.vqa import score
 from adapters.recipe import Recipe, TrainSection
 from adapters.reporting import Reporter
@@ -202,7 +202,7 @@ def read_split(recipe: Recipe) -> tuple[DataSet, DataSet]:
         val = read_data(data.val, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.val_limit)
         return train, val
     train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not hang on the run's seed
-    return train, val.head(data.val_limit) if data.val_limit else val
+    return train, replace(val, examples=val.examples[: data.val_limit])
 
 
 def fill_caches(assembly: Assembly, data: Sequence[DataSet], *, quiet: bool = False) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapters.data.collate import Branch, Row
-from adapters.data.examples import DataSet
+from adapters.data.examples import DataSet, Example
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt, PromptBuilder
 from qformer.errors import UserError
@@ -73,7 +73,7 @@ def tokenise(data: DataSet, prompts: PromptBuilder, *, max_tokens: int) -> list[
     for example in data.examples:
         if not example.answers:
             raise UserError(f"{example.where}: there is no answer to learn; add one, or leave the row out")
-        prompt = prompt_of(example.question, len(example.images), data.task, prompts, example.where)
+        prompt = prompt_for(example, data.task, prompts)
         counted = tuple(tuple(prompts.answer_ids(answer)) for answer in example.answers)
         longest = len(prompt.ids) + max(len(answer) for answer in counted)
         if longest > max_tokens:
@@ -90,12 +90,11 @@ def tokenise(data: DataSet, prompts: PromptBuilder, *, max_tokens: int) -> list[
     return [Picture(images, shared, tuple(questions)) for images, shared, questions in grouped.values()]
 
 
-def prompt_of(question: str, num_images: int, task: str, prompts: PromptBuilder, where: str = "question") -> Prompt:
-    """The prompt of an example: a caption's row may name its language in `question` as `caption:zh`."""
+def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
+    """The prompt of an example: its question, or the request for a caption in its language."""
     if task == "caption":
-        language = question.partition(":")[2] or "en"
-        return prompts.caption(language, num_images, where=where)
-    return prompts.vqa(question, num_images, where=where)
+        return prompts.caption(example.language, len(example.images), where=example.where)
+    return prompts.vqa(example.question, len(example.images), where=example.where)
 
 
 def plan_epoch(

@@ -1,0 +1,189 @@
+"""Many questions by script: rows in, rows out, results kept as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from adapters.data.examples import Example
+from adapters.data.readers import read_data
+from qformer.errors import UserError
+from qformer.language import Decoding
+from serve.engine import Engine, load_adapter, picture_ref
+
+
+class VQAPredictor:
+    """Answers a batch of columns; the same class serves a plain loop and a worker of a data engine.
+
+    Args:
+        adapter: a run's folder, an artefact's folder or a shipped name.
+        decoding: how tokens are chosen; greedy where left out.
+        batch_size: prompts generated together.
+        options: as `serve.engine.load_adapter` takes them.
+    """
+
+    def __init__(
+        self,
+        adapter: str | Path | None = None,
+        *,
+        decoding: Decoding | None = None,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> None:
+        self.engine: Engine = load_adapter(adapter, **options)
+        self.decoding = decoding
+        self.batch_size = batch_size
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Columns "image" (path, bytes or data URI) and "question" in; the same columns and "answer" out.
+
+        Raises:
+            UserError: a column is missing, or a picture cannot be read.
+        """
+        for column in ("image", "question"):
+            if column not in batch:
+                raise UserError(f"batch: there is no column '{column}'; rename yours to it")
+        examples = []
+        for row, (image, question) in enumerate(zip(batch["image"], batch["question"], strict=True)):
+            examples.append(Example((picture_ref(image),), str(question), (), where=f"row {row}", id=str(row)))
+        return {**batch, "answer": self.predict(examples)}
+
+    def predict(self, examples: Sequence[Example], task: str = "vqa") -> list[str]:
+        """Answers to examples, in their order."""
+        return self.engine.answer(examples, task, decoding=self.decoding, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What a batch job did: rows answered now, found answered already, and written with an error."""
+
+    answered: int
+    already: int
+    failed: int
+
+
+def run_batch(
+    source: str | Path,
+    out: Path | str,
+    predictor: VQAPredictor,
+    *,
+    task: str | None = None,
+    limit: int | None = None,
+    skip_bad_rows: bool = False,
+    chunk: int = 128,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BatchReport:
+    """Answer every row of a file into a JSONL file; a job that was stopped goes on where it stopped.
+
+    Each line of `out` has "row" (from 1), "id", "image", "question" and "answer"; "reference" where the row held an
+    answer; and with `skip_bad_rows` a row whose picture cannot be read has "error" in place of "answer".
+
+    Args:
+        source: JSONL, JSON or CSV with "image" and "question" columns, or a packaged set.
+        out: the JSONL file to write.
+        predictor: what answers.
+        task: "vqa" or "caption"; told from the rows where left out.
+        limit: only the first so many rows.
+        skip_bad_rows: write an error for a bad row and go on, instead of stopping there.
+        chunk: rows between two writes.
+        on_progress: called with (rows done, rows in all).
+
+    Raises:
+        UserError: the input or a row is bad; what was answered before it is kept in `out`.
+    """
+    out = Path(out)
+    data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=limit)
+    done = _answered_rows(out, data.examples)
+    waiting = [(row, example) for row, example in enumerate(data.examples, start=1) if row not in done]
+    answered = failed = 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:
+            for start in range(0, len(waiting), chunk):
+                part = waiting[start : start + chunk]
+                good, failures = _answer_part(part, predictor, data.task, skip_bad_rows, file)
+                answered += good
+                failed += failures
+                if on_progress:
+                    on_progress(len(done) + start + len(part), len(data.examples))
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror}); free space or name another file"
+        ) from error
+    return BatchReport(answered, len(done), failed + len(data.skipped))
+
+
+def _answer_part(
+    part: Sequence[tuple[int, Example]], predictor: VQAPredictor, task: str, skip_bad_rows: bool, file: IO[str]
+) -> tuple[int, int]:
+    """Answer a chunk of rows and write it; returns how many were answered and how many failed."""
+    good: list[tuple[int, Example]] = []
+    broken: dict[int, str] = {}
+    first_error: UserError | None = None
+    for row, example in part:
+        try:
+            _check_pictures(predictor, example)
+            good.append((row, example))
+        except UserError as error:
+            if not skip_bad_rows:
+                first_error = error
+                break
+            broken[row] = str(error)
+    answers = predictor.predict([example for _, example in good], task) if good else []
+    texts = {row: answer for (row, _), answer in zip(good, answers, strict=True)}
+    for row, example in part:
+        if row in texts:
+            _write(file, row, example, {"answer": texts[row]})
+        elif row in broken:
+            _write(file, row, example, {"error": broken[row]})
+    file.flush()
+    if first_error is not None:
+        raise first_error
+    return len(good), len(broken)
+
+
+def _check_pictures(predictor: VQAPredictor, example: Example) -> None:
+    """Encode the pictures of a row, so that a bad one is found with its row's name on it."""
+    for cache in predictor.engine.assembly.caches:
+        cache.fill(example.images)
+
+
+def _write(file: IO[str], row: int, example: Example, result: dict[str, str]) -> None:
+    line: dict[str, Any] = {"row": row, "id": example.id, "image": example.images[0].label if example.images else None}
+    if example.question:
+        line["question"] = example.question
+    line |= result
+    if example.answers:
+        line["reference"] = list(example.answers)
+    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _answered_rows(out: Path, examples: Sequence[Example]) -> set[int]:
+    """Rows that an earlier, stopped job has answered; a half-written last line is cut off.
+
+    Raises:
+        UserError: the file holds something else, or answers to other rows.
+    """
+    if not out.exists():
+        return set()
+    if out.is_dir():
+        raise UserError(f"--out {out}: this is a folder; name a file such as answers.jsonl")
+    text = out.read_text(encoding="utf-8", errors="replace")
+    whole, newline, rest = text.rpartition("\n")
+    done: set[int] = set()
+    for number, line in enumerate((whole + newline).splitlines(), start=1):
+        try:
+            found = json.loads(line)
+            row, question, image = int(found["row"]), found.get("question"), found["image"]
+            example = examples[row - 1]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"--out {out}, line {number}: not an answer of this input; name another file") from error
+        if image != example.images[0].label or (question is not None and question != example.question):
+            raise UserError(f"--out {out}, line {number}: answers another row than {example.where}; name another file")
+        done.add(row)
+    if rest:  # the job was killed in the middle of a line
+        out.write_text(whole + newline, encoding="utf-8")
+    return done

@@ -1,0 +1,355 @@
+"""The `querybridge` command: a thin shell over the Python calls of the same names.
+
+Nothing heavy is imported before a command needs it, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from qformer.errors import UserError
+
+if TYPE_CHECKING:
+    from qformer.language import Decoding
+
+app = typer.Typer(
+    help="A Q-Former bridges a frozen image encoder and a frozen 4-bit LLM: train it, ask it, serve it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", help="A run's folder, an artefact's folder, or a shipped adapter's name.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; a GPU where there is one.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32 or bfloat16 for the LLM's computation; left out, the faster one.")
+]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Take frozen weights from the cache only.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+BeamsOption = Annotated[int | None, typer.Option("--beams", min=1, help="Beams of the search; 1 is greedy.")]
+PresetOption = Annotated[
+    str | None, typer.Option("--decoding", help="A preset: greedy, paper-vqa (beam 5, length penalty -1) or caption.")
+]
+MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, count and report them, instead of stopping.")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Seed of weights and order; the recipe's where left out.")
+]
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A recipe (file or shipped name), or a data file to learn from.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The run's folder; left out, runs/RECIPE.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="vqa or caption; the recipe's, or told from the data.")
+    ] = None,
+    start_from: Annotated[
+        str | None, typer.Option("--start-from", help="Start from this adapter's weights; its terms are inherited.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a recipe's key, such as train.epochs=2; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run that stands in --out.")] = False,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an adapter on a data set."""
+    from adapters.finetune import finetune as run
+
+    overrides = list(set_ or [])
+    if task is not None:
+        overrides.append(f"task={task}")
+    if seed is not None:
+        overrides.append(f"train.seed={seed}")
+    chosen, name = _recipe_for(recipe, overrides)
+    folder = out or Path("runs") / name
+    result = run(
+        chosen, folder, resume=resume, start_from=start_from, device=device, dtype=dtype, offline=offline, quiet=quiet
+    )
+    if not result.finished:
+        raise KeyboardInterrupt
+    _report(
+        {"out": str(folder), "best": str(result.best), "steps": result.steps, **result.metrics},
+        as_json,
+        f"done: {result.steps} steps; the adapter is {result.best}\n"
+        f'ask it: querybridge ask PICTURE "QUESTION" --adapter {folder}',
+    )
+
+
+@app.command()
+def ask(
+    pictures: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then one question.")],
+    adapter: AdapterOption = None,
+    decoding: PresetOption = None,
+    beams: BeamsOption = None,
+    max_new_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a question about one or several pictures."""
+    from serve.engine import load_adapter
+
+    *images, question = pictures
+    if not images:
+        raise UserError(f'ask: only "{question}" was given; write querybridge ask IMAGE "QUESTION"')
+    _check_pictures(images)
+    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+    answer = engine.ask(images, question, decoding=_decoding(decoding or "greedy", beams, max_new_tokens))
+    _report({"images": images, "question": question, "answer": answer}, as_json, answer)
+
+
+@app.command()
+def caption(
+    pictures: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures to describe, each by itself.")],
+    adapter: AdapterOption = None,
+    language: Annotated[str, typer.Option("--language", help="en or zh.")] = "en",
+    decoding: PresetOption = None,
+    beams: BeamsOption = None,
+    max_new_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Describe pictures."""
+    from serve.engine import load_adapter
+
+    _check_pictures(pictures)
+    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+    settings = _decoding(decoding or "caption", beams, max_new_tokens)
+    captions = {picture: engine.caption(picture, language=language, decoding=settings) for picture in pictures}
+    lines = list(captions.values()) if len(captions) == 1 else [f"{name}: {text}" for name, text in captions.items()]
+    _report({"captions": captions, "language": language}, as_json, "\n".join(lines))
+
+
+@app.command()
+def batch(
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="JSONL, JSON or CSV with image and question columns.")],
+    out: Annotated[Path, typer.Option("--out", help="The JSONL file to write; a stopped job goes on where it was.")],
+    adapter: AdapterOption = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="vqa or caption; told from the rows where left out.")
+    ] = None,
+    limit: LimitOption = None,
+    skip_bad_rows: SkipOption = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 32,
+    decoding: PresetOption = None,
+    beams: BeamsOption = None,
+    max_new_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a file of questions: rows in, rows out, each kept as it comes."""
+    from serve.batch import VQAPredictor, run_batch
+
+    settings = _decoding(decoding or ("caption" if task == "caption" else "greedy"), beams, max_new_tokens)
+    predictor = VQAPredictor(
+        adapter, decoding=settings, batch_size=batch_size, device=device, dtype=dtype, offline=offline
+    )
+    report = run_batch(
+        source, out, predictor, task=task, limit=limit, skip_bad_rows=skip_bad_rows,
+        on_progress=None if quiet else _progress("answered"),
+    )  # fmt: skip
+    _report(
+        {"out": str(out), **vars(report)},
+        as_json,
+        f"{out}: {report.answered} rows answered, {report.already} were already, {report.failed} bad rows",
+    )
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(help="A data file with answers, or easy-vqa:test.")],
+    adapter: AdapterOption = None,
+    task: Annotated[str, typer.Option("--task", help="What to score: vqa.")] = "vqa",
+    blank_images: Annotated[
+        bool, typer.Option("--blank-images", help="The control: every picture is replaced by a grey one.")
+    ] = False,
+    limit: LimitOption = None,
+    skip_bad_rows: SkipOption = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 64,
+    decoding: PresetOption = None,
+    beams: BeamsOption = None,
+    max_new_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score an adapter on a data set, with what language alone would score beside it."""
+    from serve.engine import load_adapter
+    from serve.evaluate import evaluate as run
+
+    settings = _decoding(decoding or "greedy", beams, max_new_tokens or 16)
+    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+    scores = run(
+        engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
+        batch_size=batch_size, decoding=settings, on_progress=None if quiet else _progress("answered"),
+    )  # fmt: skip
+    _report(scores, as_json, "\n".join(f"{key:<28}{value:.4g}" for key, value in scores.items()))
+
+
+@app.command()
+def demo(
+    adapter: AdapterOption = None,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
+    ] = 7860,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Open the web page on 127.0.0.1."""
+    from serve.demo import launch
+    from serve.engine import load_adapter
+
+    launch(load_adapter(adapter, device=device, dtype=dtype, offline=offline), port=port)
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List frozen models that need no hub, recipes and adapters, and which are at hand."""
+    from serve.inventory import describe_models, list_models
+
+    found = list_models()
+    _report(found, as_json, describe_models(found))
+
+
+@app.command()
+def doctor(
+    target: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE_OR_ADAPTER]", help="Also load this and list its modules.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what this machine can do, and of a model what is frozen, quantised and trained."""
+    from serve.doctor import describe, examine
+
+    found = examine(target, device=device, dtype=dtype, offline=offline)
+    _report(found, as_json, describe(found))
+
+
+@app.command()
+def estimate(
+    recipe: Annotated[str, typer.Argument(help="A recipe: file or shipped name.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a recipe's key; may be repeated.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Calculate the memory a recipe needs."""
+    from adapters.estimate import describe_estimate, estimate_memory
+
+    from adapters.recipe import load_recipe
+
+    found = estimate_memory(load_recipe(recipe, set_ or []))
+    _report(found, as_json, describe_estimate(found))
+
+
+def _recipe_for(name: str, overrides: Sequence[str]) -> tuple[Any, str]:
+    """A recipe and the name of its run; a data file is learned from by the default recipe of its kind."""
+    from adapters.recipe import find_recipe, load_recipe
+
+    path = Path(name)
+    packaged = name.startswith("easy-vqa:")
+    if packaged or path.suffix.lower() in (".jsonl", ".json", ".csv"):
+        data = name if packaged else str(path.resolve())
+        return load_recipe("domain_cpu", [f"data.train={json.dumps(data)}", *overrides]), path.stem.replace(":", "-")
+    return load_recipe(name, overrides), find_recipe(name).stem
+
+
+def _decoding(preset: str, beams: int | None, max_new_tokens: int | None) -> Decoding:
+    from qformer.language import Decoding
+
+    chosen = Decoding.preset(preset)
+    if beams is not None:
+        chosen = replace(chosen, num_beams=beams)
+    return replace(chosen, max_new_tokens=max_new_tokens) if max_new_tokens is not None else chosen
+
+
+def _check_pictures(names: Sequence[str]) -> None:
+    """Open every picture before the models are loaded: a mistake is told at once."""
+    from adapters.data.images import image_ref, open_image
+
+    for name in names:
+        open_image(image_ref(name))
+
+
+def _progress(verb: str) -> Any:
+    def show(done: int, total: int) -> None:
+        print(f"{verb} {done}/{total}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _report(values: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(values, ensure_ascii=False, default=str) if as_json else text)
+
+
+def _hush_libraries() -> None:
+    """Keep the libraries' chatter off the terminal; their errors still come."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+def main() -> None:
+    """Run the command. Exit codes: 0 done, 2 the user's mistake, 1 a fault of ours, 130 Ctrl-C."""
+    _hush_libraries()
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        print(f"querybridge: {error}", file=sys.stderr)
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("querybridge: stopped", file=sys.stderr)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        print("querybridge: this is a fault of querybridge, not yours; please report the lines above", file=sys.stderr)
+        code = 1
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()
