@@ -173,12 +173,16 @@ explain() {
             die "no space left on the disk: .venv takes about 2 GB (8 GB with CUDA) in $QB_ROOT, and pip as much for a while in ${TMPDIR:-/tmp}; free some and run this again" ;;
         *"NewConnectionError"* | *"NameResolutionError"* | *"Max retries exceeded"* | *"Failed to establish a new connection"* | \
             *"ConnectTimeout"* | *"Read timed out"* | *"ProxyError"* | *"SSLError"* | *"CERTIFICATE_VERIFY_FAILED"* | *"Network is unreachable"*)
-            die "pip can't reach its package index: check the network, or the proxy or mirror in pip's settings, and run this again (it goes on where it stopped)" ;;
-        *"No matching distribution found for torch=="*)
-            die "pip finds no $(torch_pin) for Python $(python_version "$QB_VENV/bin/python") on $(uname -s) $(uname -m):" \
-                "QUERYBRIDGE_TORCH_INDEX can name an index that has it (Macs with an Intel processor have none)" ;;
+            die "pip can't reach $(index_in_words): check the network, or the proxy or mirror in pip's settings, and run this again (it goes on where it stopped)" ;;
+        *"No matching distribution found for torch"[=\<\>]*)
+            die "$(index_in_words) has no $(torch_pin) for Python $(python_version "$QB_VENV/bin/python") on $(uname -s) $(uname -m):" \
+                "QUERYBRIDGE_TORCH_INDEX can name one that has (there is none for Macs with an Intel processor)" ;;
+        *"(from versions: none)"*)
+            die "pip gets nothing from $(index_in_words): check the network, or the proxy or mirror in pip's settings, and run this again" ;;
     esac
 }
+
+index_in_words() { printf "%s" "its package index${QUERYBRIDGE_TORCH_INDEX:+ or the one in QUERYBRIDGE_TORCH_INDEX}"; }
 
 torch_pin() { sed -n 's/^\(torch==[^ #]*\).*/\1/p' "$QB_ROOT/constraints.txt"; }
 
