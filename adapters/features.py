@@ -151,8 +151,10 @@ class FeatureCache:
         out: np.ndarray | None = None
         lost: dict[str, bool] = {}  # damaged?
         for row, ref in enumerate(refs):
+            path = self._path(ref.digest())
             try:
-                features = feature_files.read(self._path(ref.digest()))  # [P, D]
+                with self._disk_errors():
+                    features = feature_files.read(path)  # [P, D]
             except FileNotFoundError:
                 lost[ref.digest()] = False
                 continue
@@ -217,7 +219,8 @@ class FeatureCache:
     def _is_there(self, digest: str) -> bool:
         path = self._path(digest)
         try:
-            status = path.stat()
+            with self._disk_errors():
+                status = path.stat()
         except FileNotFoundError:
             return False
         feature_files.note_use(path, status)
@@ -264,14 +267,17 @@ class FeatureCache:
         )
 
     @contextlib.contextmanager
-    def _disk_errors(self, missing: int) -> Iterator[None]:
+    def _disk_errors(self, missing: int = 0) -> Iterator[None]:
+        """Turn the disk's errors into the user's, but for a file that is not there."""
         try:
             yield
+        except FileNotFoundError:
+            raise
         except OSError as error:
             if error.errno in _FULL:
                 raise UserError(self._no_room(missing)) from error
             raise UserError(
-                f"cannot write to {self.folder} ({error.strerror or error}): mend its rights, or set "
+                f"cannot use {self.folder} ({error.strerror or error}): mend its rights, or set "
                 "QUERYBRIDGE_CACHE to another folder"
             ) from error
 
