@@ -13,7 +13,7 @@ from adapters.data.collate import collate_prompts
 from adapters.data.examples import Example
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt
-from qformer.language import Decoding
+from qformer.decoding import Decoding
 
 
 @torch.no_grad()

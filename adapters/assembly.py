@@ -120,7 +120,7 @@ def assemble(
     feature_norm = FeatureNorm(encoders)
     bridge = QFormer(bridge_config(recipe.bridge, feature_norm.width))
     bridge_tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
-    projection = nn.Linear(bridge.config.hidden_size, language.width)
+    projection = word_sized_projection(bridge.config.hidden_size, language)
     if lora and recipe.language.lora is not None:
         language.add_lora(lora_settings(recipe.language.lora))
     if recipe.language.gradient_checkpointing:
@@ -134,6 +134,18 @@ def assemble(
     )
     caches = [FeatureCache(encoder) for encoder in encoders]
     return Assembly(recipe, model.eval(), prompts, caches, bridge_tokenizer, fingerprints)
+
+
+def word_sized_projection(bridge_width: int, language: LanguageModel) -> nn.Linear:
+    """A fresh linear layer whose outputs are as large as the LLM's word embeddings, so that training starts calm.
+
+    The bridge ends in a norm, so its outputs have about unit variance.
+    """
+    projection = nn.Linear(bridge_width, language.width)
+    words = language.base.get_input_embeddings().weight.detach().float()
+    nn.init.normal_(projection.weight, std=words.square().mean().sqrt().item() / bridge_width**0.5)
+    nn.init.zeros_(projection.bias)
+    return projection
 
 
 def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:

@@ -26,10 +26,11 @@ from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
 from adapters.data.examples import DataSet, Example, split_by_image
 from adapters.data.readers import read_data
 from adapters.evaluation.vqa import score
+from adapters.optimiser import build_optimiser, learning_rate
 from adapters.recipe import Recipe, TrainSection
 from adapters.reporting import Reporter
+from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.language import Decoding
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,15 @@ def finetune(
     total = train.max_steps or max(1, math.ceil(train.epochs * answers / train.batch_size))
     facts = Facts(
         fingerprints=assembly.fingerprints,
-        data={"train": train_data.name, "answers": answers, "pictures": len(pictures), "fingerprint": train_data.fingerprint},
+        data={
+            "train": train_data.name,
+            "answers": answers,
+            "pictures": len(pictures),
+            "fingerprint": train_data.fingerprint,
+        },
         terms=tuple(dict.fromkeys(position.terms)),
         started_from=position.started_from,
-    )  # fmt: skip
+    )
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
@@ -221,37 +227,6 @@ def fill_caches(assembly: Assembly, data: Sequence[DataSet], *, quiet: bool = Fa
             cache.fill(images, on_progress=progress)
 
 
-def build_optimiser(assembly: Assembly, train: TrainSection) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases and other one-dimensional parameters; LoRA may have a rate of its own."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in trainable(assembly.model).items():
-        is_lora = name.startswith("language.")
-        decays = parameter.dim() > 1 and not name.endswith("query_tokens")
-        groups.setdefault((is_lora, decays), []).append(parameter)
-    lora_rate = train.lora_learning_rate or train.learning_rate
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": train.weight_decay if decays else 0.0,
-                "peak": lora_rate if is_lora else train.learning_rate,
-            }
-            for (is_lora, decays), parameters in groups.items()
-        ],
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=1e-8,
-    )
-
-
-def learning_rate(step: int, total: int, train: TrainSection) -> float:
-    """The share of the peak rate at a step: linear warm-up, then a cosine down to `min_learning_rate`."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
-    return train.min_learning_rate + (1 - train.min_learning_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:
     """What the model's forward takes for a micro-batch: tokens, features, and the instruction where it is read."""
     collate = collate_encoder_decoder if assembly.model.language.is_encoder_decoder else collate_rows
@@ -294,8 +269,13 @@ def _steps_from(
     """Steps from where the run stands, epoch after epoch without end."""
     while True:
         steps = plan_epoch(
-            pictures, seed=train.seed, epoch=position.epoch, batch_size=train.batch_size, row_tokens=row_tokens, world=world
-        )  # fmt: skip
+            pictures,
+            seed=train.seed,
+            epoch=position.epoch,
+            batch_size=train.batch_size,
+            row_tokens=row_tokens,
+            world=world,
+        )
         yield from steps[position.offset :]
         position.epoch += 1
         position.offset = 0

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 class Tower(Protocol):
     """What `FeatureNorm` asks of an encoder."""
 
-    width: int
-    num_tokens: int
-    grid: tuple[int, int] | None
-    has_positions: bool
+    @property
+    def width(self) -> int: ...  # noqa: D102
+    @property
+    def num_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def grid(self) -> tuple[int, int] | None: ...  # noqa: D102
+    @property
+    def has_positions(self) -> bool: ...  # noqa: D102
 
 
 class FeatureNorm(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qformer.bridge import QFormer
-from qformer.language import Decoding, LanguageModel
+from qformer.decoding import Decoding
+from qformer.language import LanguageModel
 from qformer.vision import FeatureNorm, ImageEncoder
 
 

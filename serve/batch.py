@@ -10,8 +10,8 @@ from typing import IO, Any
 
 from adapters.data.examples import Example
 from adapters.data.readers import read_data
+from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.language import Decoding
 from serve.engine import Engine, load_adapter, picture_ref
 
 

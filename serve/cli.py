@@ -21,7 +21,7 @@ import typer
 from qformer.errors import UserError
 
 if TYPE_CHECKING:
-    from qformer.language import Decoding
+    from qformer.decoding import Decoding
 
 app = typer.Typer(
     help="A Q-Former bridges a frozen image encoder and a frozen 4-bit LLM: train it, ask it, serve it.",
@@ -290,7 +290,7 @@ def _recipe_for(name: str, overrides: Sequence[str]) -> tuple[Any, str]:
 
 
 def _decoding(preset: str, beams: int | None, max_new_tokens: int | None) -> Decoding:
-    from qformer.language import Decoding
+    from qformer.decoding import Decoding
 
     chosen = Decoding.preset(preset)
     if beams is not None:

@@ -13,8 +13,8 @@ from adapters.artefact import Facts, find_artefact, load_artefact, shipped_adapt
 from adapters.assembly import Assembly, default_device
 from adapters.data.examples import Example
 from adapters.data.images import ImageRef, image_ref
+from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.language import Decoding
 
 Picture = str | Path | bytes | Image.Image | ImageRef
 """What may be given as a picture: a path, the bytes of a file, a Pillow image, or an ImageRef."""

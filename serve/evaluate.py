@@ -9,8 +9,8 @@ from pathlib import Path
 from adapters.data.images import blank_image
 from adapters.data.readers import read_data
 from adapters.evaluation.vqa import commonest_answer_score, score
+from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.language import Decoding
 from serve.engine import Engine
 
 

@@ -152,11 +152,15 @@ def _fingerprint(task: Task, examples: list[Example], pictures: Pictures) -> str
 
 
 def _open_file(path: Path) -> _Source:
+    try:
+        there = path.exists()
+    except OSError as error:  # a name too long: rows given in place of a file's name, perhaps
+        raise UserError(f"data '{shorten(str(path))}' is not a usable path: {error.strerror}") from None
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
         hint = f", such as {path / inside[0]}" if inside else f" ({', '.join(_SUFFIXES)})"
         raise UserError(f"{path} is a folder: name the data file in it{hint}")
-    if not path.exists():
+    if not there:
         raise UserError(f"data '{path}' is not there: {_suggestion(path)}")
     suffix = path.suffix.lower()
     if suffix == ".jsonl":

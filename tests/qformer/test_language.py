@@ -10,16 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.language import (
-    IGNORED,
-    Decoding,
-    LanguageModel,
-    LoraSettings,
-    default_compute_dtype,
-    linear_memory,
-    load_language_model,
-)
+from qformer.language import IGNORED, LanguageModel, LoraSettings, load_language_model
+from qformer.precision import default_compute_dtype, linear_memory
 
 KINDS = ["llama", "qwen2", "opt", "t5"]
 

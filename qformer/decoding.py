@@ -1,0 +1,40 @@
+"""How an answer's tokens are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qformer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: the longest answer, in tokens of the LLM.
+        num_beams: 1 is greedy search, more is beam search.
+        length_penalty: exponent on the length in beam search; below 0 favours short answers.
+        temperature: 0 never samples; above 0 samples at that temperature (with one beam).
+        top_p: nucleus of the sampling.
+        repetition_penalty: above 1 discourages tokens already written.
+    """
+
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def preset(cls, name: str) -> Decoding:
+        """ "greedy", "paper-vqa" (BLIP-2, section 4.2: beam 5, length penalty -1, 10 tokens) or "caption" (beam 5, 30 tokens)."""
+        presets = {
+            "greedy": cls(),
+            "paper-vqa": cls(max_new_tokens=10, num_beams=5, length_penalty=-1.0),
+            "caption": cls(max_new_tokens=30, num_beams=5),
+        }
+        if name not in presets:
+            raise UserError(f"decoding: there is no preset '{name}'; take one of {', '.join(presets)}")
+        return presets[name]
