@@ -287,6 +287,7 @@ def test_a_missing_file_and_a_folder(folder: Path, jsonl: Callable[..., Path]) -
     path = jsonl(VQA)
     assert f"did you mean {path}?" in complaint(folder / "dta.jsonl")
     assert "is not there" in complaint(folder / "nowhere" / "x.jsonl")
+    assert "not a usable path" in complaint(json.dumps([VQA] * 100))
     message = complaint(folder)
     assert "is a folder" in message and str(path) in message
 
