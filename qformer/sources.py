@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qformer import wheels
 from qformer.errors import UserError
+from qformer.weight_hash import hash_tensors
 from qformer.wheels import PYPI_SOURCES, PypiSource
 
 __all__ = [
@@ -87,13 +88,13 @@ def find_cached(name: str) -> Path | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """`sha256:…` over the bytes of the folder's *.safetensors in the order of their names.
+    """`sha256:…` over names, dtypes, shapes and bytes of the tensors in the folder's *.safetensors.
 
-    For a model in one file this is that file's own SHA-256, as a hub shows it. It is computed once and remembered
-    beside each file's size and time of change.
+    It does not change with sharding or file headers. It is computed once and remembered beside each file's size and
+    time of change.
 
     Raises:
-        UserError: the folder holds no safetensors.
+        UserError: the folder holds no safetensors, or damaged ones.
     """
     folder = Path(folder)
     names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -111,7 +112,7 @@ def fingerprint(folder: Path) -> str:
             return str(known["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not computed yet, or its note is damaged: compute it (again)
-    value = f"sha256:{wheels.sha256_of(folder / name for name in names)}"
+    value = hash_tensors(folder / name for name in names)
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         partial = memory.with_suffix(f".{os.getpid()}.partial")
@@ -153,7 +154,12 @@ def _checked(folder: Path, source: str) -> Path:
         raise UserError(f"source {source!r}: {folder} holds no config.json; name a folder made by save_pretrained")
     indexes = list(folder.glob("*.safetensors.index.json"))
     for index in indexes:
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"source {source!r}: {index.name} is not valid JSON with a weight_map: fetch it anew"
+            ) from error
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise UserError(f"source {source!r}: {index.name} names {missing[0]}, which {folder} lacks; copy it there")

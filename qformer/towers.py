@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qformer.efficientnet import MODEL_TYPE, EfficientNetLite, EfficientNetLiteConfig
 from qformer.errors import UserError
+from qformer.quiet import quiet_transformers
 from qformer.transform import describe_transform, square_side
 
 if TYPE_CHECKING:
@@ -310,21 +311,17 @@ def _load_strictly(class_name: str, folder: Path, dtype: torch.dtype) -> nn.Modu
     """The model with the folder's weights; a tensor it lacks is an error, where the library would draw noise."""
     import transformers
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # a CLIP folder's text tower is "unexpected" here, and rightly left alone
     try:
-        model, info = getattr(transformers, class_name).from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True
-        )
+        with quiet_transformers():  # a CLIP folder's text tower is "unexpected" here, and rightly left alone
+            model, info = getattr(transformers, class_name).from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True
+            )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"{folder}: {class_name} cannot be loaded ({reason}); name a whole folder of its kind"
         ) from error
-    finally:
-        logging.set_verbosity(level)
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise UserError(

