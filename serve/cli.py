@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from qformer.errors import UserError
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="A Q-Former bridges a frozen image encoder and a frozen 4-bit LLM: train it, ask it, serve it.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -334,21 +332,31 @@ def main() -> None:
     """Run the command. Exit codes: 0 done, 2 the user's mistake, 1 a fault of ours, 130 Ctrl-C."""
     _hush_libraries()
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="querybridge", standalone_mode=False) or 0
     except UserError as error:
         print(f"querybridge: {error}", file=sys.stderr)
         code = 2
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        print("querybridge: stopped", file=sys.stderr)
+    except _UsageError as error:
+        print(f"querybridge: {_usage_line(error)}", file=sys.stderr)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception:
         traceback.print_exc()
         print("querybridge: this is a fault of querybridge, not yours; please report the lines above", file=sys.stderr)
         code = 1
-    sys.exit(code or 0)
+    if code == 130:  # Typer may turn Ctrl-C into this code by itself
+        print("querybridge: stopped", file=sys.stderr)
+    sys.exit(code)
+
+
+# The base of all that Typer says about a wrong flag. It has no public name: it lies in click, or in Typer's own copy.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def _usage_line(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx is not None else "querybridge"
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
 
 
 if __name__ == "__main__":
