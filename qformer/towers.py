@@ -315,16 +315,24 @@ def _load_strictly(class_name: str, folder: Path, dtype: torch.dtype) -> nn.Modu
     try:
         with quiet_transformers():  # a CLIP folder's text tower is "unexpected" here, and rightly left alone
             model, info = getattr(transformers, class_name).from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True
+                folder,
+                dtype=dtype,
+                # the tower's place in a whole model, which the library knows for some classes and not for BLIP-2's
+                key_mapping={r"^(model\.)?vision_model\.": ""},
+                ignore_mismatched_sizes=True,  # reported below, with the tensor's name
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
             )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"{folder}: {class_name} cannot be loaded ({reason}); name a whole folder of its kind"
         ) from error
-    lacking = sorted(info["missing_keys"])
-    if lacking:
+    wrong = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    if wrong:
         raise UserError(
-            f"{folder}: {len(lacking)} tensors of {class_name} are missing, first {lacking[0]}; name a whole folder"
+            f"{folder}: {len(wrong)} tensors of {class_name} are missing or of another shape, first {wrong[0]}; "
+            "name a whole folder of its kind"
         )
     return model
