@@ -12,7 +12,7 @@ from adapters.answering import answer_examples
 from adapters.artefact import Facts, find_artefact, load_artefact, shipped_adapters
 from adapters.assembly import Assembly, default_device
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef, image_ref
+from adapters.data.images import ImageRef, image_ref, open_image
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 
@@ -99,7 +99,7 @@ def picture_ref(picture: Picture) -> ImageRef:
     if isinstance(picture, bytes):
         return ImageRef("picture", data=picture)
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="PNG")  # its bytes are its key in the cache
+    open_image(picture).save(buffer, format="PNG")  # its bytes are its key in the cache
     return ImageRef("picture", data=buffer.getvalue())
 
 

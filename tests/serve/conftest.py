@@ -1,0 +1,93 @@
+"""A complete tiny adapter, trained for three steps on drawn pictures, for the engine, the batch job and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from adapters.finetune import finetune
+from adapters.recipe import load_recipe
+from serve.engine import Engine, load_adapter
+
+COLOURS = {"red": (220, 20, 60), "green": (46, 139, 87), "blue": (65, 105, 225)}
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUERYBRIDGE_CACHE", str(cache_folder))
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures in three colours and two shapes, two questions about each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for number in range(12):
+        name, colour = list(COLOURS.items())[number % 3]
+        picture = Image.new("RGB", (40, 40), "white")
+        draw = ImageDraw.Draw(picture)
+        place = (4 + number, 6, 24 + number, 28)
+        (draw.ellipse if number % 2 else draw.rectangle)(place, fill=colour)
+        picture.save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": "what colour is it?", "answer": name})
+        rows.append({"image": f"{number}.png", "question": "is it a circle?", "answer": "yes" if number % 2 else "no"})
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder / "data.jsonl"
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP tower of 16 patches, as a hub would hold it."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe_file(
+    tmp_path_factory: pytest.TempPathFactory, clip_folder: Path, language_folders: dict[str, Path], data_file: Path
+) -> Path:
+    recipe = {
+        "description": "Tells the colour and the shape.",
+        "data": {"train": str(data_file), "val_fraction": 0.2},
+        "vision": {"towers": [{"source": str(clip_folder)}]},
+        "bridge": {"preset": "tiny"},
+        "language": {"source": str(language_folders["llama"]), "quantize": "nf4", "lora": {"rank": 2, "alpha": 4}},
+        "train": {"max_steps": 3, "batch_size": 8, "warmup_steps": 0, "validate_every": 3, "log_every": 1},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, recipe_file: Path, cache_folder: Path) -> Path:
+    """A finished run; copy it before changing anything in it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUERYBRIDGE_CACHE", str(cache_folder))
+        finetune(load_recipe(recipe_file), folder, device="cpu", dtype="float32", quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine(run_folder: Path, cache_folder: Path) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUERYBRIDGE_CACHE", str(cache_folder))
+        yield load_adapter(run_folder, device="cpu", dtype="float32", offline=True)
