@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -71,7 +72,10 @@ def generate_texts(
     side = "right" if assembly.model.language.is_encoder_decoder else "left"
     batch = collate_prompts(prompts, assembly.prompts.tokenizer.pad_token_id, side=side).to(assembly.model.device)
     ids = assembly.model.generate(batch, image_embeddings, decoding)
-    return [assembly.prompts.decode(row) for row in ids.tolist()]
+    # What stands behind a stop is filling, and its kind depends on the rows beside it
+    stops = set(assembly.model.language.stop_ids)
+    rows = [list(takewhile(lambda token: token not in stops, row)) for row in ids.tolist()]
+    return [assembly.prompts.decode(row) for row in rows]
 
 
 def _embeddings(assembly: Assembly, examples: Sequence[Example]) -> Tensor:

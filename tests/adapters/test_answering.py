@@ -1,0 +1,211 @@
+"""Answers do not depend on their batch: mixed lengths, padding on either side, several pictures, duplicates."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+import adapters.answering
+from adapters.answering import answer_examples
+from adapters.assembly import Assembly, assemble
+from adapters.data.examples import Example
+from adapters.data.images import ImageRef
+from adapters.recipe import parse_recipe
+from qformer.language import Decoding
+
+GREEDY = Decoding(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("answering")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder / "clip"
+    )
+    return folder / "clip"
+
+
+@pytest.fixture(scope="module", params=["llama", "opt", "t5"])
+def assembly(
+    request: pytest.FixtureRequest, folder: Path, clip_folder: Path, language_folders: dict[str, Path]
+) -> Assembly:
+    """Padding is on the left for llama (chat template) and opt (learned positions), on the right for t5."""
+    recipe = parse_recipe(
+        {
+            "vision": {"towers": [{"source": str(clip_folder)}]},
+            "bridge": {"preset": "tiny"},
+            "language": {"source": str(language_folders[request.param]), "quantize": "none", "lora": None},
+        },
+        "test",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUERYBRIDGE_CACHE", str(folder / "cache"))
+        assembly = assemble(recipe, dtype="float32")
+    with torch.no_grad():  # a fresh model says the same about everything: make it sensitive to what it sees
+        for module, factor in (
+            (assembly.model.language, 6),
+            (assembly.model.bridge, 8),
+            (assembly.model.projection, 8),
+        ):
+            for parameter in module.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(factor)
+    return assembly
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> list[ImageRef]:
+    refs = []
+    for number in range(5):
+        noise = Image.effect_noise((32, 32), 30 + 40 * number).convert("RGB")
+        noise.putpixel((number, 3), (255, 0, 0))
+        noise.save(folder / f"{number}.png")
+        refs.append(ImageRef(f"{number}.png", path=folder / f"{number}.png"))
+    return refs
+
+
+@pytest.fixture(scope="module")
+def examples(pictures: list[ImageRef]) -> list[Example]:
+    """Questions of 1 to 40 characters about one, two or three pictures, with and without marks."""
+    rng = random.Random(0)
+    rows = []
+    for number in range(14):
+        count = (1, 1, 2, 3)[number % 4]
+        question = "".join(rng.choices("abcdefgh ?", k=1 + 3 * number))
+        if count == 2:
+            question = f"x <image> {question} <image> y"
+        rows.append(Example(tuple(rng.choices(pictures, k=count)), question, (), f"row {number}", str(number)))
+    return rows
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_answers_as_each_alone(assembly: Assembly, examples: list[Example], beams: int) -> None:
+    decoding = replace(GREEDY, num_beams=beams)
+
+    alone = [answer_examples(assembly, [example], "vqa", decoding=decoding)[0] for example in examples]
+    together = answer_examples(assembly, examples, "vqa", decoding=decoding, batch_size=8)
+
+    assert together == alone
+    assert len(set(alone)) > 10, "the answers are too much alike to tell rows apart"
+
+
+def test_the_logits_of_a_batch_are_those_of_each_alone(assembly: Assembly, examples: list[Example]) -> None:
+    """Texts could agree by luck: the numbers behind them must."""
+    recorded: list[torch.Tensor] = []
+    head = assembly.model.language.base.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, __, logits: recorded.append(logits[:, -1]))
+    one = replace(GREEDY, max_new_tokens=1)
+    try:
+        by_length = sorted(examples, key=lambda e: len(_prompt_ids(assembly, e)))
+        answer_examples(assembly, by_length, "vqa", decoding=one, batch_size=len(by_length))
+        together = recorded.pop()
+        for example in by_length:
+            answer_examples(assembly, [example], "vqa", decoding=one)
+    finally:
+        hook.remove()
+    alone = torch.cat(recorded)
+
+    # In fp32, sums in another order: about 1e-6 of the values.
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
+    assert (alone[0] - alone[1]).abs().max() > 0.1 * alone.abs().max()
+
+
+def _prompt_ids(assembly: Assembly, example: Example) -> tuple[int, ...]:
+    return assembly.prompts.vqa(example.question, len(example.images)).ids
+
+
+def test_the_picture_changes_the_answer(assembly: Assembly, pictures: list[ImageRef]) -> None:
+    asked = [Example((picture,), "what?", (), "", str(n)) for n, picture in enumerate(pictures)]
+
+    assert len(set(answer_examples(assembly, asked, "vqa", decoding=GREEDY))) > 1
+
+
+def test_the_order_of_several_pictures_counts(assembly: Assembly, pictures: list[ImageRef]) -> None:
+    def ask(pairs: list[tuple[ImageRef, ...]]) -> list[str]:
+        return answer_examples(assembly, [Example(pair, "what?", (), "", "") for pair in pairs], "vqa", decoding=GREEDY)
+
+    forth = list(combinations(pictures, 2))
+    back = [(b, a) for a, b in forth]
+
+    assert ask(forth + back)[: len(forth)] == ask(forth)
+    assert ask(forth) != ask(back)
+
+
+def test_captions_are_asked_in_their_row_s_language(assembly: Assembly, pictures: list[ImageRef]) -> None:
+    asked = [
+        Example((pictures[0],), "", (), "", "1", language="en"),
+        Example((pictures[0],), "", (), "", "2", language="zh"),
+    ]
+    alone = [answer_examples(assembly, [example], "caption", decoding=GREEDY)[0] for example in asked]
+
+    assert answer_examples(assembly, asked, "caption", decoding=GREEDY) == alone
+
+
+def test_a_question_asked_twice_is_generated_once(
+    assembly: Assembly, pictures: list[ImageRef], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated: list[int] = []
+    encoded: list[int] = []
+    real_texts, real_vectors = adapters.answering.generate_texts, assembly.image_embeddings
+
+    def texts(part: Assembly, prompts: list, *rest: object) -> list[str]:
+        generated.append(len(prompts))
+        return real_texts(part, prompts, *rest)  # type: ignore[arg-type]
+
+    def vectors(images: list, *rest: object) -> torch.Tensor:
+        encoded.append(len(images))
+        return real_vectors(images, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adapters.answering, "generate_texts", texts)
+    monkeypatch.setattr(assembly, "image_embeddings", vectors)
+    assert pictures[0].path is not None
+    copy = ImageRef("copy", data=pictures[0].path.read_bytes())  # the same bytes under another name
+    asked = [
+        Example((pictures[0],), "what is it?", ("a",), "", "1"),
+        Example((pictures[1],), "what is it?", (), "", "2"),
+        Example((copy,), "what is it?", ("b",), "", "3"),
+        Example((pictures[0],), "who is it??", (), "", "4"),  # as long as the others, so it shares their batch
+    ]
+
+    first, second, third, _ = answer_examples(assembly, asked, "vqa", decoding=GREEDY)
+
+    assert generated == [3]
+    assert encoded == [2]  # two pictures went through the bridge
+    assert first == third
+    assert first != second
+
+
+def test_progress_counts_distinct_questions(assembly: Assembly, examples: list[Example]) -> None:
+    seen: list[tuple[int, int]] = []
+
+    answer_examples(
+        assembly, [*examples[:5], examples[0]], "vqa", decoding=replace(GREEDY, max_new_tokens=1), batch_size=2,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_no_questions_no_answers(assembly: Assembly) -> None:
+    assert answer_examples(assembly, [], "vqa", decoding=GREEDY) == []
+
+
+def test_a_question_without_a_picture_is_answered_by_the_language_model_alone(assembly: Assembly) -> None:
+    asked = [Example((), text, (), "", text) for text in ("abc", "a longer question", "abc")]
+    first, _, third = answer_examples(assembly, asked, "vqa", decoding=GREEDY)
+
+    assert first == third
