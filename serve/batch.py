@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from adapters.data.examples import Example
+from adapters.data.images import open_image
 from adapters.data.readers import read_data
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine, load_adapter, picture_ref
+
+_LINE_START = b'{"row": '  # how every line of ours begins
 
 
 class VQAPredictor:
@@ -48,7 +52,8 @@ class VQAPredictor:
                 raise UserError(f"batch: there is no column '{column}'; rename yours to it")
         examples = []
         for row, (image, question) in enumerate(zip(batch["image"], batch["question"], strict=True)):
-            examples.append(Example((picture_ref(image),), str(question), (), where=f"row {row}", id=str(row)))
+            picture = replace(picture_ref(image), where=f"row {row}")
+            examples.append(Example((picture,), str(question), (), where=f"row {row}", id=str(row)))
         return {**batch, "answer": self.predict(examples)}
 
     def predict(self, examples: Sequence[Example], task: str = "vqa") -> list[str]:
@@ -96,10 +101,10 @@ def run_batch(
     """
     out = Path(out)
     data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=limit)
-    done = _answered_rows(out, data.examples)
-    waiting = [(row, example) for row, example in enumerate(data.examples, start=1) if row not in done]
     answered = failed = 0
     try:
+        done = _answered_rows(out, data.examples)
+        waiting = [(row, example) for row, example in enumerate(data.examples, start=1) if row not in done]
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
             for start in range(0, len(waiting), chunk):
@@ -123,15 +128,22 @@ def _answer_part(
     good: list[tuple[int, Example]] = []
     broken: dict[int, str] = {}
     first_error: UserError | None = None
-    for row, example in part:
-        try:
-            _check_pictures(predictor, example)
-            good.append((row, example))
-        except UserError as error:
-            if not skip_bad_rows:
-                first_error = error
-                break
-            broken[row] = str(error)
+    try:
+        _encode(predictor, [example for _, example in part])
+        good = list(part)
+    except UserError as error:  # some picture, or something that no row is to blame for, such as a full disk
+        for row, example in part:
+            try:
+                for image in example.images:
+                    open_image(image)
+                good.append((row, example))
+            except UserError as fault:
+                if not skip_bad_rows:
+                    first_error = fault
+                    break
+                broken[row] = str(fault)
+        if len(good) == len(part):
+            raise error
     answers = predictor.predict([example for _, example in good], task) if good else []
     texts = {row: answer for (row, _), answer in zip(good, answers, strict=True)}
     for row, example in part:
@@ -145,10 +157,12 @@ def _answer_part(
     return len(good), len(broken)
 
 
-def _check_pictures(predictor: VQAPredictor, example: Example) -> None:
-    """Encode the pictures of a row, so that a bad one is found with its row's name on it."""
+def _encode(predictor: VQAPredictor, examples: Sequence[Example]) -> None:
+    """Encode the pictures of a chunk together, before any of it is answered."""
+    images = [image for example in examples for image in example.images]
     for cache in predictor.engine.assembly.caches:
-        cache.fill(example.images)
+        if images:
+            cache.load(images)  # not `fill`, which would hold the features of the whole job in the cache
 
 
 def _write(file: IO[str], row: int, example: Example, result: dict[str, str]) -> None:
@@ -171,10 +185,12 @@ def _answered_rows(out: Path, examples: Sequence[Example]) -> set[int]:
         return set()
     if out.is_dir():
         raise UserError(f"--out {out}: this is a folder; name a file such as answers.jsonl")
-    text = out.read_text(encoding="utf-8", errors="replace")
-    whole, newline, rest = text.rpartition("\n")
+    content = out.read_bytes()
+    whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+    if not _LINE_START.startswith(rest[: len(_LINE_START)]):
+        raise UserError(f"--out {out}: its last line is not an answer of this input; name another file")
     done: set[int] = set()
-    for number, line in enumerate((whole + newline).splitlines(), start=1):
+    for number, line in enumerate(whole.splitlines(), start=1):  # of bytes: only real line ends count
         try:
             found = json.loads(line)
             row, question, image = int(found["row"]), found.get("question"), found["image"]
@@ -185,5 +201,5 @@ def _answered_rows(out: Path, examples: Sequence[Example]) -> set[int]:
             raise UserError(f"--out {out}, line {number}: answers another row than {example.where}; name another file")
         done.add(row)
     if rest:  # the job was killed in the middle of a line
-        out.write_text(whole + newline, encoding="utf-8")
+        os.truncate(out, len(whole))
     return done

@@ -89,7 +89,11 @@ class Engine:
 
 
 def picture_ref(picture: Picture) -> ImageRef:
-    """What was given as a picture, as the reference that the rest of the code takes."""
+    """What was given as a picture, as the reference that the rest of the code takes.
+
+    Raises:
+        UserError: it is nothing that could be one, or a Pillow image that cannot be decoded.
+    """
     if isinstance(picture, ImageRef):
         return picture
     if isinstance(picture, str):
@@ -98,6 +102,8 @@ def picture_ref(picture: Picture) -> ImageRef:
         return ImageRef(str(picture), path=picture)
     if isinstance(picture, bytes):
         return ImageRef("picture", data=picture)
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"a picture is {type(picture).__name__}; give a path, a file's bytes or a Pillow image")
     buffer = io.BytesIO()
     open_image(picture).save(buffer, format="PNG")  # its bytes are its key in the cache
     return ImageRef("picture", data=buffer.getvalue())

@@ -1,0 +1,270 @@
+"""Batch jobs on a real, tiny adapter: rows in, rows out, stopped and gone on with, bad rows, odd files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.data.examples import Example
+from qformer.errors import UserError
+from qformer.language import Decoding
+from serve.batch import BatchReport, VQAPredictor, run_batch
+from serve.engine import Engine
+
+QUESTIONS = ["what colour is it?", "is it a circle?", "is it red?"]
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a job in the middle."""
+
+
+@pytest.fixture
+def predictor(engine: Engine) -> VQAPredictor:
+    """A predictor over the session's engine, so that the models are loaded once."""
+    predictor = object.__new__(VQAPredictor)
+    predictor.engine, predictor.decoding, predictor.batch_size = engine, Decoding(max_new_tokens=5), 4
+    return predictor
+
+
+@pytest.fixture
+def rows(data_file: Path) -> list[dict[str, Any]]:
+    return [
+        {"image": str(data_file.parent / f"{number % 5}.png"), "question": QUESTIONS[number % 3]}
+        for number in range(10)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    return write(tmp_path / "rows.jsonl", rows)
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
+
+
+def test_rows_in_rows_out(predictor: VQAPredictor, source: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "new folder" / "out.jsonl"
+
+    report = run_batch(source, out, predictor)
+    found = read(out)
+
+    assert report == BatchReport(answered=10, already=0, failed=0)
+    assert [(line["row"], line["id"]) for line in found] == [(n, str(n)) for n in range(1, 11)]
+    assert [{key: line[key] for key in ("image", "question")} for line in found] == rows
+    assert [line["answer"] for line in found] == [
+        predictor.engine.ask(row["image"], row["question"], decoding=predictor.decoding) for row in rows
+    ]
+    assert "reference" not in found[0]
+
+
+def test_given_answers_are_kept_as_references_and_ids_too(
+    predictor: VQAPredictor, data_file: Path, tmp_path: Path
+) -> None:
+    image = str(data_file.parent / "0.png")
+    source = write(tmp_path / "rows.jsonl", [{"id": "q7", "image": image, "question": "what?", "answer": ["a", "b"]}])
+
+    run_batch(source, tmp_path / "out.jsonl", predictor)
+
+    (line,) = read(tmp_path / "out.jsonl")
+    assert line["reference"] == ["a", "b"]
+    assert line["id"] == "q7"
+
+
+def test_pictures_alone_are_captioned(predictor: VQAPredictor, data_file: Path, tmp_path: Path) -> None:
+    image = data_file.parent / "0.png"
+    source = write(tmp_path / "rows.jsonl", [{"image": str(image)}])
+
+    run_batch(source, tmp_path / "out.jsonl", predictor)
+
+    (line,) = read(tmp_path / "out.jsonl")
+    assert line["answer"] == predictor.engine.caption(image, decoding=predictor.decoding)
+    assert "question" not in line
+
+
+def test_a_job_that_was_cut_goes_on_where_it_was(
+    predictor: VQAPredictor, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    run_batch(source, whole, predictor)
+
+    def stop(done: int, total: int) -> None:
+        assert total == 10
+        if done >= 6:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_batch(source, cut, predictor, chunk=3, on_progress=stop)
+    assert len(read(cut)) == 6
+    cut.write_bytes(cut.read_bytes() + '{"row": 7, "id": "7", "image": "é'.encode()[:-1])  # killed within a letter
+    asked: list[str] = []
+    real = predictor.predict
+
+    def predict(examples: Sequence[Example], task: str = "vqa") -> list[str]:
+        asked.extend(example.id for example in examples)
+        return real(examples, task)
+
+    monkeypatch.setattr(predictor, "predict", predict)
+    report = run_batch(source, cut, predictor, chunk=3)
+
+    assert report == BatchReport(answered=4, already=6, failed=0)
+    assert asked == ["7", "8", "9", "10"]
+    assert cut.read_bytes() == whole.read_bytes()
+    assert run_batch(source, cut, predictor) == BatchReport(answered=0, already=10, failed=0)
+
+
+def test_separators_within_a_question_do_not_break_a_line(
+    predictor: VQAPredictor, data_file: Path, tmp_path: Path
+) -> None:
+    rows = [{"image": str(data_file.parent / "0.png"), "question": f"a{mark}b?"} for mark in "\u2028\x85\x0b\r"]
+    source, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    run_batch(source, out, predictor)
+
+    assert run_batch(source, out, predictor) == BatchReport(answered=0, already=4, failed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("my notes, which have no line end", "its last line is not an answer"),
+        ('{"row": 1}\n', "line 1: not an answer"),
+        ('{"row": 11, "image": "x", "answer": "a"}\n', "line 1: not an answer"),
+        ('{"row": 1, "image": "another.png", "question": "what?", "answer": "a"}\n', "answers another row"),
+        ("[1, 2]\n", "line 1: not an answer"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_left_as_it_is(
+    predictor: VQAPredictor, source: Path, tmp_path: Path, content: str, says: str
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(content, encoding="utf-8")
+
+    with pytest.raises(UserError, match=f"--out .*{says}"):
+        run_batch(source, out, predictor)
+
+    assert out.read_text(encoding="utf-8") == content
+
+
+def test_the_input_is_never_written_over(predictor: VQAPredictor, source: Path) -> None:
+    before = source.read_bytes()
+
+    with pytest.raises(UserError, match="name another file"):
+        run_batch(source, source, predictor)
+
+    assert source.read_bytes() == before
+
+
+def test_an_out_that_cannot_be_written_is_told(predictor: VQAPredictor, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--out .*: this is a folder"):
+        run_batch(source, tmp_path, predictor)
+    with pytest.raises(UserError, match=r"--out .*cannot be written"):
+        run_batch(source, source / "out.jsonl", predictor)  # below a file
+
+
+@pytest.fixture
+def with_bad_row(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Row 6 names a text file: it is there, so only opening it shows that it is no picture."""
+    (tmp_path / "text.jpg").write_text("not a picture", encoding="utf-8")
+    rows[5]["image"] = "text.jpg"
+    return write(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_a_bad_picture_stops_the_job_and_keeps_what_came_before(
+    predictor: VQAPredictor, with_bad_row: Path, tmp_path: Path, chunk: int
+) -> None:
+    out = tmp_path / "out.jsonl"
+
+    with pytest.raises(UserError, match=r"rows\.jsonl row 6 .*'text\.jpg' is not a picture"):
+        run_batch(with_bad_row, out, predictor, chunk=chunk)
+
+    assert [line["row"] for line in read(out)] == [1, 2, 3, 4, 5]
+    assert all("answer" in line for line in read(out))
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_bad_rows_can_be_skipped_and_are_counted(
+    predictor: VQAPredictor, with_bad_row: Path, tmp_path: Path, chunk: int
+) -> None:
+    out = tmp_path / "out.jsonl"
+
+    report = run_batch(with_bad_row, out, predictor, skip_bad_rows=True, chunk=chunk)
+    found = read(out)
+
+    assert report == BatchReport(answered=9, already=0, failed=1)
+    assert [line["row"] for line in found] == list(range(1, 11))
+    assert [line["row"] for line in found if "answer" not in line] == [6]
+    assert "'text.jpg' is not a picture" in found[5]["error"]
+
+
+def test_a_full_disk_is_no_fault_of_the_rows(
+    predictor: VQAPredictor, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(refs: object) -> None:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(predictor.engine.assembly.caches[0], "load", full)
+    with pytest.raises(UserError, match="no space left"):
+        run_batch(source, tmp_path / "out.jsonl", predictor, skip_bad_rows=True)
+
+
+def test_windows_line_ends_a_mark_and_csv_read_alike(
+    predictor: VQAPredictor, rows: list[dict[str, Any]], source: Path, tmp_path: Path
+) -> None:
+    lines = ["image,question", *(f'"{row["image"]}","{row["question"]}"' for row in rows)]
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    windows = tmp_path / "windows.jsonl"
+    windows.write_bytes(b"\xef\xbb\xbf" + source.read_bytes().replace(b"\n", b"\r\n"))
+
+    for number, file in enumerate((source, table, windows)):
+        run_batch(file, tmp_path / f"out{number}.jsonl", predictor)
+
+    assert (tmp_path / "out1.jsonl").read_bytes() == (tmp_path / "out0.jsonl").read_bytes()
+    assert (tmp_path / "out2.jsonl").read_bytes() == (tmp_path / "out0.jsonl").read_bytes()
+
+
+def test_a_limit_takes_the_first_rows_and_the_rest_can_follow(
+    predictor: VQAPredictor, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+
+    assert run_batch(source, out, predictor, limit=4) == BatchReport(answered=4, already=0, failed=0)
+    assert [line["row"] for line in read(out)] == [1, 2, 3, 4]
+    assert run_batch(source, out, predictor) == BatchReport(answered=6, already=4, failed=0)
+
+
+def test_columns_in_columns_out(predictor: VQAPredictor, data_file: Path) -> None:
+    picture = data_file.parent / "3.png"
+    batch = {"image": [str(picture), picture.read_bytes()], "question": ["what?", "what?"], "page": [4, 5]}
+
+    result = predictor(batch)
+
+    assert {key: result[key] for key in batch} == batch
+    assert result["answer"] == [predictor.engine.ask(picture, "what?", decoding=predictor.decoding)] * 2
+
+
+def test_columns_that_are_wrong_are_told(predictor: VQAPredictor) -> None:
+    with pytest.raises(UserError, match="there is no column 'question'"):
+        predictor({"image": ["a.png"]})
+    with pytest.raises(UserError, match="row 1: image 'picture' is not a picture"):
+        predictor({"image": [b"P6\n1 1\n255\n\0\0\0", b"nothing"], "question": ["a?", "b?"]})
+    with pytest.raises(UserError, match="a picture is NoneType"):
+        predictor({"image": [None], "question": ["a?"]})
+
+
+def test_a_predictor_loads_its_adapter_by_name(run_folder: Path, data_file: Path) -> None:
+    predictor = VQAPredictor(
+        run_folder, decoding=Decoding(max_new_tokens=2), batch_size=1, device="cpu", dtype="float32", offline=True
+    )
+
+    assert len(predictor({"image": [str(data_file.parent / "0.png")], "question": ["what?"]})["answer"]) == 1
