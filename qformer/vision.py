@@ -71,11 +71,11 @@ def build_image_encoder(
     Args:
         config: `CLIPVisionConfig`, `SiglipVisionConfig`, `Dinov2Config`, `Blip2VisionConfig` of transformers, or our
             `EfficientNetLiteConfig`.
-        layer: as in `load_image_encoder`, like the arguments below.
-        class_token: …
-        image_size: …
+        layer: which hidden state to give; see `ImageEncoder`.
+        class_token: keep the class token, where the tower has one.
+        image_size: side in pixels of the square picture; None for the config's.
         device: "meta" holds shapes only.
-        dtype: …
+        dtype: of weights and features.
 
     Raises:
         UserError: an unknown architecture, a layer or size that cannot be.
