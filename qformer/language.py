@@ -261,18 +261,28 @@ class LanguageModel(nn.Module):
         """Put LoRA matrices read from a folder in PEFT's own format on the LLM, trainable.
 
         Raises:
-            UserError: the folder holds matrices that do not fit this LLM, or lacks some.
+            UserError: the folder is damaged, or its matrices do not fit this LLM.
         """
         from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config = PeftConfig.from_pretrained(str(folder))
+        weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+        try:
+            state = load_file(weights)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{weights}: cannot be read ({first_line(error)}); fetch a fresh copy") from error
+        try:
+            if not settings.is_file():  # PEFT would look for it on the hub
+                raise FileNotFoundError("no such file")
+            config = PeftConfig.from_pretrained(str(folder))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{settings}: cannot be read ({first_line(error)}); fetch a fresh copy") from error
         config.inference_mode = False
         try:
             self.model = get_peft_model(self.base, config)
         except ValueError as error:
             raise UserError(f"{folder}: its LoRA names layers {self.config.model_type} does not have") from error
-        state = load_file(folder / "adapter_model.safetensors")
         expected = dict(self.lora_state())
         problems = [f"missing {name}" for name in expected if name not in state]
         problems += [f"unexpected {name}" for name in state if name not in expected]
