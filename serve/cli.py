@@ -321,6 +321,8 @@ def _hush_libraries() -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty() or {"--quiet", "--json"} & set(sys.argv):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars heed it too
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         import warnings
