@@ -1,0 +1,122 @@
+"""What there is to work with: frozen models, recipes and shipped adapters, and which of them are on this machine.
+
+No model is loaded and torch is not imported, so the list comes at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from adapters.published import PUBLISHED
+from adapters.recipe import load_recipe, shipped_recipes
+from qformer.sources import PYPI_SOURCES, cache_root, find_cached
+
+_GPU = re.compile(r"a GPU of (\d+) GB")  # as the GPU recipes' headers say
+
+
+def list_models() -> dict[str, Any]:
+    """What can be used, JSON-able.
+
+    Returns:
+        `cache` (the cache folder); `frozen`: what the recipes' frozen parts and packaged data are, each with name,
+        what, size, licence, cached and path; `recipes`: name, task, description, image encoders, language model,
+        needs and path; `adapters`: names of the shipped ones.
+    """
+    return {
+        "cache": str(cache_root()),
+        "frozen": [*map(_packaged, PYPI_SOURCES), *(_on_hub(name) for name in PUBLISHED if ":" not in name)],
+        "recipes": [_recipe(name, path) for name, path in shipped_recipes().items()],
+        "adapters": _shipped_adapters(),
+    }
+
+
+def describe_models(found: Mapping[str, Any]) -> str:
+    """The list as tables to read."""
+    frozen = [
+        (entry["name"], entry["what"], entry["size"], entry["licence"], "here" if entry["cached"] else "to be fetched")
+        for entry in found["frozen"]
+    ]
+    recipes = [(entry["name"], entry["task"], entry["needs"], entry["description"]) for entry in found["recipes"]]
+    lines = [f"Frozen models and data (kept in {found['cache']}, hub models in the hub's cache)"]
+    lines += _table(("name", "what", "size", "licence", "state"), frozen)
+    lines += ["", "Recipes: querybridge finetune NAME --set data.train=FILE"]
+    lines += _table(("name", "task", "needs", "description"), recipes)
+    lines += ["", "Shipped adapters: --adapter NAME"]
+    lines += [f"  {name}" for name in found["adapters"]] or ["  none with this version; train one with a recipe"]
+    return "\n".join(lines)
+
+
+def _packaged(name: str) -> dict[str, Any]:
+    source, folder = PYPI_SOURCES[name], find_cached(name)
+    # a data set is named as `finetune` and `evaluate` take it, with the part to use after the colon
+    shown = f"{name}:train, {name}:test" if source.kind == "data" else f"pypi:{name}"
+    return {
+        "name": shown,
+        "what": source.kind,
+        "size": f"{source.megabytes} MB",
+        "licence": source.license,
+        "cached": folder is not None,
+        "path": str(folder) if folder else None,
+    }
+
+
+def _on_hub(name: str) -> dict[str, Any]:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    folder = Path(config).parent if isinstance(config, str) else None
+    if folder is not None and not any(folder.glob("*.safetensors")):
+        folder = None  # its description alone was fetched
+    published = PUBLISHED[name]
+    return {
+        "name": name,
+        "what": published.what,
+        "size": _count(published.parameters),
+        "licence": published.licence,
+        "cached": folder is not None,
+        "path": str(folder) if folder else None,
+    }
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
+
+
+def _recipe(name: str, path: Path) -> dict[str, Any]:
+    recipe = load_recipe(path)
+    comments = [line.lstrip("# ").rstrip() for line in _header(path)]
+    gpu = _GPU.search(" ".join(comments))
+    return {
+        "name": name,
+        "task": recipe.task,
+        "description": comments[0] if comments else recipe.description,
+        "image_encoders": [tower.source for tower in recipe.vision.towers],
+        "language": recipe.language.source,
+        "needs": f"a {gpu[1]} GB GPU" if gpu else "a CPU",
+        "path": str(path),
+    }
+
+
+def _header(path: Path) -> list[str]:
+    """The comment lines a recipe opens with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    end = next((index for index, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return lines[:end]
+
+
+def _shipped_adapters() -> list[str]:
+    # the same folders as adapters.artefact.shipped_adapters, whose module imports torch
+    folder = Path(str(files("adapters"))) / "shipped"
+    return sorted(path.parent.name for path in folder.glob("*/artefact.json"))
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
