@@ -29,7 +29,7 @@ class Decoding:
 
     @classmethod
     def preset(cls, name: str) -> Decoding:
-        """ "greedy", "paper-vqa" (BLIP-2, section 4.2: beam 5, length penalty -1, 10 tokens) or "caption" (beam 5, 30 tokens)."""
+        """Return "greedy", "paper-vqa" (BLIP-2, section 4: beam 5, length penalty -1) or "caption" (beam 5)."""
         presets = {
             "greedy": cls(),
             "paper-vqa": cls(max_new_tokens=10, num_beams=5, length_penalty=-1.0),

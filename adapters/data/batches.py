@@ -122,7 +122,8 @@ def plan_epoch(
         steps[-1].append(row)
         waiting += len(row.branches)
     if len(steps) > 1 and (waiting < batch_size or len(steps[-1]) < world):
-        steps[-2] += steps.pop()
+        rest = steps.pop()
+        steps[-1] += rest
     return [Step(tuple(rows)) for rows in steps]
 
 

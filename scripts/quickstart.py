@@ -1,0 +1,114 @@
+"""Train on part of easy-VQA, score the adapter beside its controls, ask it three questions, open the demo.
+
+    ./scripts/quickstart.sh [--no-demo]
+
+What is done is skipped on the next run; a run that was stopped goes on. Everything lies in runs/quickstart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serve.engine import Engine
+
+RUN = Path("runs") / "quickstart"
+TEST_QUESTIONS = 1000
+SHOWN = (11, 18, 31)  # rows of the test set that are asked in the terminal
+
+
+def main() -> int:
+    """Run what has not been done yet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], prog="scripts/quickstart.sh")
+    parser.add_argument("--no-demo", action="store_true", help="stop after the answers, do not open the web page")
+    parser.add_argument("--port", type=int, default=7860, help="port of the web page on 127.0.0.1 (default 7860)")
+    parser.add_argument("--offline", action="store_true", help="take the frozen models from the cache only")
+    options = parser.parse_args()
+
+    os.chdir(Path(__file__).resolve().parents[1])
+    began = time.monotonic()
+    train(offline=options.offline)
+    from serve.engine import load_adapter
+
+    engine = load_adapter(RUN, offline=options.offline)
+    show_scores(engine)
+    show_answers(engine)
+    print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. The adapter is {RUN / 'best'}. Next:")
+    print(f'  .venv/bin/querybridge ask PICTURE "QUESTION" --adapter {RUN}')
+    print("  .venv/bin/querybridge finetune YOUR_DATA.jsonl --out runs/mine")
+    print(f"  .venv/bin/querybridge demo --adapter {RUN}", flush=True)
+    if not options.no_demo:
+        from serve.demo import launch
+
+        launch(engine, port=options.port)
+    return 0
+
+
+def train(*, offline: bool) -> None:
+    """Fine-tune by the quick start's recipe, unless that is done; go on with a run that was stopped."""
+    from adapters.checkpoint import find_state
+    from adapters.finetune import finetune
+    from adapters.recipe import load_recipe
+
+    if (RUN / "finished").exists():
+        print(f"{RUN}: trained already", file=sys.stderr)
+        return
+    resume = find_state(RUN / "state") is not None
+    result = finetune(load_recipe("quickstart"), RUN, resume=resume, offline=offline)
+    if not result.finished:
+        raise KeyboardInterrupt
+    (RUN / "finished").touch()
+
+
+def show_scores(engine: Engine) -> None:
+    """Exact match on fixed test questions, beside the same model on a blank picture and the commonest answers."""
+    from serve.evaluate import evaluate
+
+    path = RUN / "scores.json"
+    if path.exists():
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        print(f"answering {TEST_QUESTIONS} test questions, then again without the pictures", file=sys.stderr)
+        seeing = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS)
+        blind = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, blank_images=True)
+        scores = {
+            "n": seeing["n"],
+            "exact_match": seeing["exact_match"],
+            "blank_images": blind["exact_match"],
+            "commonest_answer": seeing["commonest_answer"],
+        }
+        path.write_text(json.dumps(scores, indent=2), encoding="utf-8")
+    print(f"\nexact answers to {scores['n']} test questions about pictures it has never seen")
+    print(f"  this adapter                           {scores['exact_match']:7.1%}")
+    print(f"  the same adapter on a blank picture    {scores['blank_images']:7.1%}")
+    print(f"  the commonest answer to each question  {scores['commonest_answer']:7.1%}")
+
+
+def show_answers(engine: Engine) -> None:
+    """Ask three of the test set's questions."""
+    from adapters.data.readers import read_data
+
+    examples = read_data("easy-vqa:test", limit=max(SHOWN) + 1).examples
+    chosen = [examples[row] for row in SHOWN]
+    print()
+    for example, answer in zip(chosen, engine.answer(chosen), strict=True):
+        print(f"{example.images[0].path}\n  {example.question}  {answer}   (right: {example.answers[0]})")
+
+
+if __name__ == "__main__":
+    from qformer.errors import UserError
+
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("quickstart: stopped; run it again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,94 @@
+"""Packed sequences equal separate ones; the mask is checked by hand and by the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from adapters.data.collate import Branch, Row, collate_encoder_decoder, collate_prompts, collate_rows, packed_mask
+from adapters.data.images import blank_image
+from adapters.data.prompts import IMAGE_SLOT, Prompt
+from qformer.language import IGNORED, LoraSettings, load_language_model
+from qformer.model import TokenBatch
+
+SHARED = (3, 7, IMAGE_SLOT, IMAGE_SLOT, 9)
+BRANCHES = (Branch((11, 12), (13, 1)), Branch((21,), (22, 23, 1)), Branch((31, 32, 33), (34,)))
+
+
+def row(*branches: Branch) -> Row:
+    return Row((blank_image(),), SHARED, branches)
+
+
+def test_mask_of_two_branches_by_hand() -> None:
+    mask = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+
+
+def test_rows_carry_labels_positions_and_slots() -> None:
+    batch = collate_rows([row(*BRANCHES[:2]), row(BRANCHES[2])], pad_id=0)
+    assert batch.labels is not None and batch.position_ids is not None
+    assert batch.ids[0].tolist() == [3, 7, 0, 0, 9, 11, 12, 13, 1, 21, 22, 23, 1]
+    assert batch.image_slots[0].nonzero().flatten().tolist() == [2, 3]
+    assert batch.labels[0].tolist() == [IGNORED] * 7 + [13, 1, IGNORED, 22, 23, 1]
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
+    assert batch.ids[1, 9:].tolist() == [0] * 4  # padding
+    assert batch.attention_mask.shape == (2, 1, 13, 13)
+    assert collate_rows([row(BRANCHES[2])], pad_id=0).attention_mask.shape == (1, 9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
+def test_packed_equals_separate(language_folders: dict[str, Path], kind: str) -> None:
+    """Loss, and the gradient that reaches the image's vectors and LoRA, of packed rows and of one question a row."""
+    language = load_language_model(language_folders[kind], quantize="none", compute_dtype=torch.float32)
+    language.add_lora(LoraSettings(rank=4, alpha=8))
+    torch.manual_seed(5)
+    for name, parameter in language.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.05)
+    vectors = torch.randn(1, 2, language.width)
+    found = []
+    for rows in ([row(*BRANCHES)], [row(branch) for branch in BRANCHES]):
+        batch = collate_rows(rows, pad_id=0)
+        image = vectors.clone().requires_grad_()
+        embeds = language.embed(batch.ids)
+        spread = image.expand(len(rows), -1, -1).flatten(0, 1)
+        embeds = embeds.masked_scatter(batch.image_slots.unsqueeze(-1), spread)
+        language.zero_grad()
+        loss, count = language.supervised_loss(
+            embeds, batch.attention_mask, batch.labels, position_ids=batch.position_ids
+        )
+        loss.backward()
+        lora = torch.cat([p.grad.flatten() for p in language.parameters() if p.grad is not None])
+        found.append((loss.detach(), count, image.grad, lora))
+    (packed_loss, packed_count, packed_image, packed_lora), (loss, count, image, lora) = found
+    assert packed_count == count == 6
+    assert torch.allclose(packed_loss, loss, atol=1e-4)
+    assert torch.allclose(packed_image, image, atol=1e-5)
+    assert torch.allclose(packed_lora, lora, atol=1e-4)
+
+
+def test_prompts_are_padded_on_the_side_asked_for() -> None:
+    prompts = [Prompt((3, IMAGE_SLOT), (5,), 1), Prompt((), (6,), 0)]
+    left = collate_prompts(prompts, pad_id=0)
+    assert left.ids.tolist() == [[3, 0, 5], [0, 0, 6]]
+    assert left.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert left.image_slots.tolist() == [[False, True, False], [False] * 3]
+    assert collate_prompts(prompts, pad_id=0, side="right").ids.tolist() == [[3, 0, 5], [6, 0, 0]]
+
+
+def test_encoder_decoder_batch_puts_the_answer_in_the_labels() -> None:
+    batch = collate_encoder_decoder([row(BRANCHES[0]), row(BRANCHES[1])], pad_id=0)
+    assert isinstance(batch, TokenBatch) and batch.labels is not None
+    assert batch.labels.tolist() == [[13, 1, IGNORED], [22, 23, 1]]
+    assert batch.ids[0].tolist() == [3, 7, 0, 0, 9, 11, 12]
+    assert batch.attention_mask.sum().item() == 13

@@ -1,0 +1,193 @@
+"""The training loop on tiny models: it learns, resumes as if unbroken, stops on NaN, keeps best and last."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import draw_data, tiny_values
+
+from adapters import finetune as finetune_module
+from adapters.artefact import load_artefact, read_facts
+from adapters.finetune import Result, finetune
+from adapters.recipe import Recipe, parse_recipe
+from qformer.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("cache_here")
+
+
+@pytest.fixture
+def recipe_of(vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path) -> Any:
+    def make(kind: str = "llama", quantize: str = "none", dropout: float = 0.1, **train: object) -> Recipe:
+        data = draw_data(tmp_path / "data")
+        values: Any = tiny_values(vision_folder, language_folders[kind], data, **train)
+        values["language"]["quantize"] = quantize
+        values["bridge"]["dropout"] = dropout
+        return parse_recipe(values, "test")
+
+    return make
+
+
+def run(recipe: Recipe, out: Path, **options: Any) -> Result:
+    return finetune(recipe, out, device="cpu", dtype="float32", quiet=True, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "state" / "weights.safetensors")
+
+
+def test_a_run_learns_and_leaves_all_that_is_promised(recipe_of: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run(recipe_of(max_steps=60, validate_every=30, learning_rate=5e-3, warmup_steps=3, dropout=0.0), out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 60
+    assert losses[-1] < 0.5 * losses[0]
+    assert result.finished and result.steps == 60
+    assert {p.name for p in out.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "tensorboard", "loss.png", "best", "last", "state",
+    }  # fmt: skip
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert any((out / "tensorboard").iterdir())
+    facts = read_facts(out / "best")
+    assert facts.metrics["val_exact_match"] == result.metrics["val_exact_match"]
+    assert facts.data["pictures"] == 9 and facts.data["answers"] == 18  # a quarter of the pictures is held out
+
+
+@pytest.mark.parametrize(("kind", "quantize"), [("llama", "nf4"), ("t5", "none")])
+def test_resume_equals_the_unbroken_run(
+    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, quantize: str
+) -> None:
+    """Ctrl-C in the middle of an epoch, with dropout, then --resume: the very same weights."""
+    recipe = recipe_of(kind, quantize, dropout=0.2)
+    whole = run(recipe, tmp_path / "whole")
+    validate = finetune_module.validate
+    calls = []
+
+    def press_ctrl_c(*args: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 2:  # the first call is the check before training
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(*args)
+
+    monkeypatch.setattr(finetune_module, "validate", press_ctrl_c)
+    broken = run(recipe, tmp_path / "broken")
+    assert not broken.finished and broken.steps == 3
+    monkeypatch.setattr(finetune_module, "validate", validate)
+    resumed = run(recipe, tmp_path / "broken", resume=True)
+    assert resumed.finished and resumed.steps == whole.steps == 6
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_accumulation_weighs_every_token_the_same(recipe_of: Any, tmp_path: Path) -> None:
+    """Micro-batches of one row or of all: the same steps."""
+    small = run(recipe_of(micro_batch_tokens=96, row_tokens=90, dropout=0.0, max_steps=3), tmp_path / "small")
+    large = run(recipe_of(micro_batch_tokens=4000, row_tokens=90, dropout=0.0, max_steps=3), tmp_path / "large")
+    assert small.steps == large.steps
+    first, second = weights(tmp_path / "small"), weights(tmp_path / "large")
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=2e-5), name
+
+
+def test_nothing_frozen_moves(recipe_of: Any, tmp_path: Path, language_folders: dict[str, Path]) -> None:
+    run(recipe_of(), tmp_path / "run")
+    names = set(weights(tmp_path / "run"))
+    assert all(n.split(".")[0] in ("feature_norm", "bridge", "projection") or "lora_" in n for n in names)
+    assembly, _ = load_artefact(tmp_path / "run", dtype="float32")
+    reference = load_file(language_folders["llama"] / "model.safetensors")
+    state = assembly.model.language.base.state_dict()
+    for name, tensor in reference.items():
+        inside = name if name in state else name.replace("_proj.weight", "_proj.base_layer.weight")
+        assert torch.equal(state[inside], tensor), name
+
+
+def test_nan_stops_with_what_to_try(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qformer.model import VisionLanguageModel
+
+    forward = VisionLanguageModel.forward
+
+    def poisoned(self: VisionLanguageModel, *args: Any) -> Any:
+        loss, count = forward(self, *args)
+        return (loss * float("nan") if self.training else loss), count
+
+    monkeypatch.setattr(VisionLanguageModel, "forward", poisoned)
+    with pytest.raises(UserError, match=r"loss is nan at step 1; try --set train.learning_rate=3.3e-04"):
+        run(recipe_of(), tmp_path / "run")
+
+
+def test_early_stopping_keeps_the_best(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.0, 0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(
+        finetune_module, "validate", lambda *_: {"val_loss": 1.0, "val_exact_match": next(scores)}
+    )
+    result = run(recipe_of(max_steps=50, validate_every=2, patience=2), tmp_path / "run")
+    assert result.finished and result.steps == 8
+    assert read_facts(tmp_path / "run" / "best").steps == 4
+    assert read_facts(tmp_path / "run" / "last").steps == 8
+
+
+def test_a_broken_evaluation_fails_before_training(
+    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> dict[str, float]:
+        raise RuntimeError("evaluation")
+
+    monkeypatch.setattr(finetune_module, "validate", broken)
+    with pytest.raises(RuntimeError, match="evaluation"):
+        run(recipe_of(), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_second_run_does_not_encode_again(
+    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qformer.vision import ImageEncoder
+
+    seen = []
+    forward = ImageEncoder.forward
+    monkeypatch.setattr(ImageEncoder, "forward", lambda self, pixels: seen.append(len(pixels)) or forward(self, pixels))
+    run(recipe_of(max_steps=6), tmp_path / "one")
+    assert sum(seen) == 12  # each distinct picture once, over all epochs and validations
+    run(recipe_of(max_steps=6), tmp_path / "two")
+    assert sum(seen) == 12
+
+
+def test_starting_from_an_adapter_inherits_its_terms(recipe_of: Any, tmp_path: Path) -> None:
+    recipe = recipe_of()
+    run(recipe, tmp_path / "first")
+    facts_file = tmp_path / "first" / "best" / "artefact.json"
+    facts = json.loads(facts_file.read_text())
+    facts_file.write_text(json.dumps(facts | {"terms": ["research only"]}))
+    run(recipe, tmp_path / "second", start_from=str(tmp_path / "first"))
+    second = read_facts(tmp_path / "second" / "best")
+    assert second.terms == ("research only",)
+    assert second.started_from == str(tmp_path / "first")
+    other = recipe.model_copy(update={"bridge": recipe.bridge.model_copy(update={"num_queries": 5})})
+    with pytest.raises(UserError, match="'bridge' differs"):
+        run(other, tmp_path / "third", start_from=str(tmp_path / "first"))
+
+
+def test_run_folders_are_not_overwritten(recipe_of: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(max_steps=3)
+    with pytest.raises(UserError, match="--resume: .* holds no run"):
+        run(recipe, tmp_path / "run", resume=True)
+    run(recipe, tmp_path / "run")
+    with pytest.raises(UserError, match="a run of 3 steps stands there; add --resume"):
+        run(recipe, tmp_path / "run")
+    draw_data(tmp_path / "data", questions=("what colour?",))
+    with pytest.raises(UserError, match="learned from other data"):
+        run(recipe, tmp_path / "run", resume=True)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="this is a file"):
+        run(recipe, file)

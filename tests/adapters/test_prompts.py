@@ -1,0 +1,67 @@
+"""How a question becomes token ids."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import make_tokenizer
+
+from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle
+from qformer.errors import UserError
+
+
+def text_of(builder: PromptBuilder, ids: tuple[int, ...]) -> str:
+    shown = ["#" if i == IMAGE_SLOT else builder.tokenizer.decode([i]) for i in ids]
+    return "".join(shown)
+
+
+def test_chat_template_is_used_and_the_image_stands_first() -> None:
+    builder = PromptBuilder(make_tokenizer(chat=True), 2, style=PromptStyle(system="Look."))
+    prompt = builder.vqa("what?")
+    assert text_of(builder, prompt.shared) == "<|im_start|>system\nLook.<|im_end|>\n<|im_start|>user\n##"
+    assert text_of(builder, prompt.own) == "what?<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(builder, tuple(builder.answer_ids("red"))) == "red<|im_end|>"
+
+
+def test_several_images_stand_where_the_marks_are() -> None:
+    builder = PromptBuilder(make_tokenizer(chat=True), 2)
+    prompt = builder.vqa("Left: <image> right: <image> same?", num_images=2)
+    assert text_of(builder, prompt.ids) == (
+        "<|im_start|>user\nLeft: ## right: ## same?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text_of(builder, prompt.shared).endswith("##")
+
+
+def test_wrong_number_of_marks_names_both_numbers() -> None:
+    builder = PromptBuilder(make_tokenizer(chat=True), 2)
+    with pytest.raises(UserError, match=r"data.jsonl, row 3: 1 <image> marks but 2 images"):
+        builder.vqa("<image> same?", num_images=2, where="data.jsonl, row 3")
+
+
+@pytest.mark.parametrize(
+    ("encoder_decoder", "expected"), [(False, "Question: what? Answer:"), (True, "Question: what? Short answer:")]
+)
+def test_plain_tokenizers_get_the_papers_prompts(encoder_decoder: bool, expected: str) -> None:
+    builder = PromptBuilder(make_tokenizer(chat=False), 2, is_encoder_decoder=encoder_decoder)
+    assert text_of(builder, builder.vqa("what?").ids) == "##" + expected
+    assert text_of(builder, builder.caption().ids) == "##a photo of"
+    lead = "" if encoder_decoder else " "
+    assert text_of(builder, tuple(builder.answer_ids("red"))) == f"{lead}red</s>"
+
+
+def test_wording_of_the_recipe_goes_first() -> None:
+    builder = PromptBuilder(make_tokenizer(chat=False), 1, style=PromptStyle(question="Q {question} A", caption="Say"))
+    assert text_of(builder, builder.vqa(" x ").ids) == "#Q x A"
+    assert text_of(builder, builder.caption().ids) == "#Say"
+
+
+def test_a_template_that_rewrites_answers_still_ends_them() -> None:
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content']|upper }}]{% endfor %}"
+    builder = PromptBuilder(tokenizer, 1)
+    assert builder.answer_ids("red")[-1] == tokenizer.eos_token_id
+    assert builder.decode(builder.answer_ids("red")) == "red"
+
+
+def test_unknown_language() -> None:
+    with pytest.raises(UserError, match="--language: 'fr'"):
+        PromptBuilder(make_tokenizer(chat=True), 1).caption("fr")

@@ -1,0 +1,43 @@
+"""Scores against values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapters.evaluation.vqa import commonest_answer_score, exact_match, score, vqa_accuracy
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "expected"),
+    [
+        ("Red", "red", True),
+        ("red.", "red", True),
+        ("tape_dispenser", "tape dispenser", True),
+        ("papers, book", "book, papers", True),
+        ("book", "book, papers", False),
+        ("reddish", "red", False),
+        ("", "red", False),
+    ],
+)
+def test_exact_match(said: str, right: str, expected: bool) -> None:
+    assert exact_match(said, [right]) is expected
+
+
+def test_vqa_accuracy_is_the_mean_over_nine_of_ten() -> None:
+    ten = ["yes"] * 2 + ["no"] * 8
+    # leave one "yes" out: 1 left → 1/3, twice; leave a "no" out: 2 left → 2/3, eight times
+    assert vqa_accuracy("yes", ten) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert vqa_accuracy("no", ten) == 1.0
+    assert vqa_accuracy("maybe", ten) == 0.0
+
+
+def test_vqa_accuracy_compares_in_vqav2s_form() -> None:
+    assert vqa_accuracy("The two dogs!", ["2 dogs"]) == 1.0
+    assert vqa_accuracy("3.5", ["3.5"]) == 1.0
+    assert vqa_accuracy("1,000", ["1000"]) == 1.0
+
+
+def test_scores_and_the_commonest_answer() -> None:
+    answers = [("red",), ("red",), ("blue",), ("yes",)]
+    assert score(["red", "blue", "blue", "no"], answers) == {"n": 4, "exact_match": 0.5, "vqa_accuracy": 0.5}
+    assert commonest_answer_score(["colour?", "Colour?", "colour?", "is it?"], answers) == 0.75
