@@ -376,10 +376,10 @@ def test_training_stopped_by_ctrl_c_goes_on(call: Call, recipe_file: Path, tmp_p
     steps = out / "metrics.jsonl"
     began = time.monotonic()
     while not (steps.exists() and steps.read_text(encoding="utf-8").count("\n") >= 2):
-        assert run.poll() is None and time.monotonic() - began < 60
+        assert run.poll() is None and time.monotonic() - began < 120
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
-    printed, said = run.communicate(timeout=30)
+    printed, said = run.communicate(timeout=90)
 
     assert (run.returncode, printed, said) == (130, "", "querybridge: stopped\n")
     done = call(*options, "--resume", "--json").values

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from adapters.data.images import ImageRef, open_image
 from adapters.recipe import Recipe, parse_recipe
 from qformer.errors import UserError
 from serve.demo import build_page, example_questions, launch
+from serve.engine import Engine
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 COLOURS = {"red": (220, 20, 60), "green": (46, 139, 87), "blue": (65, 105, 225)}
@@ -233,12 +235,46 @@ main()
     assert run.stderr is not None
     first = run.stderr.readline()
     run.send_signal(signal.SIGINT)
-    out, rest = run.communicate(timeout=20)
+    out, rest = run.communicate(timeout=90)
 
     assert "the page is at http://127.0.0.1:" in first
     assert run.returncode == 130
     assert rest == "querybridge: stopped\n"
     assert out == ""
+
+
+def test_a_real_adapter_answers_as_it_does_without_the_page(engine: Engine, data_file: Path) -> None:
+    picture = data_file.parent / "3.png"
+    page = launch(engine, port=0, block=False)
+    try:
+        said = Client(page.local_url, verbose=False).predict(handle_file(picture), "what?", api_name="/ask")
+    finally:
+        page.close(verbose=False)
+
+    assert said == engine.ask(picture, "what?")
+
+
+def test_uploads_are_deleted_after_a_while_and_examples_stay(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setattr("serve.demo._HOUR", 1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    page = launch(FakeEngine(make_recipe(folder)), port=0, block=False)  # type: ignore[arg-type]
+    uploads = tmp_path / "uploads"
+    try:
+        client = Client(page.local_url, verbose=False)
+        client.predict(handle_file(tmp_path / "mine.png"), api_name="/caption")
+        came = {path.name for path in uploads.rglob("*.png")}
+        began = time.monotonic()
+        while list(uploads.rglob("mine.png")) and time.monotonic() - began < 20:
+            time.sleep(0.05)
+        left = {path.name for path in uploads.rglob("*.png")}
+    finally:
+        page.close(verbose=False)
+
+    assert came - left == {"mine.png"}
+    assert left == {"red.png", "green.png", "blue.png"}
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +291,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_in_a_browser(browser: Any, address: str, folder: Path, width: int, height: int) -> None:
     view = browser.new_page(viewport={"width": width, "height": height})
+    view.set_default_timeout(90_000)  # for a busy machine
     asked_for: list[str] = []
     faults: list[str] = []
     view.on("request", lambda request: asked_for.append(request.url))
