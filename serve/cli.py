@@ -268,7 +268,6 @@ def estimate(
 ) -> None:
     """Calculate the memory a recipe needs."""
     from adapters.estimate import describe_estimate, estimate_memory
-
     from adapters.recipe import load_recipe
 
     found = estimate_memory(load_recipe(recipe, set_ or []))
