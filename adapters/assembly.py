@@ -20,6 +20,7 @@ from qformer.errors import UserError
 from qformer.interchange import start_from_bert
 from qformer.language import LanguageModel, LoraSettings, load_language_model
 from qformer.model import VisionLanguageModel
+from qformer.precision import limit_kernel_cache
 from qformer.sources import fingerprint, resolve
 from qformer.vision import FeatureNorm, load_image_encoder
 
@@ -93,6 +94,7 @@ def assemble(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
+    limit_kernel_cache()
     check_device(device)
     torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
     fingerprints: dict[str, str] = {}

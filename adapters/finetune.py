@@ -86,6 +86,8 @@ def finetune(
 
     train_data, val_data = read_split(recipe)
     starting = start_from if state is None else None  # a resumed run already holds what it started from
+    if starting is not None:
+        find_artefact(starting)  # a mistake here is told before anything is loaded
     assembly = assemble(
         recipe, device=device or str(accelerator.device), dtype=dtype, offline=offline, lora=starting is None
     )

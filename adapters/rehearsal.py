@@ -49,8 +49,8 @@ def rehearse(model: VisionLanguageModel, shape: MicroBatch, *, depth: int = 2) -
     The LLM's blocks are alike, so `depth` and `depth` + 1 of them are run: what the forward pass keeps grows by the
     same for each, and what comes on top of it at the peak does not grow (a full run differs by under 2 %, tested).
 
-    Left out are the work space of kernels and the allocator's fragments. Attention is the CPU's fused kernel, which
-    keeps what a GPU's fused ones keep; autocast's rules are the CPU's, which keep a little less in float32.
+    Left out are the work space of kernels and the allocator's fragments. Where attention is fused it is the CPU's
+    kernel, which keeps what a GPU's do; autocast's rules are the CPU's, which keep a little less in float32.
 
     Args:
         model: on the meta device, with plain layers for 4-bit ones; it is of no use afterwards.

@@ -28,7 +28,12 @@ from qformer.vision import FeatureNorm, ImageEncoder, build_image_encoder
 
 
 def build_skeleton(
-    recipe: Recipe, *, compute_dtype: torch.dtype, tower_dtype: torch.dtype, quantized: bool = True
+    recipe: Recipe,
+    *,
+    compute_dtype: torch.dtype,
+    tower_dtype: torch.dtype,
+    quantized: bool = True,
+    attention: str = "sdpa",
 ) -> VisionLanguageModel:
     """The model that `adapters.assembly.assemble` would load, on the meta device.
 
@@ -37,6 +42,7 @@ def build_skeleton(
         compute_dtype: of the LLM's computation, and of its weights where they are not in 4-bit.
         tower_dtype: of the image encoders.
         quantized: False leaves 4-bit layers as plain ones, which can be run on fake tensors.
+        attention: of the LLM, as transformers names it; `load_language_model` takes "eager" on the CPU.
 
     Raises:
         UserError: a configuration is not to be had, or parts do not fit.
@@ -45,7 +51,7 @@ def build_skeleton(
         _image_encoder(tower, f"vision.towers.{index}.source", tower_dtype)
         for index, tower in enumerate(recipe.vision.towers)
     ]
-    language = _language_model(recipe.language, compute_dtype, quantized)
+    language = _language_model(recipe.language, compute_dtype, quantized, attention)
     with torch.device("meta"):
         feature_norm = FeatureNorm(encoders)
         bridge = QFormer(bridge_config(recipe.bridge, feature_norm.width))
@@ -91,7 +97,9 @@ def _transformers_config(values: Mapping[str, Any]) -> Any:
     return CONFIG_MAPPING[values["model_type"]](**{k: v for k, v in values.items() if k != "model_type"})
 
 
-def _language_model(section: LanguageSection, compute_dtype: torch.dtype, quantized: bool) -> LanguageModel:
+def _language_model(
+    section: LanguageSection, compute_dtype: torch.dtype, quantized: bool, attention: str
+) -> LanguageModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     found = find_config(section.source, "language.source")
@@ -99,7 +107,7 @@ def _language_model(section: LanguageSection, compute_dtype: torch.dtype, quanti
         config = AutoConfig.from_pretrained(str(found)) if isinstance(found, Path) else _transformers_config(found)
         loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            model = loader.from_config(without_dropout(config), dtype=compute_dtype, attn_implementation="sdpa")
+            model = loader.from_config(without_dropout(config), dtype=compute_dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise UserError(f"language.source {section.source!r}: no language model ({first_line(error)})") from error
     if not isinstance(found, Path) and found.get("tie_word_embeddings") is False:

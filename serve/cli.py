@@ -275,14 +275,20 @@ def estimate(
 
 
 def _recipe_for(name: str, overrides: Sequence[str]) -> tuple[Any, str]:
-    """A recipe and the name of its run; a data file is learned from by the default recipe of its kind."""
+    """A recipe and the name of its run; a data file is learned from by the default recipe, for the task of its rows."""
+    from adapters.data.readers import read_data
     from adapters.recipe import find_recipe, load_recipe
 
     path = Path(name)
     packaged = name.startswith("easy-vqa:")
     if packaged or path.suffix.lower() in (".jsonl", ".json", ".csv"):
-        data = name if packaged else str(path.resolve())
-        return load_recipe("domain_cpu", [f"data.train={json.dumps(data)}", *overrides]), path.stem.replace(":", "-")
+        source = name if packaged else str(path.resolve())
+        given = {override.partition("=")[0] for override in overrides}
+        skips = any(override.replace(" ", "") == "data.skip_bad_rows=true" for override in overrides)
+        task = [] if "task" in given else [f"task={read_data(source, skip_bad_rows=skips).task}"]
+        return load_recipe("domain_cpu", [f"data.train={json.dumps(source)}", *task, *overrides]), path.stem.replace(
+            ":", "-"
+        )
     return load_recipe(name, overrides), find_recipe(name).stem
 
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapters.data.collate import Branch, Row
+from adapters.data.collate import Branch, Row, padded_length
 from adapters.data.examples import DataSet, Example
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt, PromptBuilder
@@ -56,7 +56,7 @@ class Step:
         cut: list[tuple[Row, ...]] = []
         current: list[Row] = []
         for row in sorted(self.rows, key=len, reverse=True)[rank::world]:
-            if current and (len(current) + 1) * len(current[0]) > max_tokens:
+            if current and (len(current) + 1) * padded_length(len(current[0])) > max_tokens:
                 cut.append(tuple(current))
                 current = []
             current.append(row)

@@ -18,6 +18,8 @@ from adapters.data.prompts import IMAGE_SLOT, Prompt
 from qformer.language import IGNORED
 from qformer.model import TokenBatch
 
+LENGTH_STEP = 16  # tokens that training sequences are rounded up to
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -43,13 +45,17 @@ class Row:
         return len(self.shared) + sum(len(branch) for branch in self.branches)
 
 
+def padded_length(length: int) -> int:
+    """A length rounded up, so that few shapes occur: kernels are made once a shape, and each keeps memory."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
 def collate_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
-    """Rows to a training batch for a causal LLM, padded on the right.
+    """Rows to a training batch for a causal LLM, padded on the right to a rounded length.
 
     Rows of one branch each get a plain [B, T] mask; otherwise the mask is bool [B, 1, T, T].
     """
-    length = max(len(row) for row in rows)
-    shape = (len(rows), length)
+    shape = (len(rows), padded_length(max(len(row) for row in rows)))
     ids = torch.full(shape, pad_id, dtype=torch.long)
     labels = torch.full(shape, IGNORED, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)
