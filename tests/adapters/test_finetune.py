@@ -127,9 +127,7 @@ def test_nan_stops_with_what_to_try(recipe_of: Any, tmp_path: Path, monkeypatch:
 
 def test_early_stopping_keeps_the_best(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.0, 0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr(
-        finetune_module, "validate", lambda *_: {"val_loss": 1.0, "val_exact_match": next(scores)}
-    )
+    monkeypatch.setattr(finetune_module, "validate", lambda *_: {"val_loss": 1.0, "val_exact_match": next(scores)})
     result = run(recipe_of(max_steps=50, validate_every=2, patience=2), tmp_path / "run")
     assert result.finished and result.steps == 8
     assert read_facts(tmp_path / "run" / "best").steps == 4
@@ -148,9 +146,7 @@ def test_a_broken_evaluation_fails_before_training(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_second_run_does_not_encode_again(
-    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_run_does_not_encode_again(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qformer.vision import ImageEncoder
 
     seen = []
@@ -179,13 +175,13 @@ def test_starting_from_an_adapter_inherits_its_terms(recipe_of: Any, tmp_path: P
 
 def test_run_folders_are_not_overwritten(recipe_of: Any, tmp_path: Path) -> None:
     recipe = recipe_of(max_steps=3)
-    with pytest.raises(UserError, match="--resume: .* holds no run"):
+    with pytest.raises(UserError, match=r"--resume: .* holds no run"):
         run(recipe, tmp_path / "run", resume=True)
     run(recipe, tmp_path / "run")
     with pytest.raises(UserError, match="a run of 3 steps stands there; add --resume"):
         run(recipe, tmp_path / "run")
     draw_data(tmp_path / "data", questions=("what colour?",))
-    with pytest.raises(UserError, match="learned from other data"):
+    with pytest.raises(UserError, match="other data than"):
         run(recipe, tmp_path / "run", resume=True)
     file = tmp_path / "file"
     file.touch()

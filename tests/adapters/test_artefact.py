@@ -1,0 +1,172 @@
+"""The artefact: all that was trained, nothing else, read strictly, and readable by PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny import draw_data, tiny_values
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
+
+from adapters.artefact import Facts, find_artefact, load_artefact, read_facts, replace_folder, save_artefact
+from adapters.assembly import Assembly, assemble
+from adapters.recipe import parse_recipe
+from qformer.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("cache_here")
+
+
+@pytest.fixture
+def assembly(vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path) -> Assembly:
+    values: Any = tiny_values(vision_folder, language_folders["llama"], draw_data(tmp_path / "data"))
+    made = assemble(parse_recipe(values, "test"), dtype="float32")
+    torch.manual_seed(1)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+@pytest.fixture
+def artefact(assembly: Assembly, tmp_path: Path) -> Path:
+    facts = Facts(assembly.fingerprints, data={"train": "squares"}, metrics={"val_exact_match": 0.5}, terms=("CC0",))
+    save_artefact(tmp_path / "artefact", assembly, facts)
+    return tmp_path / "artefact"
+
+
+def test_the_folder_holds_what_was_trained_in_bfloat16_and_nothing_else(assembly: Assembly, artefact: Path) -> None:
+    files = {path.relative_to(artefact).as_posix() for path in artefact.rglob("*") if path.is_file()}
+    assert files == {
+        "bridge.safetensors", "lora/adapter_model.safetensors", "lora/adapter_config.json",
+        "recipe.yaml", "artefact.json", "README.md",
+    }  # fmt: skip
+    bridge = load_file(artefact / "bridge.safetensors")
+    lora = load_file(artefact / "lora" / "adapter_model.safetensors")
+    assert {t.dtype for t in (*bridge.values(), *lora.values())} == {torch.bfloat16}
+    held = sum(t.numel() for t in (*bridge.values(), *lora.values()))
+    assert held == sum(p.numel() for p in assembly.model.parameters() if p.requires_grad)
+
+
+def test_a_round_trip_gives_the_same_model(assembly: Assembly, artefact: Path) -> None:
+    again, facts = load_artefact(artefact, dtype="float32")
+    for (name, ours), (other, theirs) in zip(
+        assembly.model.named_parameters(), again.model.named_parameters(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(
+            ours.to(torch.bfloat16) if ours.requires_grad else ours,
+            theirs.to(ours.dtype) if not ours.requires_grad else theirs.to(torch.bfloat16),
+        )
+    assert facts.metrics == {"val_exact_match": 0.5} and facts.terms == ("CC0",)
+    assert set(facts.versions) == {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
+
+
+def test_peft_reads_the_lora(assembly: Assembly, artefact: Path, language_folders: dict[str, Path]) -> None:
+    """PEFT alone, on the base model alone, computes what we compute."""
+    base = AutoModelForCausalLM.from_pretrained(language_folders["llama"])
+    theirs = PeftModel.from_pretrained(base, str(artefact / "lora")).eval()
+    ours, _ = load_artefact(artefact, dtype="float32")
+    ids = torch.tensor([[7, 8, 9, 10]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        found = ours.model.language.model(inputs_embeds=ours.model.language.embed(ids)).logits
+        without = ours.model.language.base
+        plain = AutoModelForCausalLM.from_pretrained(language_folders["llama"])(input_ids=ids).logits
+    assert without is not None
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("projection.weight"), "missing projection.weight"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
+        (lambda s: s.update({"projection.bias": torch.zeros(3)}), r"projection.bias is \[3\], not \[64\]"),
+    ],
+)
+def test_a_tensor_that_differs_is_named(artefact: Path, change: Any, message: str) -> None:
+    file = artefact / "bridge.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+    with pytest.raises(UserError, match=message):
+        load_artefact(artefact)
+
+
+def test_another_base_model_is_refused(artefact: Path, language_folders: dict[str, Path]) -> None:
+    recipe = artefact / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(language_folders["llama"]), str(language_folders["qwen2"])))
+    with pytest.raises(UserError, match=r"trained on language weights sha256:.*use the base model it was trained on"):
+        load_artefact(artefact)
+
+
+def test_damage_is_one_line(artefact: Path) -> None:
+    shutil.copytree(artefact, artefact.with_name("copy"))
+    (artefact / "bridge.safetensors").write_bytes(b"\x00" * 10)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_artefact(artefact)
+    facts = artefact.with_name("copy") / "artefact.json"
+    newer = json.loads(facts.read_text()) | {"format_version": 99}
+    facts.write_text(json.dumps(newer))
+    with pytest.raises(UserError, match="format 99 is newer"):
+        read_facts(facts.parent)
+    facts.write_text("{")
+    with pytest.raises(UserError, match="damaged or not ours"):
+        read_facts(facts.parent)
+
+
+def test_names_that_lead_to_an_artefact(artefact: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError, match="holds no artefact"):
+        find_artefact(run)
+    shutil.copytree(artefact, run / "last")
+    assert find_artefact(run) == run / "last"
+    shutil.copytree(artefact, run / "best.old")  # stopped between the two renames
+    assert find_artefact(run) == run / "best.old"
+    shutil.copytree(artefact, run / "best")
+    assert find_artefact(run) == run / "best"
+    with pytest.raises(UserError, match="--adapter nowhere"):
+        find_artefact("nowhere")
+
+
+def test_replacing_a_folder_leaves_one_of_the_two_whole(tmp_path: Path) -> None:
+    new, target = tmp_path / "new", tmp_path / "target"
+    for folder, text in ((new, "new"), (target, "old")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    replace_folder(new, target)
+    assert (target / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["target"]
+
+
+def test_word_embeddings_are_named_not_copied(
+    vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """An instruction-aware bridge keeps its word embeddings by fingerprint, and gets them back on loading."""
+    from tiny import make_tokenizer
+
+    torch.manual_seed(0)
+    bert = tmp_path / "bert"
+    config = BertConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    BertModel(config).save_pretrained(bert)
+    make_tokenizer(chat=False).save_pretrained(bert)
+    values: Any = tiny_values(vision_folder, language_folders["llama"], draw_data(tmp_path / "data"))
+    values["bridge"] = {"preset": "tiny", "start": str(bert), "instruction_aware": True}
+    made = assemble(parse_recipe(values, "test"), dtype="float32")
+    save_artefact(tmp_path / "artefact", made, Facts(made.fingerprints))
+    names = set(load_file(tmp_path / "artefact" / "bridge.safetensors"))
+    assert not any("embeddings.words" in name for name in names)
+    assert any("text_feed_forward" in name for name in names)
+    again, _ = load_artefact(tmp_path / "artefact", dtype="float32")
+    assert again.bridge_tokenizer is not None
+    assert torch.equal(again.model.bridge.embeddings.words.weight, made.model.bridge.embeddings.words.weight)

@@ -1,0 +1,146 @@
+"""The README tells the truth: each of its commands runs, on a tiny adapter and a few drawn pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import draw_data, tiny_values
+
+from adapters import recipe as recipe_module
+from adapters.finetune import finetune
+from adapters.recipe import parse_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# In a clean clone, by hand and by CI: one takes minutes, the other is what runs this test.
+SET_UP = {"./scripts/quickstart.sh", "./scripts/test.sh"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, vision_folder: Path, language_folders: dict[str, Path]) -> Path:
+    """A folder as a reader has it after the quick start, with data of their own."""
+    folder = tmp_path_factory.mktemp("readme")
+    data = draw_data(folder, "my_data.jsonl")
+    recipe: Any = tiny_values(vision_folder, language_folders["llama"], data, max_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUERYBRIDGE_CACHE", str(folder / "cache"))
+        finetune(parse_recipe(recipe, "test"), folder / "runs" / "quickstart", device="cpu", quiet=True)
+    pictures = folder / "runs" / "quickstart" / "pictures"
+    pictures.mkdir()
+    shutil.copy(folder / "red0.png", pictures / "1.png")
+    row = {"image": "pictures/1.png", "question": "what colour?", "answer": "red"}
+    (pictures.parent / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture
+def in_workplace(
+    workplace: Path, vision_folder: Path, language_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Stand in that folder, with tiny models in the place of the recipes' and of the packaged data."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("QUERYBRIDGE_CACHE", str(workplace / "cache"))
+    load = recipe_module.load_recipe
+    tiny: Any = tiny_values(vision_folder, language_folders["llama"], workplace / "my_data.jsonl", max_steps=2)
+
+    def load_tiny(name: str | Path, overrides: Any = ()) -> Any:
+        recipe = load(name, overrides)  # the recipe and the overrides are read for real
+        values = recipe.model_dump(mode="json") | {key: tiny[key] for key in ("vision", "bridge", "language", "train")}
+        if recipe.data.train.startswith("easy-vqa"):
+            values["data"] = tiny["data"]
+        return parse_recipe(values, str(name))
+
+    monkeypatch.setattr(recipe_module, "load_recipe", load_tiny)
+    return workplace
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    from serve import cli
+
+    monkeypatch.setattr("sys.argv", shlex.split(command))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture
+def quiet_page(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """`demo` comes back at once; the page itself has tests of its own."""
+    ports: list[int] = []
+    monkeypatch.setattr("serve.demo.launch", lambda engine, port, **_: ports.append(port))
+    return ports
+
+
+def test_the_set_up_commands_are_scripts_that_are_there() -> None:
+    assert set(COMMANDS) >= SET_UP
+    assert all((ROOT / command).is_file() for command in SET_UP)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in SET_UP and "estimate" not in c])
+def test_every_command_runs(
+    command: str, in_workplace: Path, quiet_page: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command.startswith("querybridge "), f"no test knows how to run: {command}"
+    if "easy-vqa:test" in command:  # the packaged set is a wheel; the reader's file stands in for it
+        command = command.replace("easy-vqa:test", "my_data.jsonl").replace("--limit 1000", "--limit 4")
+    if "--resume" not in command and (out := re.search(r"--out (runs/\S+)", command)):
+        shutil.rmtree(in_workplace / out[1], ignore_errors=True)
+    adapter = re.search(r"(?:--adapter|--start-from) (runs/\S+)", command)
+    if adapter and not Path(adapter[1]).exists():
+        shutil.copytree("runs/quickstart", adapter[1])
+    if "--resume" in command and not Path("runs/mine").exists():
+        run("querybridge finetune my_data.jsonl --out runs/mine --quiet", monkeypatch)
+    assert run(command, monkeypatch) == 0
+    assert quiet_page == ([7860] if " demo" in command else [])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "estimate" in c])
+def test_estimates_run_as_written(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(command, monkeypatch) == 0
+
+
+def test_python_examples_run(in_workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = [block for block in blocks("python") if "gradio_client" not in block]
+    for made in ("runs/from_python", "answers_too.jsonl"):
+        path = in_workplace / made
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    exec(compile(example, "README.md", "exec"), {})
+    assert json.loads((in_workplace / "answers_too.jsonl").read_text())["reference"] == ["red"]
+
+
+def test_the_example_row_is_read(tmp_path: Path, make_picture: Callable[[Path], None]) -> None:
+    from adapters.data.readers import read_data
+
+    row = blocks("json")[0]
+    (tmp_path / "photos").mkdir()
+    make_picture(tmp_path / json.loads(row)["image"])
+    (tmp_path / "rows.jsonl").write_text(row)
+    assert read_data(tmp_path / "rows.jsonl").examples[0].answers == ("bearing",)
+
+
+@pytest.fixture
+def make_picture() -> Callable[[Path], None]:
+    from PIL import Image
+
+    return lambda path: Image.new("RGB", (8, 8), "red").save(path)
+
+
+def test_recipes_named_in_the_readme_ship() -> None:
+    named = set(re.findall(r"\b(gpu_\w+|easy_vqa_cpu|domain_cpu)\b", README))
+    assert named and named <= set(recipe_module.shipped_recipes())
+    assert all(yaml.safe_load(path.read_text()) for path in recipe_module.shipped_recipes().values())
