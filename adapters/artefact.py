@@ -27,6 +27,7 @@ from torch import Tensor
 from adapters.assembly import Assembly, assemble
 from adapters.recipe import Recipe, load_recipe
 from qformer.errors import UserError
+from qformer.strict import describe_differences
 
 FORMAT_VERSION = 1
 _BRIDGE = "bridge.safetensors"
@@ -208,17 +209,8 @@ def load_trained(assembly: Assembly, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / _BRIDGE}: cannot be read ({error}); fetch a fresh copy") from error
     expected = trained_state(assembly)
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise UserError(
-            f"{folder / _BRIDGE}: does not fit its recipe: {'; '.join(problems[:3])} ({len(problems)} in all)"
-        )
+    if differences := describe_differences(found, expected):
+        raise UserError(f"{folder / _BRIDGE}: does not fit its recipe: {differences}")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(found[name])

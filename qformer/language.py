@@ -29,6 +29,7 @@ from transformers import (
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.precision import default_compute_dtype, keep_four_bit_trainable, nf4_config
+from qformer.strict import describe_differences
 
 IGNORED = -100  # label of a position that carries no loss, as torch's cross-entropy has it
 
@@ -283,19 +284,8 @@ class LanguageModel(nn.Module):
             self.model = get_peft_model(self.base, config)
         except ValueError as error:
             raise UserError(f"{folder}: its LoRA names layers {self.config.model_type} does not have") from error
-        expected = dict(self.lora_state())
-        problems = [f"missing {name}" for name in expected if name not in state]
-        problems += [f"unexpected {name}" for name in state if name not in expected]
-        problems += [
-            f"{name} is {list(state[name].shape)}, not {list(expected[name].shape)}"
-            for name in expected
-            if name in state and state[name].shape != expected[name].shape
-        ]
-        if problems:
-            raise UserError(
-                f"{folder}: the LoRA matrices do not fit {self.config.model_type}: {'; '.join(problems[:3])}"
-                f" ({len(problems)} in all)"
-            )
+        if differences := describe_differences(state, self.lora_state()):
+            raise UserError(f"{folder}: the LoRA matrices do not fit {self.config.model_type}: {differences}")
         set_peft_model_state_dict(self.model, {name: tensor.float() for name, tensor in state.items()})
         self.train(self.training)
 
