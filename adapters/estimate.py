@@ -5,7 +5,7 @@ trainable parameter (exact). Activations come from a rehearsal on fake tensors (
 libraries themselves hold is a fixed figure, and the allocator's fragments are left to the headroom of a tenth.
 
 How far off: on a GPU it was not measured. On a CPU a process keeps much of what it frees, so its anonymous memory is
-larger: a run of easy_vqa_cpu with a question a row, 1.4 GiB by this, measured 2.0 GiB in training and 2.4 GiB in all.
+larger: a run of easy_vqa_cpu with a question a row, 1.2 GiB by this, measured 1.7 GiB in training and 2.1 GiB in all.
 """
 
 from __future__ import annotations
