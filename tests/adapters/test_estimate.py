@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from typer.testing import CliRunner
 
 from adapters.assembly import assemble
 from adapters.estimate import describe_estimate, estimate_memory
@@ -156,3 +157,11 @@ def test_an_unknown_model_is_one_line_that_says_how_to_go_on(cache_here: Path, k
 def test_a_tower_of_no_known_kind_is_one_line(cache_here: Path, language_folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"model_type 'llama'.*clip"):
         estimate_memory(recipe_of(language_folders["llama"], language_folders["llama"]))
+
+
+def test_the_command_prints_one_json_object() -> None:
+    from serve.cli import app
+
+    done = CliRunner().invoke(app, ["estimate", "easy_vqa_cpu", "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["total_gib"] > 0
