@@ -29,8 +29,8 @@ def answer_examples(
 ) -> list[str]:
     """Answer questions about pictures.
 
-    A question asked twice about one picture is answered once, and a picture goes through the bridge once however
-    many questions it has. Batches hold prompts of like length; an answer does not depend on its batch.
+    A question asked twice about one picture is answered once, and a picture goes through the bridge once a batch,
+    however many questions it has there. Batches hold prompts of like length; an answer does not depend on its batch.
 
     Args:
         assembly: the loaded model.

@@ -48,7 +48,7 @@ class Facts:
         metrics: what was measured, by name; fractions, not per cent.
         terms: terms of the training data, one a line; inherited from an artefact it started from.
         steps: optimiser steps taken.
-        started_from: name and fingerprint of the artefact it started from, or None.
+        started_from: the artefact it started from, or None.
         versions: of the libraries.
         format_version: of this folder's layout.
     """
@@ -95,10 +95,10 @@ def save_artefact(folder: Path, assembly: Assembly, facts: Facts) -> None:
         (building / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
         (building / "README.md").write_text(write_card(assembly.recipe, facts, folder.name), encoding="utf-8")
         replace_folder(building, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise UserError(
-            f"{folder}: the artefact cannot be written ({error.strerror}); free space or name another --out"
+            f"{folder}: the artefact cannot be written ({error}); free space or name another --out"
         ) from error
 
 
@@ -135,7 +135,7 @@ def find_artefact(name: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(name)
+    path = Path(name).resolve()
     for candidate in (path, path / "best", path / "last", _SHIPPED / str(name)):
         if (candidate / _FACTS).is_file():
             return candidate
@@ -215,6 +215,8 @@ def load_trained(assembly: Assembly, folder: Path) -> None:
         for name, tensor in expected.items():
             tensor.copy_(found[name])
     if (folder / _LORA).is_dir():
+        if assembly.recipe.language.lora is None:
+            raise UserError(f"{folder}: there is a folder '{_LORA}', but the recipe has no LoRA; fetch a fresh copy")
         assembly.model.language.load_lora(folder / _LORA)
     elif assembly.recipe.language.lora is not None:
         raise UserError(f"{folder}: the recipe has LoRA, but the folder '{_LORA}' is missing; fetch a fresh copy")

@@ -96,7 +96,6 @@ def assemble(
         raise UserError(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
     limit_kernel_cache()
     check_device(device)
-    torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
     fingerprints: dict[str, str] = {}
     encoders = []
     for index, tower in enumerate(recipe.vision.towers):
@@ -119,6 +118,7 @@ def assemble(
         compute_dtype=DTYPES[dtype] if dtype else None,
         device=device,
     )
+    torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
     feature_norm = FeatureNorm(encoders)
     bridge = QFormer(bridge_config(recipe.bridge, feature_norm.width))
     bridge_tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
@@ -139,14 +139,15 @@ def assemble(
 
 
 def word_sized_projection(bridge_width: int, language: LanguageModel) -> nn.Linear:
-    """A fresh linear layer whose outputs are as large as the LLM's word embeddings, so that training starts calm.
+    """A fresh linear layer whose outputs lie where the LLM's word embeddings do: their mean, and their spread around it.
 
     The bridge ends in a norm, so its outputs have about unit variance.
     """
     projection = nn.Linear(bridge_width, language.width)
-    words = language.base.get_input_embeddings().weight.detach().float()
-    nn.init.normal_(projection.weight, std=words.square().mean().sqrt().item() / bridge_width**0.5)
-    nn.init.zeros_(projection.bias)
+    words = language.base.get_input_embeddings().weight.detach().float()  # [V, D_l]
+    nn.init.normal_(projection.weight, std=words.std(dim=0).square().mean().sqrt().item() / bridge_width**0.5)
+    with torch.no_grad():
+        projection.bias.copy_(words.mean(dim=0))
     return projection
 
 
@@ -171,14 +172,20 @@ def _bridge_start(
         return None
     folder = resolve(section.start, offline=offline)
     fingerprints["bridge.start"] = fingerprint(folder)
-    start_from_bert(bridge, load_file(folder / "model.safetensors"))
+    try:
+        start_from_bert(bridge, load_file(folder / "model.safetensors"))
+    except OSError as error:
+        raise UserError(f"bridge.start: {folder} has no model.safetensors; name a BERT saved in one file") from error
     if bridge.embeddings is not None:  # known by the fingerprint, so neither trained nor kept in the artefact
         bridge.embeddings.words.requires_grad_(False)
     if not section.instruction_aware:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder))
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"bridge.start: {folder} has no tokenizer, which an instruction-aware bridge needs") from error
 
 
 def check_device(device: str) -> None:
@@ -192,8 +199,3 @@ def check_device(device: str) -> None:
 def default_device() -> str:
     """ "cuda" where there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def trainable_parameters(language: LanguageModel) -> int:
-    """How many of the LLM's parameters train, all of them LoRA's."""
-    return sum(p.numel() for p in language.parameters() if p.requires_grad)

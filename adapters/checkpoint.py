@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adapters.artefact import replace_folder
 from qformer.errors import UserError
+from qformer.strict import describe_differences
 
 
 @dataclass
@@ -30,13 +31,12 @@ class Position:
         step: optimiser steps taken.
         epoch: the epoch under way, from 0.
         offset: steps taken within it.
-        answers: answers learned from.
         best: the best validation score so far, higher is better; None before the first.
-        best_step: the step it was reached at.
         stale: validations since then.
         stopped_early: patience ran out, so there is nothing left to do.
         seconds: time spent training, over all sittings.
         data: fingerprint of the training data, so that a run is not resumed on other data.
+        dtype: what the LLM computes in.
         metrics: the figures of the best validation.
         started_from: the adapter the run started from, or None.
         terms: terms of the data, inherited ones included.
@@ -45,13 +45,12 @@ class Position:
     step: int = 0
     epoch: int = 0
     offset: int = 0
-    answers: int = 0
     best: float | None = None
-    best_step: int = 0
     stale: int = 0
     stopped_early: bool = False
     seconds: float = 0.0
     data: str = ""
+    dtype: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     started_from: str | None = None
     terms: list[str] = field(default_factory=list)
@@ -125,11 +124,9 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer)
         generators = load_file(folder / "rng.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the state is damaged ({error}); delete the run's folder and start again") from error
-    differing = sorted(set(weights) ^ set(parameters))
-    if differing:
+    if differences := describe_differences(weights, parameters):
         raise UserError(
-            f"{folder}: the run trained other parts than this recipe ({differing[0]} and {len(differing) - 1} more);"
-            " resume it with its own recipe, or name another --out"
+            f"{folder}: the run trained other parts: {differences}; resume it with its own recipe and models"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -142,5 +139,7 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer)
         optimiser.state[parameter][kind] = placed
     torch.set_rng_state(generators["cpu"])
     if torch.cuda.is_available() and "cuda:0" in generators:
-        torch.cuda.set_rng_state_all([generators[f"cuda:{i}"] for i in range(torch.cuda.device_count())])
+        held = [generators[f"cuda:{i}"] for i in range(torch.cuda.device_count()) if f"cuda:{i}" in generators]
+        for index, generator in enumerate(held):
+            torch.cuda.set_rng_state(generator, index)
     return position

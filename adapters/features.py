@@ -12,6 +12,8 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
+import os
 import shutil
 import warnings
 import weakref
@@ -31,9 +33,28 @@ from adapters.feature_files import EncoderFiles
 from qformer.errors import UserError
 from qformer.sources import cache_root
 
+LIMIT_VARIABLE = "QUERYBRIDGE_FEATURES_GIB"
+DEFAULT_LIMIT = 20  # GiB
+
 # Part of every key: raise it when pictures are decoded otherwise or the files' format changes.
 _VERSION = 1
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
+
+
+def configured_bytes() -> int:
+    """The bound on the features of all encoders: `$QUERYBRIDGE_FEATURES_GIB`, or 20 GiB.
+
+    Raises:
+        UserError: the variable is not a number above 0.
+    """
+    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < math.inf:
+        raise UserError(f"{LIMIT_VARIABLE}={text}: give a number of GiB above 0, such as 100")
+    return int(gib * 2**30)
 
 
 class Encoder(Protocol):
@@ -58,19 +79,20 @@ class FeatureCache:
     Args:
         encoder: frozen; asked only for pictures that the cache does not have.
         root: the cache folder; None takes `$QUERYBRIDGE_CACHE` or the user's cache folder.
-        max_bytes: the most that the features of all encoders under `root` may take together. Beyond it the least
+        max_bytes: the most that the features of all encoders under `root` may take together; None takes
+            `configured_bytes()`. Beyond it the least
             recently used go, but never those that a live cache of this process was asked to `fill`.
     """
 
     _live: ClassVar[weakref.WeakSet[FeatureCache]] = weakref.WeakSet()
 
-    def __init__(self, encoder: Encoder, root: Path | None = None, max_bytes: int = 20 * 2**30) -> None:
+    def __init__(self, encoder: Encoder, root: Path | None = None, max_bytes: int | None = None) -> None:
         self.encoder = encoder
         self.root = (cache_root() if root is None else Path(root)) / "features"
         self.identity = dict(encoder.identity())
         self.key = encoder_key(self.identity)
         self.folder = self.root / self.key
-        self.max_bytes = max_bytes
+        self.max_bytes = max_bytes if max_bytes is not None else configured_bytes()
         self._filled: set[Path] = set()  # what `fill` was asked for: this run's data
         self._file_bytes = 0  # the size of one file, once known
         self._total: int | None = None  # bytes under root when last counted
@@ -243,7 +265,7 @@ class FeatureCache:
             else:
                 raise UserError(
                     f"{ref.where or 'image'}: '{ref.label}': the image encoder's features are not finite numbers: "
-                    "run it in float32 (--dtype float32)"
+                    "run it on the CPU (--device cpu), where it computes in float32"
                 )
         return arrays
 
@@ -254,7 +276,7 @@ class FeatureCache:
         if need > self.max_bytes:
             raise UserError(
                 f"the features of this data take {need:,} bytes, but the cache is held to {self.max_bytes:,}: "
-                "raise max_bytes, take fewer pictures, or a smaller encoder"
+                f"set {LIMIT_VARIABLE} to more GiB, take fewer pictures, or a smaller encoder"
             )
         if missing * self._file_bytes > shutil.disk_usage(self.folder).free:
             raise UserError(self._no_room(missing))

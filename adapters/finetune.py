@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from adapters.alignment import align_words
 from adapters.answering import answer_examples
 from adapters.artefact import Facts, find_artefact, load_trained, read_facts, read_recipe, save_artefact
 from adapters.assembly import Assembly, assemble, default_device
@@ -24,10 +26,11 @@ from adapters.checkpoint import Position, find_state, load_state, read_position,
 from adapters.data.batches import Picture, Step, plan_epoch, plan_validation, tokenise
 from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
 from adapters.data.examples import DataSet, Example, split_by_image
+from adapters.data.images import ImageRef
 from adapters.data.readers import read_data
 from adapters.evaluation.vqa import score
 from adapters.optimiser import build_optimiser, learning_rate
-from adapters.recipe import Recipe, TrainSection
+from adapters.recipe import Recipe, TrainSection, differing_keys, load_recipe
 from adapters.reporting import Reporter
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -79,19 +82,27 @@ def finetune(
         UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full.
     """
     out = Path(out)
-    accelerator = Accelerator(cpu=(device or default_device()) == "cpu")
+    accelerator = Accelerator(cpu=(device or default_device()) == "cpu", mixed_precision="no")  # precision is the LLM's
     main = accelerator.is_main_process
-    state = _check_run_folder(out, resume)
+    state = _check_run_folder(out, resume, recipe)
     train = recipe.train
 
-    train_data, val_data = read_split(recipe)
+    train_data, val_data = read_split(recipe, offline=offline)
     starting = start_from if state is None else None  # a resumed run already holds what it started from
     if starting is not None:
         find_artefact(starting)  # a mistake here is told before anything is loaded
     assembly = assemble(
-        recipe, device=device or str(accelerator.device), dtype=dtype, offline=offline, lora=starting is None
+        recipe,
+        device=device or str(accelerator.device),
+        dtype=dtype or (read_position(state).dtype if state is not None else None),  # a resumed run keeps its own
+        offline=offline,
+        lora=starting is None,
     )
-    position = Position(data=train_data.fingerprint, terms=[train_data.terms] if train_data.terms else [])
+    position = Position(
+        data=train_data.fingerprint,
+        dtype=str(assembly.model.language.compute_dtype).removeprefix("torch."),
+        terms=[train_data.terms] if train_data.terms else [],
+    )
     if starting is not None:
         position.started_from = starting
         position.terms += _start_from(assembly, starting, quiet=quiet)
@@ -100,10 +111,16 @@ def finetune(
     validation = plan_validation(
         tokenise(val_data, assembly.prompts, max_tokens=train.micro_batch_tokens), row_tokens=row_tokens
     )
-    with accelerator.main_process_first():
-        fill_caches(assembly, [train_data, val_data], quiet=quiet or not main)
+    images = [image for data in (train_data, val_data) for example in data.examples for image in example.images]
+    fill_caches(assembly, images[accelerator.process_index :: accelerator.num_processes], quiet=quiet or not main)
+    accelerator.wait_for_everyone()
+    fill_caches(assembly, images, quiet=True)  # all there by now: the cache learns what must not be evicted
 
     model = assembly.model
+    if state is None and starting is None:
+        model.feature_norm.standardise(assembly.features(_some_pictures(pictures)))
+        if train.align_steps and assembly.bridge_tokenizer is None:
+            _align(assembly, pictures, train, quiet=quiet or not main)
     optimiser = build_optimiser(assembly, train)
     if state is not None:
         position = load_state(state, model, optimiser)
@@ -113,7 +130,8 @@ def finetune(
             )
     prepared = accelerator.prepare(model)
     answers = sum(len(picture.questions) for picture in pictures)
-    total = train.max_steps or max(1, math.ceil(train.epochs * answers / train.batch_size))
+    steps_an_epoch = len(_plan(pictures, 0, train, row_tokens, accelerator.num_processes))
+    total = train.max_steps or max(1, round(train.epochs * steps_an_epoch))
     facts = Facts(
         fingerprints=assembly.fingerprints,
         data={
@@ -121,12 +139,12 @@ def finetune(
             "answers": answers,
             "pictures": len(pictures),
             "fingerprint": train_data.fingerprint,
+            "bad rows left out": len(train_data.skipped),
         },
         terms=tuple(dict.fromkeys(position.terms)),
         started_from=position.started_from,
     )
     if main:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
     began = time.monotonic() - position.seconds
     with (
@@ -134,13 +152,19 @@ def finetune(
         _interruptible() as stop,
     ):
         report.say(describe_trainable(assembly))
+        for data in (train_data, val_data):
+            for line in data.skipped[:3]:
+                report.say(f"left out: {line}")
+            if data.skipped:
+                report.say(f"{data.name}: {len(data.skipped)} bad rows left out")
         if position.step == 0:  # a broken evaluation fails now, not after an hour
             validate(assembly, Step(validation.rows[:2]), val_data.examples[:2], recipe)
         losses: list[float] = []
         timer = time.monotonic()
         samples = 0
         for step in _steps_from(position, pictures, train, row_tokens, accelerator.num_processes):
-            if position.step >= total or position.stopped_early or stop:
+            pressed = accelerator.reduce(torch.tensor(len(stop), device=accelerator.device))
+            if position.step >= total or position.stopped_early or pressed:
                 break
             model.train()
             rate = learning_rate(position.step, total, train)
@@ -158,12 +182,12 @@ def finetune(
                 loss += part.item()
             loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device)))
             _check_finite(loss, position.step + 1, recipe)
-            norm = accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm)
+            norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm))
+            _check_finite(norm, position.step + 1, recipe, what="the gradient's norm")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             position.step += 1
             position.offset += 1
-            position.answers += step.answers
             losses.append(loss)
             samples += step.answers
             if position.step % train.log_every == 0 or position.step == total:
@@ -173,7 +197,7 @@ def finetune(
                     {
                         "loss": sum(losses) / len(losses),
                         "learning_rate": train.learning_rate * rate,
-                        "gradient_norm": float(norm),
+                        "gradient_norm": norm,
                         "samples_per_second": samples / elapsed,
                     },
                 )
@@ -182,12 +206,16 @@ def finetune(
                 metrics = validate(assembly, validation, val_data.examples, recipe)
                 report.validation(position.step, metrics)
                 position.seconds = time.monotonic() - began
+                improved = note_validation(position, metrics, train)  # on every process, so that all stop together
                 if main:
-                    _keep(out, assembly, facts, position, metrics, train)
+                    measured = replace(facts, metrics=metrics, steps=position.step)
+                    save_artefact(out / "last", assembly, measured)
+                    if improved:
+                        save_artefact(out / "best", assembly, measured)
                     save_state(out / "state", model, optimiser, position)
                     report.draw()
                 accelerator.wait_for_everyone()
-                timer = time.monotonic()
+                samples, timer = 0, time.monotonic()
         finished = position.step >= total or position.stopped_early
         if not finished and main:
             position.seconds = time.monotonic() - began
@@ -202,31 +230,31 @@ def finetune(
         )
 
 
-def read_split(recipe: Recipe) -> tuple[DataSet, DataSet]:
+def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataSet]:
     """The training and the validation data of a recipe; without a validation set, whole pictures are held out."""
     data = recipe.data
-    train = read_data(data.train, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.limit)
+    train = read_data(data.train, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.limit, offline=offline)
     if data.val is not None:
-        val = read_data(data.val, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.val_limit)
+        val = read_data(
+            data.val, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.val_limit, offline=offline
+        )
         return train, val
     train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not hang on the run's seed
     return train, replace(val, examples=val.examples[: data.val_limit])
 
 
-def fill_caches(assembly: Assembly, data: Sequence[DataSet], *, quiet: bool = False) -> None:
+def fill_caches(assembly: Assembly, images: Sequence[ImageRef], *, quiet: bool = False) -> None:
     """Encode every picture that is not in the cache yet."""
-    images = [image for part in data for example in part.examples for image in example.images]
-    for cache in assembly.caches:
-        with Reporter(None, 1, quiet=quiet) as report:
+    shown = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if not quiet and (time.monotonic() - shown > 10 or done == total):
             shown = time.monotonic()
+            print(f"encoding pictures: {done}/{total}", file=sys.stderr, flush=True)
 
-            def progress(done: int, total: int, report: Reporter = report) -> None:
-                nonlocal shown
-                if time.monotonic() - shown > 10 or done == total:
-                    shown = time.monotonic()
-                    report.say(f"encoding pictures: {done}/{total}")
-
-            cache.fill(images, on_progress=progress)
+    for cache in assembly.caches:
+        cache.fill(images, on_progress=progress)
 
 
 def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:
@@ -270,17 +298,21 @@ def _steps_from(
 ) -> Iterator[Step]:
     """Steps from where the run stands, epoch after epoch without end."""
     while True:
-        steps = plan_epoch(
-            pictures,
-            seed=train.seed,
-            epoch=position.epoch,
-            batch_size=train.batch_size,
-            row_tokens=row_tokens,
-            world=world,
-        )
-        yield from steps[position.offset :]
+        yield from _plan(pictures, position.epoch, train, row_tokens, world)[position.offset :]
         position.epoch += 1
         position.offset = 0
+
+
+def _plan(pictures: list[Picture], epoch: int, train: TrainSection, row_tokens: int, world: int) -> list[Step]:
+    return plan_epoch(
+        pictures, seed=train.seed, epoch=epoch, batch_size=train.batch_size, row_tokens=row_tokens, world=world
+    )
+
+
+def _some_pictures(pictures: Sequence[Picture], most: int = 256) -> list[ImageRef]:
+    """Pictures spread evenly over the training data."""
+    images = list(dict.fromkeys(image for picture in pictures for image in picture.images))
+    return images[:: max(1, len(images) // most)][:most]
 
 
 def _packs(assembly: Assembly) -> bool:
@@ -288,29 +320,23 @@ def _packs(assembly: Assembly) -> bool:
     return assembly.model.language.can_pack and assembly.bridge_tokenizer is None
 
 
-def _keep(
-    out: Path,
-    assembly: Assembly,
-    facts: Facts,
-    position: Position,
-    metrics: dict[str, float],
-    train: TrainSection,
-) -> None:
-    """Write `last`, and `best` where the validation says so; count towards patience."""
+def note_validation(position: Position, metrics: dict[str, float], train: TrainSection) -> bool:
+    """Keep the best validation's figures and count towards patience; returns whether this one is the best."""
     current = metrics.get("val_exact_match", -metrics["val_loss"])
-    measured = Facts(**{**vars(facts), "metrics": metrics, "steps": position.step})
-    save_artefact(out / "last", assembly, measured)
     if position.best is None or current > position.best:
-        position.best, position.best_step, position.stale, position.metrics = (
-            current,
-            position.step,
-            0,
-            metrics,
-        )
-        save_artefact(out / "best", assembly, measured)
-    else:
-        position.stale += 1
-        position.stopped_early = train.patience is not None and position.stale >= train.patience
+        position.best, position.stale, position.metrics = current, 0, metrics
+        return True
+    position.stale += 1
+    position.stopped_early = train.patience is not None and position.stale >= train.patience
+    return False
+
+
+def _align(assembly: Assembly, pictures: Sequence[Picture], train: TrainSection, *, quiet: bool) -> None:
+    def tell(step: int, loss: float) -> None:
+        if not quiet and (step % 50 == 0 or step == train.align_steps):
+            print(f"naming words: step {step}/{train.align_steps} · loss {loss:.3f}", file=sys.stderr, flush=True)
+
+    align_words(assembly, pictures, steps=train.align_steps, seed=train.seed, on_step=tell)
 
 
 def _start_from(assembly: Assembly, name: str, *, quiet: bool) -> list[str]:
@@ -333,28 +359,37 @@ def _start_from(assembly: Assembly, name: str, *, quiet: bool) -> list[str]:
     return list(facts.terms)
 
 
-def _check_run_folder(out: Path, resume: bool) -> Path | None:
-    """The state to go on from, or None for a fresh run."""
+def _check_run_folder(out: Path, resume: bool, recipe: Recipe) -> Path | None:
+    """The state to go on from, or None for a fresh run; the folder is there and can be written."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: this is a file; name a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: the folder cannot be made ({error.strerror}); name another") from error
     state = find_state(out / "state")
     if resume:
         if state is None:
             raise UserError(f"--resume: {out} holds no run to go on with; leave --resume out, or name the run's folder")
+        if differing := differing_keys(load_recipe(out / "recipe.yaml"), recipe):
+            raise UserError(
+                f"--resume: the recipe differs from the run's in {', '.join(differing[:3])}; give the same recipe and"
+                f" --set as before ({out / 'recipe.yaml'}), or name another --out"
+            )
         return state
     if state is not None:
         steps = read_position(state).step
         raise UserError(
             f"--out {out}: a run of {steps} steps stands there; add --resume to go on, or name another folder"
         )
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: this is a file; name a folder")
     return None
 
 
-def _check_finite(loss: float, step: int, recipe: Recipe) -> None:
-    if not math.isfinite(loss):
+def _check_finite(value: float, step: int, recipe: Recipe, *, what: str = "the loss") -> None:
+    if not math.isfinite(value):
         raise UserError(
-            f"the loss is {loss} at step {step}; try --set train.learning_rate={recipe.train.learning_rate / 3:.1e},"
-            " --set train.clip_norm=0.3 or --dtype float32 (the last validated weights are in 'last')"
+            f"{what} is {value} at step {step}; try --set train.learning_rate={recipe.train.learning_rate / 3:.1e},"
+            " --set train.clip_norm=0.3 or --dtype float32 (weights up to the last validation are kept)"
         )
 
 

@@ -56,7 +56,6 @@ class BridgeSection(_Section):
     num_layers: int | None = Field(default=None, ge=1)
     dropout: float | None = Field(default=None, ge=0, lt=1)
     instruction_aware: bool = False
-    text_branch: bool = False
 
 
 class LoraSection(_Section):
@@ -89,6 +88,7 @@ class TrainSection(_Section):
     """The loop."""
 
     seed: int = 0
+    align_steps: int = Field(default=0, ge=0, description="steps of naming answers' words before the LLM is run")
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, whatever epochs says")
     batch_size: int = Field(default=64, ge=1, description="answers a step, over all processes")
@@ -123,6 +123,18 @@ class Recipe(_Section):
     def dump(self) -> str:
         """The recipe as YAML, every value written out."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def differing_keys(one: Recipe, other: Recipe) -> list[str]:
+    """Dotted names of the keys in which two recipes differ."""
+
+    def walk(left: Any, right: Any, name: str) -> list[str]:
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys = dict.fromkeys([*left, *right])
+            return [found for key in keys for found in walk(left.get(key), right.get(key), f"{name}.{key}")]
+        return [] if left == right else [name[1:]]
+
+    return walk(one.model_dump(mode="json"), other.model_dump(mode="json"), "")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -216,12 +228,14 @@ def _override(values: dict[str, Any], override: str) -> None:
     section: Any = values
     parts = key.split(".")
     for index, part in enumerate(parts[:-1]):
-        if isinstance(section, list) and part.isdigit() and int(part) < len(section):
+        if isinstance(section, list):
+            if not part.isdigit() or int(part) >= len(section):
+                raise UserError(f"--set {override}: '{'.'.join(parts[:index])}' has entries 0 to {len(section) - 1}")
             section = section[int(part)]
-            continue
-        if section.get(part) is None:
-            section[part] = {}
-        section = section[part]
+        else:
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
         if not isinstance(section, dict | list):
             raise UserError(f"--set {override}: '{'.'.join(parts[: index + 1])}' is a value, not a section")
     try:

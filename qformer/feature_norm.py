@@ -54,6 +54,23 @@ class FeatureNorm(nn.Module):
             self.register_buffer(f"positions_{index}", grid_positions(encoder.grid, self.width), persistent=False)
             self.positions.append(f"positions_{index}")
 
+    @torch.no_grad()
+    def standardise(self, features: Sequence[Tensor]) -> None:
+        """Set weight and bias so that over these features every channel has mean 0 and variance 1.
+
+        A fresh bridge looks at all patches alike. What all pictures have in common, such as the mean of channels that
+        end in a ReLU, would drown what tells them apart; started like this, it does not.
+
+        Args:
+            features: of some hundred pictures, one [B, P_i, D_i] a tower.
+        """
+        for x, norm in zip(features, self.norms, strict=True):
+            assert isinstance(norm, nn.LayerNorm)
+            normed = nn.functional.layer_norm(x.float(), norm.normalized_shape, eps=norm.eps).flatten(0, 1)  # [N, D_i]
+            deviation = normed.std(dim=0).clamp_min(1e-3)  # a channel that never fires stays small
+            norm.weight.copy_(1 / deviation)
+            norm.bias.copy_(-normed.mean(dim=0) / deviation)
+
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """One [B, P_i, D_i] a tower, of any float dtype → [B, sum of P_i, width] in fp32."""
         towers = []

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -265,7 +266,6 @@ class LanguageModel(nn.Module):
             UserError: the folder is damaged, or its matrices do not fit this LLM.
         """
         from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
@@ -344,17 +344,21 @@ def load_language_model(
     if quantize == "nf4":
         options["quantization_config"] = nf4_config(dtype)
     try:
-        model = loader.from_pretrained(
+        model, report = loader.from_pretrained(
             str(folder),
             config=config,
             dtype=dtype,
             device_map={"": str(device)},
             attn_implementation=_attention_for(device),
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: the language model cannot be loaded ({first_line(error)})") from error
+    if report["missing_keys"]:  # transformers would draw them at random
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{folder}: {len(missing)} tensors of the LLM are missing, such as {missing[0]}; fetch it anew")
     return LanguageModel(model, tokenizer, dtype)
 
 

@@ -37,8 +37,8 @@ def main() -> int:
     from serve.engine import load_adapter
 
     engine = load_adapter(RUN, offline=options.offline)
-    show_scores(engine)
-    show_answers(engine)
+    show_scores(engine, offline=options.offline)
+    show_answers(engine, offline=options.offline)
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. The adapter is {RUN / 'best'}. Next:")
     print(f'  .venv/bin/querybridge ask {RUN}/pictures/1.png "what shape is present?" --adapter {RUN}')
     print("  .venv/bin/querybridge finetune YOUR_DATA.jsonl --out runs/mine")
@@ -46,7 +46,7 @@ def main() -> int:
     if not options.no_demo:
         from serve.demo import launch
 
-        launch(engine, port=options.port)
+        launch(engine, port=options.port, open_browser=True)
     return 0
 
 
@@ -66,7 +66,7 @@ def train(*, offline: bool) -> None:
     (RUN / "finished").touch()
 
 
-def show_scores(engine: Engine) -> None:
+def show_scores(engine: Engine, *, offline: bool) -> None:
     """Exact match on fixed test questions, beside the same model on a blank picture and the commonest answers."""
     from serve.evaluate import evaluate
 
@@ -75,8 +75,8 @@ def show_scores(engine: Engine) -> None:
         scores = json.loads(path.read_text(encoding="utf-8"))
     else:
         print(f"answering {TEST_QUESTIONS} test questions, then again without the pictures", file=sys.stderr)
-        seeing = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS)
-        blind = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, blank_images=True)
+        seeing = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, offline=offline)
+        blind = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, blank_images=True, offline=offline)
         scores = {
             "n": seeing["n"],
             "exact_match": seeing["exact_match"],
@@ -90,11 +90,11 @@ def show_scores(engine: Engine) -> None:
     print(f"  the commonest answer to each question  {scores['commonest_answer']:7.1%}")
 
 
-def show_answers(engine: Engine) -> None:
+def show_answers(engine: Engine, *, offline: bool) -> None:
     """Ask three of the test set's questions; pictures and questions are left in the run's folder to try things with."""
     from adapters.data.readers import read_data
 
-    examples = read_data("easy-vqa:test", limit=max(SHOWN) + 1).examples
+    examples = read_data("easy-vqa:test", limit=max(SHOWN) + 1, offline=offline).examples
     chosen = [examples[row] for row in SHOWN]
     folder = RUN / "pictures"
     folder.mkdir(exist_ok=True)

@@ -78,13 +78,15 @@ def run_batch(
     task: str | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    offline: bool = False,
     chunk: int = 128,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> BatchReport:
     """Answer every row of a file into a JSONL file; a job that was stopped goes on where it stopped.
 
     Each line of `out` has "row" (from 1), "id", "image", "question" and "answer"; "reference" where the row held an
-    answer; and with `skip_bad_rows` a row whose picture cannot be read has "error" in place of "answer".
+    answer; and with `skip_bad_rows` a row whose picture cannot be decoded has "error" in place of "answer" (other bad
+    rows are only counted).
 
     Args:
         source: JSONL, JSON or CSV with "image" and "question" columns, or a packaged set.
@@ -93,6 +95,7 @@ def run_batch(
         task: "vqa" or "caption"; told from the rows where left out.
         limit: only the first so many rows.
         skip_bad_rows: write an error for a bad row and go on, instead of stopping there.
+        offline: do not fetch a packaged set.
         chunk: rows between two writes.
         on_progress: called with (rows done, rows in all).
 
@@ -100,7 +103,7 @@ def run_batch(
         UserError: the input or a row is bad; what was answered before it is kept in `out`.
     """
     out = Path(out)
-    data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=limit)
+    data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
     answered = failed = 0
     try:
         done = _answered_rows(out, data.examples)

@@ -83,7 +83,7 @@ def finetune(
         overrides.append(f"task={task}")
     if seed is not None:
         overrides.append(f"train.seed={seed}")
-    chosen, name = _recipe_for(recipe, overrides)
+    chosen, name = _recipe_for(recipe, overrides, offline=offline)
     folder = out or Path("runs") / name
     result = run(
         chosen, folder, resume=resume, start_from=start_from, device=device, dtype=dtype, offline=offline, quiet=quiet
@@ -174,7 +174,7 @@ def batch(
         adapter, decoding=settings, batch_size=batch_size, device=device, dtype=dtype, offline=offline
     )
     report = run_batch(
-        source, out, predictor, task=task, limit=limit, skip_bad_rows=skip_bad_rows,
+        source, out, predictor, task=task, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
         on_progress=None if quiet else _progress("answered"),
     )  # fmt: skip
     _report(
@@ -208,10 +208,10 @@ def evaluate(
     from serve.engine import load_adapter
     from serve.evaluate import evaluate as run
 
-    settings = _decoding(decoding or "greedy", beams, max_new_tokens or 16)
+    settings = _decoding(decoding or "greedy", beams, max_new_tokens or (16 if decoding is None else None))
     engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
     scores = run(
-        engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
+        engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
         batch_size=batch_size, decoding=settings, on_progress=None if quiet else _progress("answered"),
     )  # fmt: skip
     _report(scores, as_json, "\n".join(f"{key:<28}{value:.4g}" for key, value in scores.items()))
@@ -274,7 +274,7 @@ def estimate(
     _report(found, as_json, describe_estimate(found))
 
 
-def _recipe_for(name: str, overrides: Sequence[str]) -> tuple[Any, str]:
+def _recipe_for(name: str, overrides: Sequence[str], *, offline: bool) -> tuple[Any, str]:
     """A recipe and the name of its run; a data file is learned from by the default recipe, for the task of its rows."""
     from adapters.data.readers import read_data
     from adapters.recipe import find_recipe, load_recipe
@@ -284,8 +284,8 @@ def _recipe_for(name: str, overrides: Sequence[str]) -> tuple[Any, str]:
     if packaged or path.suffix.lower() in (".jsonl", ".json", ".csv"):
         source = name if packaged else str(path.resolve())
         given = {override.partition("=")[0] for override in overrides}
-        skips = any(override.replace(" ", "") == "data.skip_bad_rows=true" for override in overrides)
-        task = [] if "task" in given else [f"task={read_data(source, skip_bad_rows=skips).task}"]
+        skips = load_recipe("domain_cpu", overrides).data.skip_bad_rows
+        task = [] if "task" in given else [f"task={read_data(source, skip_bad_rows=skips, offline=offline).task}"]
         return load_recipe("domain_cpu", [f"data.train={json.dumps(source)}", *task, *overrides]), path.stem.replace(
             ":", "-"
         )

@@ -22,6 +22,7 @@ def evaluate(
     blank_images: bool = False,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    offline: bool = False,
     batch_size: int = 64,
     decoding: Decoding | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -35,6 +36,7 @@ def evaluate(
         blank_images: the control: every picture is replaced by a mid-grey one.
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
+        offline: do not fetch a packaged set.
         batch_size: prompts generated together.
         decoding: how tokens are chosen; greedy where left out.
         on_progress: called with (done, total) distinct questions.
@@ -48,7 +50,7 @@ def evaluate(
     """
     if task != "vqa":
         raise UserError(f"--task {task}: only vqa can be scored by this version")
-    rows = read_data(data, task=task, skip_bad_rows=skip_bad_rows, limit=limit)
+    rows = read_data(data, task=task, skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
     examples = rows.examples
     if blank_images:
         blank = blank_image()

@@ -1,7 +1,7 @@
 """The order in which a run sees its answers: rows by picture, micro-batches by tokens, steps by answers.
 
-The plan of an epoch is a function of (rows, seed, epoch) alone, so a resumed run goes on exactly where it stopped and
-every process of a distributed run knows its share without asking.
+The plan of an epoch hangs on the rows, the recipe and the number of processes alone, so a resumed run goes on exactly
+where it stopped and every process of a distributed run knows its share without asking.
 """
 
 from __future__ import annotations

@@ -70,6 +70,6 @@ def commonest_answer_score(questions: Sequence[str], answers: Sequence[Sequence[
     """Exact match of answering each question with its commonest answer in this very set: what language alone can do."""
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     for question, given in zip(questions, answers, strict=True):
-        by_question[normalise(question)].update({normalise(given[0]): 1})
+        by_question[normalise(question)].update(normalise(answer) for answer in given)
     guesses = [by_question[normalise(question)].most_common(1)[0][0] for question in questions]
     return score(guesses, answers)["exact_match"]

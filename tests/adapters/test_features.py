@@ -359,7 +359,9 @@ def test_what_the_run_needs_is_never_evicted(tmp_path: Path) -> None:
 def test_a_bound_below_the_data_is_one_error_before_the_work(tmp_path: Path) -> None:
     encoder = FakeEncoder()
     cache = FeatureCache(encoder, tmp_path, max_bytes=10 * SIZE)
-    with pytest.raises(UserError, match=f"take {11 * SIZE:,} bytes.*held to {10 * SIZE:,}: raise max_bytes"):
+    with pytest.raises(
+        UserError, match=f"take {11 * SIZE:,} bytes.*held to {10 * SIZE:,}: set QUERYBRIDGE_FEATURES_GIB"
+    ):
         cache.fill(pictures(*range(11)), batch_size=2)
     assert encoder.pictures == 2
     cache.fill(pictures(*range(10)))  # the failed call holds nothing
@@ -519,3 +521,12 @@ def test_a_batch_is_loaded_quickly(tmp_path: Path) -> None:
     assert features.shape == (64, 81, 1280) and features.dtype == torch.float16
     print(f"64 x 81 x 1280 float16: {min(times) * 1e3:.1f} ms")
     assert min(times) < 0.030
+
+
+def test_the_bound_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUERYBRIDGE_FEATURES_GIB", "0.5")
+    assert FeatureCache(FakeEncoder(), tmp_path).max_bytes == 2**29
+    for wrong in ("lots", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("QUERYBRIDGE_FEATURES_GIB", wrong)
+        with pytest.raises(UserError, match=f"QUERYBRIDGE_FEATURES_GIB={wrong}: give a number"):
+            FeatureCache(FakeEncoder(), tmp_path)
