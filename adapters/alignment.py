@@ -76,7 +76,7 @@ def align_words(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        value = float(loss)
+        value = loss.item()
         if on_step:
             on_step(step + 1, value)
     return value

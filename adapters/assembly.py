@@ -139,7 +139,7 @@ def assemble(
 
 
 def word_sized_projection(bridge_width: int, language: LanguageModel) -> nn.Linear:
-    """A fresh linear layer whose outputs lie where the LLM's word embeddings do: their mean, and their spread around it.
+    """A fresh linear layer whose outputs lie where the LLM's word embeddings do: about their mean, spread like them.
 
     The bridge ends in a norm, so its outputs have about unit variance.
     """
