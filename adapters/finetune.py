@@ -6,14 +6,12 @@ The loop is `finetune`, from top to bottom: load, tokenise, encode, train with v
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +30,7 @@ from adapters.evaluation.vqa import score
 from adapters.optimiser import build_optimiser, learning_rate
 from adapters.recipe import Recipe, TrainSection, differing_keys, load_recipe
 from adapters.reporting import Reporter
+from adapters.stopping import interruptible
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 
@@ -149,7 +148,7 @@ def finetune(
     began = time.monotonic() - position.seconds
     with (
         Reporter(out if main else None, total, start=position.step, quiet=quiet or not main) as report,
-        _interruptible() as stop,
+        interruptible() as stop,
     ):
         report.say(describe_trainable(assembly))
         for data in (train_data, val_data):
@@ -391,24 +390,3 @@ def _check_finite(value: float, step: int, recipe: Recipe, *, what: str = "the l
             f"{what} is {value} at step {step}; try --set train.learning_rate={recipe.train.learning_rate / 3:.1e},"
             " --set train.clip_norm=0.3 or --dtype float32 (weights up to the last validation are kept)"
         )
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Let Ctrl-C finish the step under way: the list it yields becomes non-empty. A second one stops at once."""
-    pressed: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: whoever runs us deals with Ctrl-C
-        yield pressed
-        return
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

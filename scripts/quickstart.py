@@ -32,6 +32,9 @@ def main() -> int:
     options = parser.parse_args()
 
     os.chdir(Path(__file__).resolve().parents[1])
+    from serve.cli import hush_libraries
+
+    hush_libraries()
     began = time.monotonic()
     train(offline=options.offline)
     from serve.engine import load_adapter

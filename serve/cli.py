@@ -320,7 +320,7 @@ def _report(values: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(values, ensure_ascii=False, default=str) if as_json else text)
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
     """Keep the libraries' chatter off the terminal; their errors still come."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -337,7 +337,7 @@ def _hush_libraries() -> None:
 
 def main() -> None:
     """Run the command. Exit codes: 0 done, 2 the user's mistake, 1 a fault of ours, 130 Ctrl-C."""
-    _hush_libraries()
+    hush_libraries()
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="querybridge", standalone_mode=False) or 0
     except UserError as error:
