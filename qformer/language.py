@@ -217,7 +217,7 @@ class LanguageModel(nn.Module):
             options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
-        with self.autocast():
+        with self.autocast(), _head_sees(self.base, (slice(None), slice(-1, None))):
             ids = self.model.generate(
                 inputs_embeds=inputs_embeds.to(self.compute_dtype), attention_mask=attention_mask, **options
             )
@@ -297,13 +297,15 @@ class LanguageModel(nn.Module):
 
 
 @contextmanager
-def _head_sees(model: Any, supervised: Tensor) -> Iterator[None]:
-    """Hand the LM head only the hidden states at the supervised positions, [B, T, D] → [N, D].
+def _head_sees(model: Any, positions: Tensor | tuple[slice, slice]) -> Iterator[None]:
+    """Hand the LM head only the hidden states [B, T, D] that `positions` picks: a mask [B, T] gives [N, D].
+
+    Training wants the supervised positions, generation the last; logits of a whole batch of prompts take gigabytes.
 
     A hook on the head, rather than a call of the parts below it, keeps whatever a model does before its head (T5's
     scaling) and after it (Gemma's soft cap), and works through PEFT's wrapper.
     """
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][supervised],))
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][positions],))
     try:
         yield
     finally:

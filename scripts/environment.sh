@@ -239,7 +239,7 @@ install_libraries() {
 prepare_environment() {
     environment_ready "$1" && return 0
     case "$(uname -s)" in
-        MINGW* | MSYS* | CYGWIN*) die "on Windows this script runs under WSL; the README has the commands for plain Windows" ;;
+        MINGW* | MSYS* | CYGWIN*) die "on Windows this script runs under WSL: install it (wsl --install) and run this there" ;;
     esac
     # pip turns Ctrl-C into an ordinary failure; this keeps it what it is.
     trap 'say "stopped; run it again and it goes on from here"; exit 130' INT
