@@ -126,8 +126,8 @@ def test_nan_stops_with_what_to_try(recipe_of: Any, tmp_path: Path, monkeypatch:
 
 
 def test_early_stopping_keeps_the_best(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.0, 0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr(finetune_module, "validate", lambda *_: {"val_loss": 1.0, "val_exact_match": next(scores)})
+    losses = iter([9.0, 0.5, 0.1, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(finetune_module, "validate", lambda *_: {"val_loss": next(losses), "val_exact_match": 0.5})
     result = run(recipe_of(max_steps=50, validate_every=2, patience=2), tmp_path / "run")
     assert result.finished and result.steps == 8
     assert read_facts(tmp_path / "run" / "best").steps == 4
