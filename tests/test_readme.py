@@ -97,7 +97,7 @@ def test_every_command_runs(
 ) -> None:
     assert command.startswith("querybridge "), f"no test knows how to run: {command}"
     if "easy-vqa:test" in command:  # the packaged set is a wheel; the reader's file stands in for it
-        command = command.replace("easy-vqa:test", "my_data.jsonl").replace("--limit 1000", "--limit 4")
+        command = command.replace("easy-vqa:test", "my_data.jsonl").replace("--limit 100", "--limit 4")
     if "--resume" not in command and (out := re.search(r"--out (runs/\S+)", command)):
         shutil.rmtree(in_workplace / out[1], ignore_errors=True)
     adapter = re.search(r"(?:--adapter|--start-from) (runs/\S+)", command)
