@@ -144,7 +144,11 @@ def finetune(
         started_from=position.started_from,
     )
     if main:
-        (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
     began = time.monotonic() - position.seconds
     with (
         Reporter(out if main else None, total, start=position.step, quiet=quiet or not main) as report,
@@ -362,13 +366,9 @@ def _start_from(assembly: Assembly, name: str, *, quiet: bool) -> list[str]:
 
 
 def _check_run_folder(out: Path, resume: bool, recipe: Recipe) -> Path | None:
-    """The state to go on from, or None for a fresh run; the folder is there and can be written."""
+    """The state to go on from, or None for a fresh run."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: this is a file; name a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: the folder cannot be made ({error.strerror}); name another") from error
     state = find_state(out / "state")
     if resume:
         if state is None:

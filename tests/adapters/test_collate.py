@@ -37,13 +37,14 @@ def test_mask_of_two_branches_by_hand() -> None:
 def test_rows_carry_labels_positions_and_slots() -> None:
     batch = collate_rows([row(*BRANCHES[:2]), row(BRANCHES[2])], pad_id=0)
     assert batch.labels is not None and batch.position_ids is not None
-    assert batch.ids[0].tolist() == [3, 7, 0, 0, 9, 11, 12, 13, 1, 21, 22, 23, 1]
+    assert batch.ids.shape == (2, 16)  # 13 tokens, rounded up
+    assert batch.ids[0].tolist() == [3, 7, 0, 0, 9, 11, 12, 13, 1, 21, 22, 23, 1, 0, 0, 0]
     assert batch.image_slots[0].nonzero().flatten().tolist() == [2, 3]
-    assert batch.labels[0].tolist() == [IGNORED] * 7 + [13, 1, IGNORED, 22, 23, 1]
-    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
-    assert batch.ids[1, 9:].tolist() == [0] * 4  # padding
-    assert batch.attention_mask.shape == (2, 1, 13, 13)
-    assert collate_rows([row(BRANCHES[2])], pad_id=0).attention_mask.shape == (1, 9)
+    assert batch.labels[0].tolist() == [IGNORED] * 7 + [13, 1, IGNORED, 22, 23, 1] + [IGNORED] * 3
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 0, 0, 0]
+    assert batch.ids[1, 9:].tolist() == [0] * 7  # padding
+    assert batch.attention_mask.shape == (2, 1, 16, 16)
+    assert collate_rows([row(BRANCHES[2])], pad_id=0).attention_mask.shape == (1, 16)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
