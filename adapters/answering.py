@@ -24,7 +24,7 @@ def answer_examples(
     task: str,
     *,
     decoding: Decoding,
-    batch_size: int = 32,
+    batch_size: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Answer questions about pictures.

@@ -34,7 +34,7 @@ class VQAPredictor:
         adapter: str | Path | None = None,
         *,
         decoding: Decoding | None = None,
-        batch_size: int = 32,
+        batch_size: int = 16,
         **options: Any,
     ) -> None:
         self.engine: Engine = load_adapter(adapter, **options)

@@ -74,7 +74,7 @@ class Engine:
         task: str = "vqa",
         *,
         decoding: Decoding | None = None,
-        batch_size: int = 32,
+        batch_size: int = 16,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Answer many examples, in batches; an answer does not depend on its batch."""
