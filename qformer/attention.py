@@ -60,6 +60,7 @@ class MultiHeadAttention(nn.Module):
         hidden: Tensor,
         source: Tensor | None = None,
         *,
+        projected: KeysValues | None = None,
         mask: Tensor | None = None,
         past: KeysValues | None = None,
         return_weights: bool = False,
@@ -72,6 +73,7 @@ class MultiHeadAttention(nn.Module):
         Args:
             hidden: [B, N, D].
             source: [B, M, kv_width]; left out, `hidden` itself.
+            projected: what `project` made of the source, in its place.
             mask: bool, broadcastable to [B, H, N, past + M]; True = may attend.
             past: keys and values of an earlier pass, put in front of `source`'s.
             return_weights: also compute the weights; the output stays the same.
@@ -81,9 +83,8 @@ class MultiHeadAttention(nn.Module):
         """
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"an attention mask must be bool (True = may attend), not {mask.dtype}")
-        source = hidden if source is None else source
         query = self._split(self.query(hidden))
-        own = KeysValues(self._split(self.key(source)), self._split(self.value(source)))
+        own = self.project(hidden if source is None else source) if projected is None else projected
         keys, values = own
         if past is not None:
             keys = torch.cat((past.keys, keys), dim=2)  # [B, H, past + M, D/H]
@@ -110,6 +111,10 @@ class MultiHeadAttention(nn.Module):
             weights = None if weights is None else weights.masked_fill(empty, 0.0)
         merged = mixed.transpose(1, 2).flatten(2)  # [B, H, N, D/H] → [B, N, D]
         return AttentionOutput(self.output(merged), weights, own)
+
+    def project(self, source: Tensor) -> KeysValues:
+        """Keys and values [B, H, M, D/H] of what is looked at, [B, M, kv_width]."""
+        return KeysValues(self._split(self.key(source)), self._split(self.value(source)))
 
     def _split(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, D] → [B, H, N, D/H]

@@ -68,14 +68,14 @@ class AttentionBlock(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        source: Tensor | None = None,
         *,
+        projected: KeysValues | None = None,
         mask: Tensor | None = None,
         past: KeysValues | None = None,
         return_weights: bool = False,
     ) -> AttentionOutput:
         """As `MultiHeadAttention.forward`; `hidden` of the result is the block's output [B, N, D]."""
-        attended = self.attention(hidden, source, mask=mask, past=past, return_weights=return_weights)
+        attended = self.attention(hidden, projected=projected, mask=mask, past=past, return_weights=return_weights)
         return attended._replace(hidden=self.norm(self.dropout(attended.hidden) + hidden))
 
 
@@ -109,7 +109,7 @@ class QFormerLayer(nn.Module):
         self,
         hidden: Tensor,
         num_queries: int,
-        image: Tensor | None,
+        image: KeysValues | None,
         *,
         self_mask: Tensor | None,
         image_mask: Tensor | None,
@@ -121,7 +121,7 @@ class QFormerLayer(nn.Module):
         Args:
             hidden: [B, N, D], of which the first `num_queries` rows are queries and the rest text.
             num_queries: Q, or 0 in a text-only pass.
-            image: [B, P, encoder_width]; needed where there are queries.
+            image: keys and values of the picture, [B, H, P, D/H]; needed where there are queries and the layer looks.
             self_mask: bool, broadcastable to [B, 1, N, past + N].
             image_mask: bool [B, 1, 1, P].
             past: keys and values in front of this pass's.
@@ -135,7 +135,7 @@ class QFormerLayer(nn.Module):
         if num_queries:
             queries = attended.hidden[:, :num_queries]  # [B, Q, D]
             if self.cross_attention is not None:
-                looked = self.cross_attention(queries, image, mask=image_mask, return_weights=return_weights)
+                looked = self.cross_attention(queries, projected=image, mask=image_mask, return_weights=return_weights)
                 queries, weights = looked.hidden, looked.weights
             parts.append(self.query_feed_forward(queries))
         if hidden.shape[1] > num_queries and self.text_feed_forward is not None:
@@ -168,6 +168,7 @@ class QFormer(nn.Module):
         self,
         image_features: Tensor | None,
         *,
+        image_keys_values: Sequence[KeysValues] | None = None,
         image_mask: Tensor | None = None,
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
@@ -180,6 +181,7 @@ class QFormer(nn.Module):
 
         Args:
             image_features: [B, P, encoder_width].
+            image_keys_values: what `image_keys_values` made of the features, in their place.
             image_mask: [B, P], true where a row has a feature; all true where left out.
             text_ids: [B, T] token ids: the caption in stage 1, the instruction where `instruction_aware`.
             text_mask: [B, T], true for a token, false for padding; all true where left out.
@@ -194,13 +196,13 @@ class QFormer(nn.Module):
         Raises:
             ValueError: arguments that do not go together, or shapes that do not fit the configuration.
         """
-        self._check(image_features, text_ids, past)
-        parts, num_queries = [], 0
+        self._check(image_features, image_keys_values, text_ids, past)
         if image_features is not None:
+            image_keys_values = self.image_keys_values(image_features)
+        parts, num_queries = [], 0
+        if image_keys_values is not None:
             num_queries = self.config.num_queries
-            parts.append(self.query_tokens.expand(image_features.shape[0], -1, -1))  # [B, Q, D]
-            # Cached features may be half precision; outside autocast a linear map takes its own type only.
-            image_features = image_features.to(self.query_tokens.dtype)
+            parts.append(self.query_tokens.expand(image_keys_values[0].keys.shape[0], -1, -1))  # [B, Q, D]
         if text_ids is not None and self.embeddings is not None:
             parts.append(self.embeddings(text_ids))  # [B, T, D]
         hidden = self.dropout(self.norm(_join(parts)))  # [B, N, D]
@@ -213,11 +215,12 @@ class QFormer(nn.Module):
 
         attentions: list[Tensor] = []
         keys_values: list[KeysValues] = []
+        of_image = iter(image_keys_values or ())
         for index, layer in enumerate(self.layers):
             hidden, weights, own = layer(
                 hidden,
                 num_queries,
-                image_features,
+                next(of_image, None) if layer.cross_attention is not None else None,
                 self_mask=self_mask,
                 image_mask=image_mask,
                 past=None if past is None else past[index],
@@ -234,15 +237,38 @@ class QFormer(nn.Module):
             keys_values=tuple(keys_values) if return_keys_values else None,
         )
 
-    def _check(self, image_features: Tensor | None, text_ids: Tensor | None, past: Sequence[KeysValues] | None) -> None:
-        if image_features is None and text_ids is None:
+    def image_keys_values(self, image_features: Tensor) -> list[KeysValues]:
+        """The picture as each layer that looks at it sees it, for several passes over one picture.
+
+        Args:
+            image_features: [B, P, encoder_width].
+
+        Returns:
+            One [B, H, P, D/H] of keys and of values for each layer with cross-attention.
+        """
+        # Cached features may be half precision; outside autocast a linear map takes its own type only.
+        features = image_features.to(self.query_tokens.dtype)
+        blocks = (layer.cross_attention for layer in self.layers)
+        return [block.attention.project(features) for block in blocks if block is not None]
+
+    def _check(
+        self,
+        image_features: Tensor | None,
+        image_keys_values: Sequence[KeysValues] | None,
+        text_ids: Tensor | None,
+        past: Sequence[KeysValues] | None,
+    ) -> None:
+        if image_features is not None and image_keys_values is not None:
+            raise ValueError("give image_features or image_keys_values, not both")
+        has_image = image_features is not None or image_keys_values is not None
+        if not has_image and text_ids is None:
             raise ValueError("a pass needs image_features, text_ids or both")
         if image_features is not None and image_features.shape[-1] != self.config.encoder_width:
             width = image_features.shape[-1]
             raise ValueError(f"image_features are {width} wide; encoder_width is {self.config.encoder_width}")
         if text_ids is not None and not self.config.has_text:
             raise ValueError("text_ids need a bridge with text_branch or instruction_aware")
-        if past is not None and image_features is not None:
+        if past is not None and has_image:
             raise ValueError("past is for a text-only pass: leave image_features out")
         if past is not None and len(past) != len(self.layers):
             raise ValueError(f"past has {len(past)} layers; the bridge has {len(self.layers)}")
