@@ -29,8 +29,8 @@ def align_words(
     *,
     steps: int,
     seed: int,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    batch_size: int = 32,
+    learning_rate: float = 5e-4,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:
     """Train norm, bridge and projection to name the answers' words; the LLM gives its embeddings and nothing else.

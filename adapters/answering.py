@@ -80,7 +80,7 @@ def generate_texts(
 
 def _embeddings(assembly: Assembly, examples: Sequence[Example]) -> Tensor:
     """Vectors of all the pictures of a batch, [I, Q, D_l]; each distinct (picture, instruction) is computed once."""
-    reads_question = assembly.bridge_tokenizer is not None
+    reads_question = assembly.reads_instructions
     places: dict[tuple[str, str], int] = {}
     images: list[ImageRef] = []
     instructions: list[str] = []

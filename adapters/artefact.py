@@ -1,7 +1,7 @@
 """The artefact: one folder that holds all that was trained, and nothing else.
 
     bridge.safetensors     Q-Former, feature norm and projection, bfloat16
-    lora/                  LoRA matrices in PEFT's own format, bfloat16
+    lora/                  LoRA matrices in PEFT's own format, bfloat16; the first stage, which has no LLM, leaves none
     recipe.yaml            the resolved recipe
     artefact.json          format version, fingerprints of the frozen parts, data, metrics, library versions
     README.md              a model card written from what was measured
@@ -11,21 +11,23 @@ Frozen parts are named by fingerprint, never copied. Loading is strict.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters.assembly import Assembly, assemble
 from adapters.recipe import Recipe, load_recipe
+from adapters.sight import Sight, load_sight
 from qformer.errors import UserError
 from qformer.strict import describe_differences
 
@@ -51,6 +53,7 @@ class Facts:
         started_from: the artefact it started from, or None.
         versions: of the libraries.
         format_version: of this folder's layout.
+        kind: "representation" is BLIP-2's first stage (norm, bridge, heads); "language" has an LLM that reads them.
     """
 
     fingerprints: Mapping[str, str]
@@ -61,11 +64,11 @@ class Facts:
     started_from: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    kind: Literal["representation", "language"] = "language"
 
 
-def trained_state(assembly: Assembly) -> dict[str, Tensor]:
-    """Bridge, norm and projection as one flat mapping, `part.name` to tensor."""
-    parts = assembly.model.trainable_parts()
+def trained_state(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Norm, bridge, projection and heads as one flat mapping, `part.name` to tensor."""
     return {
         f"{part}.{name}": parameter
         for part, module in parts.items()
@@ -74,8 +77,33 @@ def trained_state(assembly: Assembly) -> dict[str, Tensor]:
     }
 
 
-def save_artefact(folder: Path, assembly: Assembly, facts: Facts) -> None:
-    """Write an artefact, replacing the one that stands there in a single step.
+def adapter_fingerprint(assembly: Assembly) -> str:
+    """`sha256:…` over what a loaded adapter's answers hang on: its weights, its prompts and the frozen parts.
+
+    Weights count as they are stored, in bfloat16, so it is the same on every device and in every folder.
+    """
+    recipe = assembly.recipe.model_dump(mode="json", include={"vision", "bridge", "language", "prompt"})
+    state = trained_state(assembly.parts()) | assembly.model.language.lora_state()
+    return _fingerprint_of([recipe, assembly.fingerprints], state)
+
+
+def sight_fingerprint(sight: Sight) -> str:
+    """`sha256:…` over what a first stage's embeddings hang on, as `adapter_fingerprint`."""
+    recipe = sight.recipe.model_dump(mode="json", include={"vision", "bridge"})
+    return _fingerprint_of([recipe, sight.fingerprints], trained_state(sight.parts()))
+
+
+def _fingerprint_of(described: object, state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        stored = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(stored.shape)}\n".encode())
+        digest.update(stored.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def save_artefact(folder: Path, assembly: Assembly | Sight, facts: Facts) -> None:
+    """Write an artefact, replacing the one that stands there in a single step. A Sight is saved as the first stage's.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -86,11 +114,13 @@ def save_artefact(folder: Path, assembly: Assembly, facts: Facts) -> None:
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        state = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in trained_state(assembly).items()}
+        trained = trained_state(assembly.parts())
+        state = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in trained.items()}
         save_file(state, building / _BRIDGE, metadata={"format": "pt"})
-        if assembly.model.language.has_lora:
+        if isinstance(assembly, Assembly) and assembly.model.language.has_lora:
             _save_lora(building / _LORA, assembly)
-        facts = Facts(**{**asdict(facts), "versions": {name: version(name) for name in _LIBRARIES}})
+        kind: Literal["representation", "language"] = "language" if isinstance(assembly, Assembly) else "representation"
+        facts = replace(facts, versions={name: version(name) for name in _LIBRARIES}, kind=kind)
         (building / _RECIPE).write_text(assembly.recipe.dump(), encoding="utf-8")
         (building / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
         (building / "README.md").write_text(write_card(assembly.recipe, facts, folder.name), encoding="utf-8")
@@ -190,30 +220,80 @@ def load_artefact(
     folder = find_artefact(name)
     facts = read_facts(folder)
     recipe = read_recipe(folder)
+    if facts.kind == "representation":
+        raise UserError(
+            f"--adapter {name}: this is the first stage, which can search and classify; no language model can read it"
+            f" yet: querybridge pretrain --stage 2 --start-from {name}"
+        )
     assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False)
-    for role, expected in facts.fingerprints.items():
-        found = assembly.fingerprints.get(role)
-        if found != expected:
-            raise UserError(
-                f"{folder}: it was trained on {role} weights {expected[:19]}…, but {_source(recipe, role)} here has"
-                f" {(found or 'none')[:19]}…; use the base model it was trained on"
-            )
+    _check_fingerprints(folder, recipe, facts.fingerprints, assembly.fingerprints)
     load_trained(assembly, folder)
     return assembly, facts
 
 
-def load_trained(assembly: Assembly, folder: Path) -> None:
-    """Put an artefact's weights into an assembly of the same shape, strictly. LoRA must not be in place yet."""
+def load_sight_artefact(name: str | Path, *, device: str = "cpu", offline: bool = False) -> tuple[Sight, Facts]:
+    """Load what stands up to the bridge, text side included, of an artefact of either kind: all that search needs.
+
+    Raises:
+        UserError: as in `load_artefact`; or the adapter was trained without its text side.
+    """
+    folder = find_artefact(name)
+    facts = read_facts(folder)
+    recipe = read_recipe(folder)
+    if not recipe.bridge.text_branch:
+        raise UserError(f"--adapter {name}: it has no text side (bridge.text_branch), so it cannot compare words")
+    sight = load_sight(recipe, device=device, offline=offline)
+    theirs = {role: value for role, value in facts.fingerprints.items() if role != "language"}
+    _check_fingerprints(folder, recipe, theirs, sight.fingerprints)
+    load_sight_weights(sight, folder)
+    return sight, facts
+
+
+def _check_fingerprints(folder: Path, recipe: Recipe, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    for role, value in expected.items():
+        if found.get(role) != value:
+            raise UserError(
+                f"{folder}: it was trained on {role} weights {value[:19]}…, but {_source(recipe, role)} here has"
+                f" {found.get(role, 'none')[:19]}…; use the base model it was trained on"
+            )
+
+
+def load_sight_weights(sight: Sight, folder: Path) -> None:
+    """Put an artefact's norm, bridge and heads into a Sight, strictly.
+
+    A projection is left alone, and so is the text side where the Sight has none: BLIP-2 too drops it after stage 1.
+    """
+    found = {name: tensor for name, tensor in _read_bridge(folder).items() if not name.startswith("projection.")}
+    if sight.heads is None:
+        found = {name: tensor for name, tensor in found.items() if not _of_text_side(name)}
+    _put(found, trained_state(sight.parts()), folder)
+
+
+def _of_text_side(name: str) -> bool:
+    return name.startswith(("heads.", "bridge.embeddings.")) or ".text_feed_forward." in name
+
+
+def _read_bridge(folder: Path) -> dict[str, Tensor]:
     try:
-        found = load_file(folder / _BRIDGE)
+        return load_file(folder / _BRIDGE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / _BRIDGE}: cannot be read ({error}); fetch a fresh copy") from error
-    expected = trained_state(assembly)
+
+
+@torch.no_grad()
+def _put(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
     if differences := describe_differences(found, expected):
         raise UserError(f"{folder / _BRIDGE}: does not fit its recipe: {differences}")
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(found[name])
+    for name, tensor in expected.items():
+        tensor.copy_(found[name])
+
+
+def load_trained(assembly: Assembly, folder: Path) -> None:
+    """Put an artefact's weights into an assembly of the same shape, strictly. LoRA must not be in place yet."""
+    found, expected = _read_bridge(folder), trained_state(assembly.parts())
+    if assembly.model.heads is None:
+        found = {name: tensor for name, tensor in found.items() if name in expected or not _of_text_side(name)}
+    _put(found, expected, folder)
     if (folder / _LORA).is_dir():
         if assembly.recipe.language.lora is None:
             raise UserError(f"{folder}: there is a folder '{_LORA}', but the recipe has no LoRA; fetch a fresh copy")

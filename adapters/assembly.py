@@ -1,30 +1,23 @@
-"""Everything a recipe names, loaded and put together: towers, caches, bridge, language model, prompts."""
+"""Everything a recipe names, loaded and put together: what stands up to the bridge, language model, prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapters.data.images import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features import FeatureCache
-from adapters.recipe import BridgeSection, LoraSection, Recipe
-from qformer.bridge import QFormer
-from qformer.config import BridgeConfig
+from adapters.recipe import LoraSection, Recipe
+from adapters.sight import MAX_INSTRUCTION, Sight, load_sight
 from qformer.errors import UserError
-from qformer.interchange import start_from_bert
 from qformer.language import LanguageModel, LoraSettings, load_language_model
 from qformer.model import VisionLanguageModel
-from qformer.precision import limit_kernel_cache
 from qformer.sources import fingerprint, resolve
-from qformer.vision import FeatureNorm, load_image_encoder
 
-MAX_INSTRUCTION = 128  # tokens of an instruction that the bridge reads, as in InstructBLIP
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,21 +29,33 @@ class Assembly:
         recipe: what it was built from.
         model: the model; its trainable parts are fresh until an artefact is loaded into them.
         prompts: words and tokenises for its LLM.
-        caches: one feature cache a tower.
-        bridge_tokenizer: the bridge's own, where it is instruction-aware.
+        sight: what stands up to the bridge; its modules are the model's own.
         fingerprints: of the frozen weights, by role: "vision.0", "language", "bridge.start".
     """
 
     recipe: Recipe
     model: VisionLanguageModel
     prompts: PromptBuilder
-    caches: list[FeatureCache]
-    bridge_tokenizer: Any | None
+    sight: Sight
     fingerprints: dict[str, str]
+
+    @property
+    def caches(self) -> list[FeatureCache]:
+        """One feature cache a tower."""
+        return self.sight.caches
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether the bridge reads each question beside the picture (InstructBLIP), so that none shares another's."""
+        return self.recipe.bridge.instruction_aware
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The modules that are trained, LoRA apart, by name."""
+        return self.model.trainable_parts()
 
     def features(self, images: Sequence[ImageRef]) -> list[Tensor]:
         """Features of pictures, one tensor [B, P, D] a tower, from the cache where it has them."""
-        return [cache.load(images) for cache in self.caches]
+        return self.sight.features(images)
 
     def image_embeddings(self, images: Sequence[ImageRef], instructions: Sequence[str] | None = None) -> Tensor:
         """Pictures to vectors for the LLM, [B, Q, D_l].
@@ -64,12 +69,10 @@ class Assembly:
 
     def instruction_tokens(self, instructions: Sequence[str]) -> tuple[Tensor, ...]:
         """Instructions as (ids [B, T], mask [B, T] bool) for the bridge; () where it does not read them."""
-        if self.bridge_tokenizer is None:
+        if not self.reads_instructions or self.sight.tokenizer is None:
             return ()
-        tokens = self.bridge_tokenizer(
-            list(instructions), padding=True, truncation=True, max_length=MAX_INSTRUCTION, return_tensors="pt"
-        ).to(self.model.device)
-        return tokens["input_ids"], tokens["attention_mask"].bool()
+        ids, mask = self.sight.tokenizer(instructions, longest=MAX_INSTRUCTION)
+        return ids.to(self.model.device), mask.to(self.model.device)
 
 
 def assemble(
@@ -92,50 +95,40 @@ def assemble(
     Raises:
         UserError: weights cannot be had, or parts do not fit.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
-    limit_kernel_cache()
-    check_device(device)
-    fingerprints: dict[str, str] = {}
-    encoders = []
-    for index, tower in enumerate(recipe.vision.towers):
-        encoder = load_image_encoder(
-            tower.source,
-            layer=tower.layer,
-            class_token=tower.class_token,
-            image_size=tower.image_size,
-            device=device,
-            dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
-            offline=offline,
-        )
-        encoders.append(encoder)
-        fingerprints[f"vision.{index}"] = str(encoder.identity()["fingerprint"])
+    compute_dtype = chosen_dtype(dtype)
+    sight = load_sight(recipe, device=device, offline=offline)
     language_folder = resolve(recipe.language.source, offline=offline)
-    fingerprints["language"] = fingerprint(language_folder)
     language = load_language_model(
-        language_folder,
-        quantize=recipe.language.quantize,
-        compute_dtype=DTYPES[dtype] if dtype else None,
-        device=device,
+        language_folder, quantize=recipe.language.quantize, compute_dtype=compute_dtype, device=device
     )
-    torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
-    feature_norm = FeatureNorm(encoders)
-    bridge = QFormer(bridge_config(recipe.bridge, feature_norm.width))
-    bridge_tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
-    projection = word_sized_projection(bridge.config.hidden_size, language)
+    torch.manual_seed(recipe.train.seed + 1)  # fresh weights depend on the seed and on nothing before
+    projection = word_sized_projection(sight.bridge.config.hidden_size, language)
     if lora and recipe.language.lora is not None:
         language.add_lora(lora_settings(recipe.language.lora))
     if recipe.language.gradient_checkpointing:
         language.enable_checkpointing()
-    model = VisionLanguageModel(encoders, feature_norm.to(device), bridge.to(device), projection.to(device), language)
+    model = VisionLanguageModel(
+        sight.encoders, sight.feature_norm, sight.bridge, projection.to(device), language, heads=sight.heads
+    )
     prompts = PromptBuilder(
         language.tokenizer,
         model.num_queries,
         is_encoder_decoder=language.is_encoder_decoder,
         style=PromptStyle(**recipe.prompt.model_dump()),
     )
-    caches = [FeatureCache(encoder) for encoder in encoders]
-    return Assembly(recipe, model.eval(), prompts, caches, bridge_tokenizer, fingerprints)
+    fingerprints = {**sight.fingerprints, "language": fingerprint(language_folder)}
+    return Assembly(recipe, model.eval(), prompts, sight, fingerprints)
+
+
+def chosen_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name given as --dtype; None where none was.
+
+    Raises:
+        UserError: there is no such choice.
+    """
+    if name is not None and name not in DTYPES:
+        raise UserError(f"--dtype {name}: take one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
 
 
 def word_sized_projection(bridge_width: int, language: LanguageModel) -> nn.Linear:
@@ -151,51 +144,6 @@ def word_sized_projection(bridge_width: int, language: LanguageModel) -> nn.Line
     return projection
 
 
-def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:
-    """A recipe's bridge section as the Q-Former's configuration."""
-    given = section.model_dump(exclude={"preset", "start"}, exclude_none=True)
-    return BridgeConfig.preset(section.preset, encoder_width=encoder_width, **given)
-
-
 def lora_settings(section: LoraSection) -> LoraSettings:
     """A recipe's LoRA section as the settings the language model takes."""
     return LoraSettings(**section.model_dump())
-
-
-def _bridge_start(
-    section: BridgeSection, bridge: QFormer, fingerprints: dict[str, str], *, offline: bool
-) -> Any | None:
-    """Copy BERT-family weights into a bridge; hand back its tokenizer where instructions are read."""
-    if section.start is None:
-        if section.instruction_aware:
-            raise UserError("bridge.instruction_aware: needs bridge.start, whose tokenizer reads the instruction")
-        return None
-    folder = resolve(section.start, offline=offline)
-    fingerprints["bridge.start"] = fingerprint(folder)
-    try:
-        start_from_bert(bridge, load_file(folder / "model.safetensors"))
-    except OSError as error:
-        raise UserError(f"bridge.start: {folder} has no model.safetensors; name a BERT saved in one file") from error
-    if bridge.embeddings is not None:  # known by the fingerprint, so neither trained nor kept in the artefact
-        bridge.embeddings.words.requires_grad_(False)
-    if not section.instruction_aware:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise UserError(f"bridge.start: {folder} has no tokenizer, which an instruction-aware bridge needs") from error
-
-
-def check_device(device: str) -> None:
-    """Raise a UserError where the device is not one torch has here."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device}: torch cannot use it here; take cpu, or see querybridge doctor") from error
-
-
-def default_device() -> str:
-    """ "cuda" where there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,6 +13,7 @@ import io
 import json
 import mmap
 import os
+import re
 import secrets
 import shutil
 import time
@@ -23,10 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
+from qformer.sources import cache_root
+
 SUFFIX = ".npy"
 _IDENTITY = "identity.json"
 _PARTIAL = ".partial"
 _CHECKSUM_BYTES = 4
+_ENCODER_FOLDER = re.compile(r"[0-9a-f]{32}")
 # A file's last use is noted once in so many seconds.
 _USE_GRAIN = 600
 # A file half written for so long was left by a process that was killed.
@@ -158,12 +162,25 @@ class EncoderFiles:
     bytes: int
 
 
+def features_root(root: Path | None = None) -> Path:
+    """Where features lie under a cache folder (None: the usual one), a folder for each encoder."""
+    return (cache_root() if root is None else Path(root)) / "features"
+
+
+def features_info(root: Path | None = None) -> list[EncoderFiles]:
+    """Tell what features lie under a cache folder (None: the usual one), for each encoder; needs no encoder."""
+    return inventory(features_root(root))
+
+
+def clear_features(root: Path | None = None) -> int:
+    """Remove all features under a cache folder (None: the usual one), and nothing else. Returns the bytes freed."""
+    return sum(remove(folder) for folder in _encoder_folders(features_root(root)))
+
+
 def inventory(root: Path) -> list[EncoderFiles]:
     """Count the feature files below `root`, for each encoder."""
-    if not root.is_dir():
-        return []
     found = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in _encoder_folders(root):
         sizes = _sizes(folder, SUFFIX)
         try:
             identity = json.loads((folder / _IDENTITY).read_bytes())
@@ -175,10 +192,22 @@ def inventory(root: Path) -> list[EncoderFiles]:
 
 def remove(folder: Path) -> int:
     """Remove a folder of features; another process that uses it encodes again. Returns the bytes freed."""
-    freed = sum(_sizes(folder, ""))
+    freed = folder_bytes(folder)
     if folder.is_dir():
         shutil.rmtree(folder)
     return freed
+
+
+def folder_bytes(folder: Path) -> int:
+    """The bytes of all files below a folder."""
+    return sum(_sizes(folder, ""))
+
+
+def _encoder_folders(root: Path) -> list[Path]:
+    """The folders below `root` that are named as encoders' are; whatever else lies there is not ours."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if path.is_dir() and _ENCODER_FOLDER.fullmatch(path.name))
 
 
 def _sizes(folder: Path, suffix: str) -> list[int]:

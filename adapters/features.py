@@ -28,10 +28,9 @@ from torch import Tensor
 
 from adapters import feature_files
 from adapters.data.images import ImageRef
-from adapters.decoding import decoded_batches
 from adapters.feature_files import EncoderFiles
+from adapters.prefetch import decoded_batches
 from qformer.errors import UserError
-from qformer.sources import cache_root
 
 LIMIT_VARIABLE = "QUERYBRIDGE_FEATURES_GIB"
 DEFAULT_LIMIT = 20  # GiB
@@ -88,7 +87,7 @@ class FeatureCache:
 
     def __init__(self, encoder: Encoder, root: Path | None = None, max_bytes: int | None = None) -> None:
         self.encoder = encoder
-        self.root = (cache_root() if root is None else Path(root)) / "features"
+        self.root = feature_files.features_root(root)
         self.identity = dict(encoder.identity())
         self.key = encoder_key(self.identity)
         self.folder = self.root / self.key
@@ -323,16 +322,6 @@ def encoder_key(identity: Mapping[str, object]) -> str:
     content = {"version": _VERSION, "identity": identity}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def features_info(root: Path | None = None) -> list[EncoderFiles]:
-    """Tell what features lie under a cache folder (None: the usual one), for each encoder; needs no encoder."""
-    return feature_files.inventory((root or cache_root()) / "features")
-
-
-def clear_features(root: Path | None = None) -> int:
-    """Remove all features under a cache folder (None: the usual one). Returns the bytes freed."""
-    return feature_files.remove((root or cache_root()) / "features")
 
 
 def _distinct(refs: Sequence[ImageRef]) -> dict[str, ImageRef]:

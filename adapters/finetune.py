@@ -5,32 +5,37 @@ The loop is `finetune`, from top to bottom: load, tokenise, encode, train with v
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 
 from adapters.alignment import align_words
 from adapters.answering import answer_examples
-from adapters.artefact import Facts, find_artefact, load_trained, read_facts, read_recipe, save_artefact
-from adapters.assembly import Assembly, assemble, default_device
-from adapters.checkpoint import Position, find_state, load_state, read_position, save_state, trainable
+from adapters.artefact import Facts, find_artefact, read_facts, save_artefact
+from adapters.assembly import Assembly, assemble
+from adapters.checkpoint import Position, load_state, read_position, save_state, trainable
 from adapters.data.batches import Picture, Step, plan_epoch, plan_validation, tokenise
 from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
-from adapters.data.examples import DataSet, Example, split_by_image
+from adapters.data.examples import DataSet, Example, merge, split_by_image
 from adapters.data.images import ImageRef
 from adapters.data.readers import read_data
 from adapters.evaluation.vqa import score
 from adapters.optimiser import build_optimiser, learning_rate
-from adapters.recipe import Recipe, TrainSection, differing_keys, load_recipe
+from adapters.recipe import Recipe, Sources, SourceSection, TrainSection
 from adapters.reporting import Reporter
+from adapters.run_folder import check_finite, check_run_folder, open_run_folder
+from adapters.sight import Sight, default_device
+from adapters.starting import start_from_artefact
 from adapters.stopping import interruptible
+from adapters.text_side import TextSideKeeper
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 
@@ -81,21 +86,26 @@ def finetune(
         UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full.
     """
     out = Path(out)
-    accelerator = Accelerator(cpu=(device or default_device()) == "cpu", mixed_precision="no")  # precision is the LLM's
+    accelerator = Accelerator(
+        cpu=(device or default_device()) == "cpu",
+        mixed_precision="no",  # precision is the LLM's
+        # the text side, where the adapter keeps it, is in no answer's loss
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.bridge.text_branch)],
+    )
     main = accelerator.is_main_process
-    state = _check_run_folder(out, resume, recipe)
+    state = check_run_folder(out, resume, recipe)
     train = recipe.train
 
     train_data, val_data = read_split(recipe, offline=offline)
     starting = start_from if state is None else None  # a resumed run already holds what it started from
     if starting is not None:
-        find_artefact(starting)  # a mistake here is told before anything is loaded
+        begun = read_facts(find_artefact(starting))  # a mistake here is told before anything is loaded
     assembly = assemble(
         recipe,
         device=device or str(accelerator.device),
         dtype=dtype or (read_position(state).dtype if state is not None else None),  # a resumed run keeps its own
         offline=offline,
-        lora=starting is None,
+        lora=starting is None or begun.kind == "representation",
     )
     position = Position(
         data=train_data.fingerprint,
@@ -104,7 +114,9 @@ def finetune(
     )
     if starting is not None:
         position.started_from = starting
-        position.terms += _start_from(assembly, starting, quiet=quiet)
+        position.terms += start_from_artefact(assembly, starting)
+        if not quiet:
+            print(f"starting from {starting}; terms: {'; '.join(begun.terms) or 'not stated'}", file=sys.stderr)
     pictures = tokenise(train_data, assembly.prompts, max_tokens=train.micro_batch_tokens)
     row_tokens = train.row_tokens if _packs(assembly) else 0
     validation = plan_validation(
@@ -118,15 +130,18 @@ def finetune(
     model = assembly.model
     if state is None and starting is None:
         model.feature_norm.standardise(assembly.features(_some_pictures(pictures)))
-        if train.align_steps and assembly.bridge_tokenizer is None:
+        if train.align_steps and not assembly.reads_instructions:
             _align(assembly, pictures, train, quiet=quiet or not main)
-    optimiser = build_optimiser(assembly, train)
+    optimiser = build_optimiser(assembly.model, train)
     if state is not None:
         position = load_state(state, model, optimiser)
         if position.data != train_data.fingerprint:
             raise UserError(
                 f"{out}: the run was trained on other data than {recipe.data.train} is now; name another --out"
             )
+    keeper = TextSideKeeper(assembly, train_data.examples, train) if train.text_side_every else None
+    if keeper is not None and accelerator.num_processes > 1:
+        raise UserError("train.text_side_every: the text side is kept in a run of one process only; set it to 0")
     prepared = accelerator.prepare(model)
     answers = sum(len(picture.questions) for picture in pictures)
     steps_an_epoch = len(_plan(pictures, 0, train, row_tokens, accelerator.num_processes))
@@ -144,11 +159,7 @@ def finetune(
         started_from=position.started_from,
     )
     if main:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+        open_run_folder(out, recipe)
     began = time.monotonic() - position.seconds
     with (
         Reporter(out if main else None, total, start=position.step, quiet=quiet or not main) as report,
@@ -183,10 +194,14 @@ def finetune(
                     part = summed / step.supervised
                     accelerator.backward(part * accelerator.num_processes)
                 loss += part.item()
+            if keeper is not None and position.step % train.text_side_every == 0:
+                kept = keeper.losses(position.step)
+                accelerator.backward(kept.total)
+                keeper.model.heads.clamp_temperature()
             loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device)))
-            _check_finite(loss, position.step + 1, recipe)
+            check_finite(loss, position.step + 1, recipe)
             norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm))
-            _check_finite(norm, position.step + 1, recipe, what="the gradient's norm")
+            check_finite(norm, position.step + 1, recipe, what="the gradient's norm")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             position.step += 1
@@ -236,17 +251,32 @@ def finetune(
 def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataSet]:
     """The training and the validation data of a recipe; without a validation set, whole pictures are held out."""
     data = recipe.data
-    train = read_data(data.train, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.limit, offline=offline)
-    if data.val is not None:
-        val = read_data(
-            data.val, task=recipe.task, skip_bad_rows=data.skip_bad_rows, limit=data.val_limit, offline=offline
+
+    def read(sources: Sources, limit: int | None) -> DataSet:
+        task = None if recipe.task == "mixed" else recipe.task
+        listed = (SourceSection(file=sources, limit=limit),) if isinstance(sources, str) else sources
+        options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "offline": offline}
+        return merge(
+            [read_data(part.file, task=part.task or task, limit=part.limit or limit, **options) for part in listed]
         )
-        return train, val
+
+    train = read(data.train, data.limit)
+    if data.terms:
+        train = replace(train, terms="; ".join(filter(None, (train.terms, data.terms))))
+    if data.val is not None:
+        return train, read(data.val, data.val_limit)
     train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not hang on the run's seed
-    return train, replace(val, examples=val.examples[: data.val_limit])
+    return train, replace(val, examples=_spread(val.examples, data.val_limit))
 
 
-def fill_caches(assembly: Assembly, images: Sequence[ImageRef], *, quiet: bool = False) -> None:
+def _spread(examples: tuple[Example, ...], most: int | None) -> tuple[Example, ...]:
+    """At most so many examples, evenly over all: a mixture of files keeps its mixture."""
+    if most is None or len(examples) <= most:
+        return examples
+    return tuple(examples[index * len(examples) // most] for index in range(most))
+
+
+def fill_caches(assembly: Assembly | Sight, images: Sequence[ImageRef], *, quiet: bool = False) -> None:
     """Encode every picture that is not in the cache yet."""
     shown = time.monotonic()
 
@@ -278,9 +308,10 @@ def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], 
         loss, _ = assembly.model(*model_inputs(assembly, rows))
         summed += loss.item()
     metrics = {"val_loss": summed / validation.supervised}
-    if recipe.task == "vqa":
-        said = answer_examples(assembly, examples, recipe.task, decoding=Decoding(max_new_tokens=10))
-        metrics["val_exact_match"] = score(said, [example.answers for example in examples])["exact_match"]
+    asked = [example for example in examples if (example.task or recipe.task) == "vqa"]
+    if asked:
+        said = answer_examples(assembly, asked, "vqa", decoding=Decoding(max_new_tokens=10))
+        metrics["val_exact_match"] = score(said, [example.answers for example in asked])["exact_match"]
     return metrics
 
 
@@ -320,7 +351,7 @@ def _some_pictures(pictures: Sequence[Picture], most: int = 256) -> list[ImageRe
 
 def _packs(assembly: Assembly) -> bool:
     """Whether questions share a picture's sequence: not where the bridge reads each question beside the picture."""
-    return assembly.model.language.can_pack and assembly.bridge_tokenizer is None
+    return assembly.model.language.can_pack and not assembly.reads_instructions
 
 
 def note_validation(position: Position, metrics: dict[str, float], train: TrainSection) -> bool:
@@ -343,53 +374,3 @@ def _align(assembly: Assembly, pictures: Sequence[Picture], train: TrainSection,
             print(f"naming words: step {step}/{train.align_steps} · loss {loss:.3f}", file=sys.stderr, flush=True)
 
     align_words(assembly, pictures, steps=train.align_steps, seed=train.seed, on_step=tell)
-
-
-def _start_from(assembly: Assembly, name: str, *, quiet: bool) -> list[str]:
-    """Load an adapter's weights as the start of a run; returns its terms, which the new adapter inherits."""
-    folder = find_artefact(name)
-    facts = read_facts(folder)
-    theirs, ours = read_recipe(folder), assembly.recipe
-    for part, differs in (
-        ("vision", theirs.vision != ours.vision),
-        ("bridge", theirs.bridge != ours.bridge),
-        ("language.lora", theirs.language.lora != ours.language.lora),
-    ):
-        if differs:
-            raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
-    for role, expected in facts.fingerprints.items():
-        if assembly.fingerprints.get(role) != expected:
-            raise UserError(f"--start-from {name}: it was trained with other {role} weights than the recipe names")
-    load_trained(assembly, folder)
-    Reporter(None, 1, quiet=quiet).say(f"starting from {name}; terms: {'; '.join(facts.terms) or 'not stated'}")
-    return list(facts.terms)
-
-
-def _check_run_folder(out: Path, resume: bool, recipe: Recipe) -> Path | None:
-    """The state to go on from, or None for a fresh run."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: this is a file; name a folder")
-    state = find_state(out / "state")
-    if resume:
-        if state is None:
-            raise UserError(f"--resume: {out} holds no run to go on with; leave --resume out, or name the run's folder")
-        if differing := differing_keys(load_recipe(out / "recipe.yaml"), recipe):
-            raise UserError(
-                f"--resume: the recipe differs from the run's in {', '.join(differing[:3])}; give the same recipe and"
-                f" --set as before ({out / 'recipe.yaml'}), or name another --out"
-            )
-        return state
-    if state is not None:
-        steps = read_position(state).step
-        raise UserError(
-            f"--out {out}: a run of {steps} steps stands there; add --resume to go on, or name another folder"
-        )
-    return None
-
-
-def _check_finite(value: float, step: int, recipe: Recipe, *, what: str = "the loss") -> None:
-    if not math.isfinite(value):
-        raise UserError(
-            f"{what} is {value} at step {step}; try --set train.learning_rate={recipe.train.learning_rate / 3:.1e},"
-            " --set train.clip_norm=0.3 or --dtype float32 (weights up to the last validation are kept)"
-        )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
-from adapters.assembly import Assembly
 from adapters.checkpoint import trainable
 from adapters.recipe import TrainSection
 
 
-def build_optimiser(assembly: Assembly, train: TrainSection) -> torch.optim.AdamW:
+def build_optimiser(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
     """AdamW; no weight decay on biases and other one-dimensional parameters; LoRA may have a rate of its own."""
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in trainable(assembly.model).items():
+    for name, parameter in trainable(model).items():
         is_lora = name.startswith("language.")
         decays = parameter.dim() > 1 and not name.endswith("query_tokens")
         groups.setdefault((is_lora, decays), []).append(parameter)

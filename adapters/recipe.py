@@ -21,11 +21,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataSection(_Section):
-    """What is learned from."""
+class SourceSection(_Section):
+    """One of several data files, where one is not enough to say it all."""
 
-    train: str = "easy-vqa:train"
-    val: str | None = Field(default=None, description="data to choose on; left out, images are held out of train")
+    file: str
+    task: Literal["vqa", "caption"] | None = Field(default=None, description="left out, told from the rows")
+    limit: int | None = Field(default=None, ge=1, description="only the first so many rows")
+
+
+Sources = str | tuple[SourceSection, ...]
+
+
+class DataSection(_Section):
+    """What is learned from: a file, or a list of files with a task each."""
+
+    train: Sources = "easy-vqa:train"
+    val: Sources | None = Field(default=None, description="data to choose on; left out, images are held out of train")
+    terms: str | None = Field(default=None, description="terms of the data; what is trained on it inherits them")
     val_fraction: float = Field(default=0.05, gt=0, lt=1)
     val_limit: int | None = Field(default=None, ge=1, description="at most so many validation rows")
     limit: int | None = Field(default=None, ge=1, description="only the first so many training rows")
@@ -56,6 +68,7 @@ class BridgeSection(_Section):
     num_layers: int | None = Field(default=None, ge=1)
     dropout: float | None = Field(default=None, ge=0, lt=1)
     instruction_aware: bool = False
+    text_branch: bool = Field(default=False, description="keep the text side of the first stage: search, classify")
 
 
 class LoraSection(_Section):
@@ -91,7 +104,12 @@ class TrainSection(_Section):
     align_steps: int = Field(default=0, ge=0, description="steps of naming answers' words before the LLM is run")
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, whatever epochs says")
-    batch_size: int = Field(default=64, ge=1, description="answers a step, over all processes")
+    batch_size: int = Field(default=64, ge=1, description="answers a step (first stage: pictures), over all processes")
+    captions: int = Field(default=2, ge=1, description="first stage: captions drawn of each picture of a step")
+    text_side_every: int = Field(
+        default=0, ge=0, description="steps between two that keep the text side true beside an LLM; 0 never does"
+    )
+    pair_share: float = Field(default=1.0, gt=0, le=1, description="first stage: share of a step that ITM and ITG see")
     row_tokens: int = Field(default=384, ge=16, description="answers about one picture share a sequence up to here")
     micro_batch_tokens: int = Field(default=1024, ge=16, description="tokens in memory at once, padding included")
     learning_rate: float = Field(default=3e-4, gt=0, description="bridge, norm and projection")
@@ -111,7 +129,7 @@ class TrainSection(_Section):
 class Recipe(_Section):
     """Everything a run depends on."""
 
-    task: Literal["vqa", "caption"] = "vqa"
+    task: Literal["vqa", "caption", "mixed"] = "vqa"
     description: str = ""
     data: DataSection = DataSection()
     vision: VisionSection

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters.assembly import bridge_config, lora_settings
+from adapters.assembly import lora_settings
 from adapters.published import find_config
 from adapters.recipe import LanguageSection, Recipe, TowerSection
+from adapters.sight import bridge_config
 from qformer.bridge import QFormer
 from qformer.efficientnet import MODEL_TYPE, EfficientNetLiteConfig
 from qformer.errors import UserError
 from qformer.language import LanguageModel, first_line, without_dropout
 from qformer.model import VisionLanguageModel
+from qformer.objectives import Heads
 from qformer.precision import nf4_config
 from qformer.towers import ENCODERS
 from qformer.vision import FeatureNorm, ImageEncoder, build_image_encoder
@@ -56,9 +58,10 @@ def build_skeleton(
         feature_norm = FeatureNorm(encoders)
         bridge = QFormer(bridge_config(recipe.bridge, feature_norm.width))
         projection = nn.Linear(bridge.config.hidden_size, language.width)
+        heads = Heads(bridge.config) if recipe.bridge.text_branch else None
     if bridge.embeddings is not None and recipe.bridge.start is not None:
         bridge.embeddings.words.requires_grad_(False)  # as where they are loaded
-    return VisionLanguageModel(encoders, feature_norm, bridge, projection, language)
+    return VisionLanguageModel(encoders, feature_norm, bridge, projection, language, heads=heads)
 
 
 def _image_encoder(section: TowerSection, key: str, dtype: torch.dtype) -> ImageEncoder:

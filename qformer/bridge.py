@@ -248,7 +248,7 @@ class QFormer(nn.Module):
         """
         # Cached features may be half precision; outside autocast a linear map takes its own type only.
         features = image_features.to(self.query_tokens.dtype)
-        blocks = (layer.cross_attention for layer in self.layers)
+        blocks = [layer.cross_attention for layer in self.layers if isinstance(layer, QFormerLayer)]
         return [block.attention.project(features) for block in blocks if block is not None]
 
     def _check(

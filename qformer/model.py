@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qformer.bridge import QFormer
 from qformer.decoding import Decoding
 from qformer.language import LanguageModel
+from qformer.objectives import Heads
 from qformer.vision import FeatureNorm, ImageEncoder
 
 
@@ -47,6 +48,7 @@ class VisionLanguageModel(nn.Module):
         bridge: the Q-Former.
         projection: linear layer from the bridge's width to the LLM's.
         language: the LLM.
+        heads: of the first stage, where the adapter keeps its text side; no pass here uses them.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class VisionLanguageModel(nn.Module):
         bridge: QFormer,
         projection: nn.Linear,
         language: LanguageModel,
+        *,
+        heads: Heads | None = None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
@@ -63,6 +67,7 @@ class VisionLanguageModel(nn.Module):
         self.bridge = bridge
         self.projection = projection
         self.language = language
+        self.heads = heads
 
     @property
     def device(self) -> torch.device:
@@ -129,4 +134,5 @@ class VisionLanguageModel(nn.Module):
 
     def trainable_parts(self) -> dict[str, nn.Module]:
         """What an artefact holds besides LoRA: module by name."""
-        return {"feature_norm": self.feature_norm, "bridge": self.bridge, "projection": self.projection}
+        parts = {"feature_norm": self.feature_norm, "bridge": self.bridge, "projection": self.projection}
+        return parts if self.heads is None else parts | {"heads": self.heads}

@@ -141,7 +141,9 @@ def hard_negatives(scores: Tensor, ids: Tensor, other_ids: Tensor, generator: to
     """
     own = ids[:, None] == other_ids[None, :]
     # the small share keeps a row drawable whose similarities all but vanish
-    weights = (scores.float().softmax(dim=1) + 1e-4).masked_fill(own, 0.0)
+    weights = (
+        (scores.float().softmax(dim=1) + 1e-4).nan_to_num(1.0).masked_fill(own, 0.0)
+    )  # a NaN is the loss's to tell
     none = own.all(dim=1)
     drawn = torch.multinomial(weights.masked_fill(none[:, None], 1.0), 1, generator=generator).squeeze(1)
     return drawn.masked_fill(none, -1)

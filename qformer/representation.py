@@ -83,6 +83,7 @@ class RepresentationModel(nn.Module):
         text: TextBatch,
         image_ids: Tensor,
         *,
+        paired: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Losses:
         """The three losses of a batch; with several processes, of all their batches together.
@@ -94,6 +95,8 @@ class RepresentationModel(nn.Module):
             features: one [I, P_i, D_i] a tower.
             text: the pictures' texts.
             image_ids: [I] which picture each row is, the same number wherever the same picture stands.
+            paired: only the first so many pictures go through ITM and ITG, which cost most of a step; ITC, which lives
+                on many pictures at once, takes all. None for all.
             generator: source of the draw of hard negatives.
         """
         with self.autocast():
@@ -113,8 +116,9 @@ class RepresentationModel(nn.Module):
                 rows=slice(first, first + len(image_ids)),
                 text_rows=slice(first_text, first_text + len(text_of)),
             )
-            matching = self._matching(features, seen, text, scores.detach(), all_images, all_texts, generator)
-            generation = self._generation(alone.keys_values, text)
+            paired = len(image_ids) if paired is None else min(paired, len(image_ids))
+            matching = self._matching(features, seen, text, scores.detach(), all_images, all_texts, paired, generator)
+            generation = self._generation(alone.keys_values, text, paired)
         return Losses(contrastive, matching, generation)
 
     def _matching(
@@ -125,16 +129,17 @@ class RepresentationModel(nn.Module):
         scores: Tensor,
         all_images: Tensor,
         all_texts: Tensor,
+        paired: int,
         generator: torch.Generator | None,
     ) -> Tensor:
         """ITM over three pairs a picture: its first text, that text with a hard picture, it with a hard text."""
-        count = int(text.images.max()) + 1
-        places = torch.arange(count, device=self.device)
-        chosen = torch.searchsorted(text.images, places)  # [I], each picture's first text
+        count = int(text.images.max()) + 1  # I, pictures of this process
+        places = torch.arange(paired, device=self.device)
+        chosen = torch.searchsorted(text.images, places)  # [paired], each picture's first text
         first, first_text = rank() * count, rank() * len(text.images)
-        own = all_images[first : first + count]
-        wrong_text = hard_negatives(scores[first : first + count], own, all_texts, generator)  # [I]
-        wrong_image = hard_negatives(scores.T[first_text + chosen], own, all_images, generator)  # [I]
+        own = all_images[first : first + paired]
+        wrong_text = hard_negatives(scores[first : first + paired], own, all_texts, generator)  # [paired]
+        wrong_image = hard_negatives(scores.T[first_text + chosen], own, all_images, generator)  # [paired]
         kept = (wrong_text >= 0) & (wrong_image >= 0)
         if world_size() == 1:
             pool_ids, pool_mask = text.ids, text.mask
@@ -150,7 +155,7 @@ class RepresentationModel(nn.Module):
         images = torch.cat((places, wrong_image[kept], places[kept]))
         texts = torch.cat((first_text + chosen, first_text + chosen[kept], wrong_text[kept]))
         matches = torch.zeros(len(images), dtype=torch.long, device=self.device)
-        matches[:count] = 1
+        matches[:paired] = 1
         return matching_loss(self.match(_rows(seen, images), pool_ids[texts], pool_mask[texts]), matches)
 
     def match(self, seen: Sequence[KeysValues], ids: Tensor, mask: Tensor) -> Tensor:
@@ -159,17 +164,20 @@ class RepresentationModel(nn.Module):
         together = self.bridge(None, image_keys_values=seen, text_ids=ids, self_mask=mask_all)
         return self.heads.matching_logits(together.queries)
 
-    def _generation(self, past: Sequence[KeysValues], text: TextBatch) -> Tensor:
-        """ITG: each token from the queries and the tokens before it."""
-        ids = text.ids.clone()
+    def _generation(self, past: Sequence[KeysValues], text: TextBatch, paired: int) -> Tensor:
+        """ITG: each token from the queries and the tokens before it, in the texts of the first `paired` pictures."""
+        count = int((text.images < paired).sum())  # [t] of [T]: texts stand in their pictures' order
+        targets, present = text.ids[:count], text.mask[:count]
+        ids = targets.clone()
         ids[:, 0] = self.decode_id
         queries = self.bridge.config.num_queries
-        mask = generation_mask(queries, text.mask)[:, :, queries:]  # rows of the text alone
-        written = self.bridge(None, text_ids=ids, past=_rows(past, text.images), self_mask=mask).text  # [T, L, D]
-        supervised = text.mask[:, 1:]  # position t predicts token t + 1
+        mask = generation_mask(queries, present)[:, :, queries:]  # rows of the text alone
+        own = _rows(past, text.images[:count])
+        written = self.bridge(None, text_ids=ids, past=own, self_mask=mask).text  # [t, L, D]
+        supervised = present[:, 1:]  # position l predicts token l + 1
         assert self.bridge.embeddings is not None
         logits = self.heads.word_logits(written[:, :-1][supervised], self.bridge.embeddings.words.weight)
-        return generation_loss(logits, text.ids[:, 1:][supervised])
+        return generation_loss(logits, targets[:, 1:][supervised])
 
     # What retrieval asks ----------------------------------------------------------------------------------
 

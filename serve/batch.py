@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from adapters.data.examples import Example
+from adapters.data.batches import prompt_for
+from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.images import open_image
 from adapters.data.readers import read_data
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.batch_job import BatchJob, check_same_job, digest_of, read_job, write_job
 from serve.engine import Engine, load_adapter, picture_ref
 
+PRESETS = {"vqa": "greedy", "caption": "caption"}
+"""The decoding a task gets where none is named."""
+
 _LINE_START = b'{"row": '  # how every line of ours begins
+
+Row = Example | Fault
 
 
 class VQAPredictor:
@@ -24,7 +31,8 @@ class VQAPredictor:
 
     Args:
         adapter: a run's folder, an artefact's folder or a shipped name.
-        decoding: how tokens are chosen; greedy where left out.
+        decoding: how tokens are chosen, for every task or by task; left out, questions are answered greedily and
+            captions written with the preset "caption".
         batch_size: prompts generated together.
         options: as `serve.engine.load_adapter` takes them.
     """
@@ -33,7 +41,7 @@ class VQAPredictor:
         self,
         adapter: str | Path | None = None,
         *,
-        decoding: Decoding | None = None,
+        decoding: Decoding | Mapping[str, Decoding] | None = None,
         batch_size: int = 16,
         **options: Any,
     ) -> None:
@@ -42,7 +50,7 @@ class VQAPredictor:
         self.batch_size = batch_size
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Columns "image" (path, bytes or data URI) and "question" in; the same columns and "answer" out.
+        """Columns "image" (path, bytes or data URI, or a list of them) and "question" in; these and "answer" out.
 
         Raises:
             UserError: a column is missing, or a picture cannot be read.
@@ -52,18 +60,31 @@ class VQAPredictor:
                 raise UserError(f"batch: there is no column '{column}'; rename yours to it")
         examples = []
         for row, (image, question) in enumerate(zip(batch["image"], batch["question"], strict=True)):
-            picture = replace(picture_ref(image), where=f"row {row}")
-            examples.append(Example((picture,), str(question), (), where=f"row {row}", id=str(row)))
+            chosen = image if isinstance(image, list | tuple) else [image]
+            pictures = tuple(replace(picture_ref(picture), where=f"row {row}") for picture in chosen)
+            examples.append(Example(pictures, str(question), (), where=f"row {row}", id=str(row)))
         return {**batch, "answer": self.predict(examples)}
 
     def predict(self, examples: Sequence[Example], task: str = "vqa") -> list[str]:
         """Answers to examples, in their order."""
-        return self.engine.answer(examples, task, decoding=self.decoding, batch_size=self.batch_size)
+        return self.engine.answer(examples, task, decoding=self.decoding_for(task), batch_size=self.batch_size)
+
+    def decoding_for(self, task: str) -> Decoding:
+        """How tokens are chosen for "vqa" or "caption"."""
+        if isinstance(self.decoding, Decoding):
+            return self.decoding
+        return (self.decoding or {}).get(task) or Decoding.preset(PRESETS[task])
 
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What a batch job did: rows answered now, found answered already, and written with an error."""
+    """What a batch job came to; together these are the rows that were asked about.
+
+    Args:
+        answered: rows answered now.
+        already: rows that were answered already.
+        failed: bad rows: their lines hold an error, from now or from before.
+    """
 
     answered: int
     already: int
@@ -84,125 +105,191 @@ def run_batch(
 ) -> BatchReport:
     """Answer every row of a file into a JSONL file; a job that was stopped goes on where it stopped.
 
-    Each line of `out` has "row" (from 1), "id", "image", "question" and "answer"; "reference" where the row held an
-    answer; and with `skip_bad_rows` a row whose picture cannot be decoded has "error" in place of "answer" (other bad
-    rows are only counted).
+    Each line of `out` has "row" (the row's number in the input, from 1; neither a header nor blank lines count), "id",
+    "image" (or "images", a list, where the row has several), "question" and "answer"; "reference" where the row held
+    an answer. With `skip_bad_rows` a bad row's line has "row" and "error", and what could be read of the rest. Beside
+    `out` a small `.job.json` file says what the answers were made by; the input may grow at its end between sittings.
 
     Args:
         source: JSONL, JSON or CSV with "image" and "question" columns, or a packaged set.
         out: the JSONL file to write.
         predictor: what answers.
         task: "vqa" or "caption"; told from the rows where left out.
-        limit: only the first so many rows.
+        limit: only the first so many good rows, with the bad ones among them.
         skip_bad_rows: write an error for a bad row and go on, instead of stopping there.
         offline: do not fetch a packaged set.
         chunk: rows between two writes.
         on_progress: called with (rows done, rows in all).
 
     Raises:
-        UserError: the input or a row is bad; what was answered before it is kept in `out`.
+        UserError: the input or a row is bad; what was answered before it is kept in `out`. Or what stands in `out`
+            already was made by another adapter, with another decoding, for another task or from other rows.
     """
     out = Path(out)
-    data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
-    answered = failed = 0
+    before = read_job(out)
+    # What was read in an earlier sitting is read again, however few rows are asked for now: to compare it.
+    reach = max(limit, before.rows if before else 0) if limit is not None else None
+    data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=reach, offline=offline)
+    job = _job(data, predictor)
+    if before is not None:
+        check_same_job(out, before, job, data.row_digests)
+    everything: list[Row] = [*data.examples, *data.faults]
+    rows = sorted(everything, key=lambda row: row.row)
+    asked = _first(rows, limit)
+    counts = {"answer": 0, "error": 0}
     try:
-        done = _answered_rows(out, data.examples)
-        waiting = [(row, example) for row, example in enumerate(data.examples, start=1) if row not in done]
+        done = _finished_rows(out, {row.row: row for row in rows})
+        waiting = [row for row in asked if row.row not in done]
         out.parent.mkdir(parents=True, exist_ok=True)
+        if before is None or job.rows > before.rows:
+            write_job(out, job)
         with out.open("a", encoding="utf-8") as file:
             for start in range(0, len(waiting), chunk):
                 part = waiting[start : start + chunk]
-                good, failures = _answer_part(part, predictor, data.task, skip_bad_rows, file)
-                answered += good
-                failed += failures
+                for kind in _answer_part(part, predictor, data.task, skip_bad_rows, file):
+                    counts[kind] += 1
                 if on_progress:
-                    on_progress(len(done) + start + len(part), len(data.examples))
+                    on_progress(len(asked) - len(waiting) + start + len(part), len(asked))
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be written ({error.strerror}); free space or name another file"
         ) from error
-    return BatchReport(answered, len(done), failed + len(data.skipped))
+    earlier = [done[row.row] for row in asked if row.row in done]
+    return BatchReport(counts["answer"], earlier.count("answer"), counts["error"] + earlier.count("error"))
+
+
+def _job(data: DataSet, predictor: VQAPredictor) -> BatchJob:
+    engine = predictor.engine
+    return BatchJob(
+        source=data.name,
+        rows=len(data.row_digests),
+        rows_digest=digest_of(data.row_digests),
+        adapter=engine.name,
+        adapter_fingerprint=engine.fingerprint(),
+        task=data.task,
+        decoding=asdict(predictor.decoding_for(data.task)),
+    )
+
+
+def _first(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """Rows up to the good one that makes up the limit."""
+    chosen: list[Row] = []
+    good = 0
+    for row in rows:
+        if good == limit:
+            break
+        chosen.append(row)
+        good += isinstance(row, Example)
+    return chosen
 
 
 def _answer_part(
-    part: Sequence[tuple[int, Example]], predictor: VQAPredictor, task: str, skip_bad_rows: bool, file: IO[str]
-) -> tuple[int, int]:
-    """Answer a chunk of rows and write it; returns how many were answered and how many failed."""
-    good: list[tuple[int, Example]] = []
-    broken: dict[int, str] = {}
-    first_error: UserError | None = None
+    part: Sequence[Row], predictor: VQAPredictor, task: str, skip_bad_rows: bool, file: IO[str]
+) -> list[str]:
+    """Answer a chunk of rows and write it; returns what each written line holds, "answer" or "error".
+
+    Raises:
+        UserError: a row is bad and bad rows are not to be skipped; those before it are written first.
+    """
+    examples = [row for row in part if isinstance(row, Example)]
+    faults: dict[int, str] = {row.row: str(row) for row in part if isinstance(row, Fault)}
+    stop: UserError | None = None
     try:
-        _encode(predictor, [example for _, example in part])
-        good = list(part)
-    except UserError as error:  # some picture, or something that no row is to blame for, such as a full disk
-        for row, example in part:
-            try:
-                for image in example.images:
-                    open_image(image)
-                good.append((row, example))
-            except UserError as fault:
-                if not skip_bad_rows:
-                    first_error = fault
-                    break
-                broken[row] = str(fault)
-        if len(good) == len(part):
-            raise error
-    answers = predictor.predict([example for _, example in good], task) if good else []
-    texts = {row: answer for (row, _), answer in zip(good, answers, strict=True)}
-    for row, example in part:
-        if row in texts:
-            _write(file, row, example, {"answer": texts[row]})
-        elif row in broken:
-            _write(file, row, example, {"error": broken[row]})
+        answers = _answers(examples, predictor, task)
+    except UserError:  # some row, or something that no row is to blame for, such as a full disk
+        blamed = _blamed(examples, predictor, task)
+        if not blamed:
+            raise
+        if skip_bad_rows:
+            faults |= {row: str(fault) for row, fault in blamed.items()}
+            good = [example for example in examples if example.row not in blamed]
+        else:
+            first = min(blamed)
+            stop = blamed[first]
+            good = [example for example in examples if example.row < first]
+        answers = _answers(good, predictor, task)
+    written = []
+    for row in part:
+        if row.row in answers:
+            _write(file, row, "answer", answers[row.row])
+        elif row.row in faults:
+            _write(file, row, "error", faults[row.row])
+        else:
+            break  # the row to stop at
+        written.append("answer" if row.row in answers else "error")
     file.flush()
-    if first_error is not None:
-        raise first_error
-    return len(good), len(broken)
+    if stop is not None:
+        raise stop
+    return written
 
 
-def _encode(predictor: VQAPredictor, examples: Sequence[Example]) -> None:
-    """Encode the pictures of a chunk together, before any of it is answered."""
+def _answers(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> dict[int, str]:
+    """Answers by row. The pictures of all are encoded together, before any is answered."""
     images = [image for example in examples for image in example.images]
+    if not images:
+        return {}
     for cache in predictor.engine.assembly.caches:
-        if images:
-            cache.load(images)  # not `fill`, which would hold the features of the whole job in the cache
+        cache.load(images)  # not `fill`, which would hold the features of the whole job in the cache
+    return dict(zip((example.row for example in examples), predictor.predict(examples, task), strict=True))
 
 
-def _write(file: IO[str], row: int, example: Example, result: dict[str, str]) -> None:
-    line: dict[str, Any] = {"row": row, "id": example.id, "image": example.images[0].label if example.images else None}
-    if example.question:
-        line["question"] = example.question
-    line |= result
-    if example.answers:
-        line["reference"] = list(example.answers)
+def _blamed(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> dict[int, UserError]:
+    """The rows that cannot be answered, for themselves, each with what is wrong with it."""
+    faults: dict[int, UserError] = {}
+    for example in examples:
+        try:
+            for image in example.images:
+                open_image(image, where=example.where)  # the row of its own, not the first that names the picture
+            prompt_for(example, task, predictor.engine.assembly.prompts)
+        except UserError as error:
+            faults[example.row] = error
+    return faults
+
+
+def _write(file: IO[str], row: Row, kind: str, text: str) -> None:
+    line: dict[str, Any] = {"row": row.row}
+    if isinstance(row, Example):
+        line |= {"id": row.id, **_pictures(row)}
+        if row.question:
+            line["question"] = row.question
+    line[kind] = text
+    if isinstance(row, Example) and row.answers:
+        line["reference"] = list(row.answers)
     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _answered_rows(out: Path, examples: Sequence[Example]) -> set[int]:
-    """Rows that an earlier, stopped job has answered; a half-written last line is cut off.
+def _pictures(example: Example) -> dict[str, Any]:
+    """The field that names a row's pictures in its line."""
+    labels = [image.label for image in example.images]
+    return {"image": labels[0]} if len(labels) == 1 else {"images": labels}
+
+
+def _finished_rows(out: Path, rows: Mapping[int, Row]) -> dict[int, str]:
+    """Rows that an earlier sitting is done with, and what their lines hold; a half-written last line is cut off.
 
     Raises:
         UserError: the file holds something else, or answers to other rows.
     """
     if not out.exists():
-        return set()
-    if out.is_dir():
-        raise UserError(f"--out {out}: this is a folder; name a file such as answers.jsonl")
+        return {}
     content = out.read_bytes()
     whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     if not _LINE_START.startswith(rest[: len(_LINE_START)]):
         raise UserError(f"--out {out}: its last line is not an answer of this input; name another file")
-    done: set[int] = set()
+    done: dict[int, str] = {}
     for number, line in enumerate(whole.splitlines(), start=1):  # of bytes: only real line ends count
         try:
             found = json.loads(line)
-            row, question, image = int(found["row"]), found.get("question"), found["image"]
-            example = examples[row - 1]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            row = rows[found["row"]]
+            kind = "error" if "error" in found else "answer"
+            str(found[kind])
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out {out}, line {number}: not an answer of this input; name another file") from error
-        if image != example.images[0].label or (question is not None and question != example.question):
-            raise UserError(f"--out {out}, line {number}: answers another row than {example.where}; name another file")
-        done.add(row)
+        if isinstance(row, Example):
+            named = {name: found[name] for name in ("image", "images") if name in found}
+            if named not in ({}, _pictures(row)) or found.get("question", row.question) != row.question:
+                raise UserError(f"--out {out}, line {number}: answers another row than {row.where}; name another file")
+        done[row.row] = kind
     if rest:  # the job was killed in the middle of a line
         os.truncate(out, len(whole))
     return done

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command needs it, so `--help` answers at once
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qformer.errors import UserError
+from serve import cli_cache, cli_data, cli_retrieval, cli_training
+from serve.cli_common import (
+    AdapterOption,
+    BeamsOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    MaxTokensOption,
+    OfflineOption,
+    PresetOption,
+    QuietOption,
+    SkipOption,
+    progress,
+    report,
+)
 
 if TYPE_CHECKING:
     from qformer.decoding import Decoding
@@ -29,73 +44,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", help="A run's folder, an artefact's folder, or a shipped adapter's name.")
-]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; a GPU where there is one.")]
-DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="float32 or bfloat16 for the LLM's computation; left out, the faster one.")
-]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Take frozen weights from the cache only.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
-BeamsOption = Annotated[int | None, typer.Option("--beams", min=1, help="Beams of the search; 1 is greedy.")]
-PresetOption = Annotated[
-    str | None, typer.Option("--decoding", help="A preset: greedy, paper-vqa (beam 5, length penalty -1) or caption.")
-]
-MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
-SkipOption = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, count and report them, instead of stopping.")
-]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="Seed of weights and order; the recipe's where left out.")
-]
-
-
-@app.command()
-def finetune(
-    recipe: Annotated[str, typer.Argument(help="A recipe (file or shipped name), or a data file to learn from.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The run's folder; left out, runs/RECIPE.")] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="vqa or caption; the recipe's, or told from the data.")
-    ] = None,
-    start_from: Annotated[
-        str | None, typer.Option("--start-from", help="Start from this adapter's weights; its terms are inherited.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a recipe's key, such as train.epochs=2; may be repeated."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run that stands in --out.")] = False,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    offline: OfflineOption = False,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train an adapter on a data set."""
-    from adapters.finetune import finetune as run
-
-    overrides = list(set_ or [])
-    if task is not None:
-        overrides.append(f"task={task}")
-    if seed is not None:
-        overrides.append(f"train.seed={seed}")
-    chosen, name = _recipe_for(recipe, overrides, offline=offline)
-    folder = out or Path("runs") / name
-    result = run(
-        chosen, folder, resume=resume, start_from=start_from, device=device, dtype=dtype, offline=offline, quiet=quiet
-    )
-    if not result.finished:
-        raise KeyboardInterrupt
-    _report(
-        {"out": str(folder), "best": str(result.best), "steps": result.steps, **result.metrics},
-        as_json,
-        f"done: {result.steps} steps; the adapter is {result.best}\n"
-        f'ask it: querybridge ask PICTURE "QUESTION" --adapter {folder}',
-    )
+app.command()(cli_training.finetune)
+app.command()(cli_training.pretrain)
+app.command()(cli_retrieval.search)
+app.command()(cli_retrieval.classify)
+app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_cache.app, name="cache")
 
 
 @app.command()
@@ -119,7 +73,7 @@ def ask(
     _check_pictures(images)
     engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
     answer = engine.ask(images, question, decoding=_decoding(decoding or "greedy", beams, max_new_tokens))
-    _report({"images": images, "question": question, "answer": answer}, as_json, answer)
+    report({"images": images, "question": question, "answer": answer}, as_json, answer)
 
 
 @app.command()
@@ -143,7 +97,7 @@ def caption(
     settings = _decoding(decoding or "caption", beams, max_new_tokens)
     captions = {picture: engine.caption(picture, language=language, decoding=settings) for picture in pictures}
     lines = list(captions.values()) if len(captions) == 1 else [f"{name}: {text}" for name, text in captions.items()]
-    _report({"captions": captions, "language": language}, as_json, "\n".join(lines))
+    report({"captions": captions, "language": language}, as_json, "\n".join(lines))
 
 
 @app.command()
@@ -167,20 +121,20 @@ def batch(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a file of questions: rows in, rows out, each kept as it comes."""
-    from serve.batch import VQAPredictor, run_batch
+    from serve.batch import PRESETS, VQAPredictor, run_batch
 
-    settings = _decoding(decoding or ("caption" if task == "caption" else "greedy"), beams, max_new_tokens)
+    settings = {kind: _decoding(decoding or preset, beams, max_new_tokens) for kind, preset in PRESETS.items()}
     predictor = VQAPredictor(
         adapter, decoding=settings, batch_size=batch_size, device=device, dtype=dtype, offline=offline
     )
-    report = run_batch(
+    done = run_batch(
         source, out, predictor, task=task, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
-        on_progress=None if quiet else _progress("answered"),
+        on_progress=None if quiet else progress("answered"),
     )  # fmt: skip
-    _report(
-        {"out": str(out), **vars(report)},
+    report(
+        {"out": str(out), **vars(done)},
         as_json,
-        f"{out}: {report.answered} rows answered, {report.already} were already, {report.failed} bad rows",
+        f"{out}: {done.answered} rows answered, {done.already} were already, {done.failed} bad rows",
     )
 
 
@@ -188,7 +142,7 @@ def batch(
 def evaluate(
     data: Annotated[str, typer.Argument(help="A data file with answers, or easy-vqa:test.")],
     adapter: AdapterOption = None,
-    task: Annotated[str, typer.Option("--task", help="What to score: vqa.")] = "vqa",
+    task: Annotated[str, typer.Option("--task", help="What to score: vqa, caption or retrieval.")] = "vqa",
     blank_images: Annotated[
         bool, typer.Option("--blank-images", help="The control: every picture is replaced by a grey one.")
     ] = False,
@@ -205,16 +159,29 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score an adapter on a data set, with what language alone would score beside it."""
-    from serve.engine import load_adapter
-    from serve.evaluate import evaluate as run
+    on_progress = None if quiet else progress("done")
+    if task == "retrieval":
+        from serve.evaluate import evaluate_retrieval
+        from serve.retrieval import load_retriever
 
-    settings = _decoding(decoding or "greedy", beams, max_new_tokens or (16 if decoding is None else None))
-    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    scores = run(
-        engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
-        batch_size=batch_size, decoding=settings, on_progress=None if quiet else _progress("answered"),
-    )  # fmt: skip
-    _report(scores, as_json, "\n".join(f"{key:<28}{value:.4g}" for key, value in scores.items()))
+        retriever, _ = load_retriever(adapter, device=device, dtype=dtype, offline=offline)
+        scores = evaluate_retrieval(
+            retriever, data, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
+            on_progress=on_progress,
+        )  # fmt: skip
+    else:
+        from serve.engine import load_adapter
+        from serve.evaluate import evaluate as run
+
+        preset = decoding or ("caption" if task == "caption" else "greedy")
+        longest = 16 if decoding is None and task != "caption" else None
+        settings = _decoding(preset, beams, max_new_tokens or longest)
+        engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+        scores = run(
+            engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
+            offline=offline, batch_size=batch_size, decoding=settings, on_progress=on_progress,
+        )  # fmt: skip
+    report(scores, as_json, "\n".join(f"{key:<28}{value:.4g}" for key, value in scores.items()))
 
 
 @app.command()
@@ -240,7 +207,7 @@ def models(as_json: JsonOption = False) -> None:
     from serve.inventory import describe_models, list_models
 
     found = list_models()
-    _report(found, as_json, describe_models(found))
+    report(found, as_json, describe_models(found))
 
 
 @app.command()
@@ -257,7 +224,7 @@ def doctor(
     from serve.doctor import describe, examine
 
     found = examine(target, device=device, dtype=dtype, offline=offline)
-    _report(found, as_json, describe(found))
+    report(found, as_json, describe(found))
 
 
 @app.command()
@@ -271,25 +238,7 @@ def estimate(
     from adapters.recipe import load_recipe
 
     found = estimate_memory(load_recipe(recipe, set_ or []))
-    _report(found, as_json, describe_estimate(found))
-
-
-def _recipe_for(name: str, overrides: Sequence[str], *, offline: bool) -> tuple[Any, str]:
-    """A recipe and the name of its run; a data file is learned from by the default recipe, for the task of its rows."""
-    from adapters.data.readers import read_data
-    from adapters.recipe import find_recipe, load_recipe
-
-    path = Path(name)
-    packaged = name.startswith("easy-vqa:")
-    if packaged or path.suffix.lower() in (".jsonl", ".json", ".csv"):
-        source = name if packaged else str(path.resolve())
-        given = {override.partition("=")[0] for override in overrides}
-        skips = load_recipe("domain_cpu", overrides).data.skip_bad_rows
-        task = [] if "task" in given else [f"task={read_data(source, skip_bad_rows=skips, offline=offline).task}"]
-        return load_recipe("domain_cpu", [f"data.train={json.dumps(source)}", *task, *overrides]), path.stem.replace(
-            ":", "-"
-        )
-    return load_recipe(name, overrides), find_recipe(name).stem
+    report(found, as_json, describe_estimate(found))
 
 
 def _decoding(preset: str, beams: int | None, max_new_tokens: int | None) -> Decoding:
@@ -307,17 +256,6 @@ def _check_pictures(names: Sequence[str]) -> None:
 
     for name in names:
         open_image(image_ref(name))
-
-
-def _progress(verb: str) -> Any:
-    def show(done: int, total: int) -> None:
-        print(f"{verb} {done}/{total}", file=sys.stderr, flush=True)
-
-    return show
-
-
-def _report(values: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(values, ensure_ascii=False, default=str) if as_json else text)
 
 
 def hush_libraries() -> None:

@@ -196,18 +196,19 @@ def launch(engine: Engine, port: int = 7860, open_browser: bool = False, *, bloc
 def example_questions(recipe: Recipe, count: int = 3) -> list[tuple[Path, str]]:
     """Pictures and questions from the data an adapter was trained with, where it lies on this machine.
 
-    Each has a picture of its own and, where there are enough, a question of its own. Nothing is fetched.
+    Each has a picture of its own and, where there are enough, a question of its own; rows of several pictures are
+    passed over. Nothing is fetched.
     """
     try:
         rows = read_data(
-            _source(recipe), task=recipe.task, need_answers=False, skip_bad_rows=True, limit=400, offline=True
+            _source(recipe), task=_task(recipe), need_answers=False, skip_bad_rows=True, limit=400, offline=True
         )
     except UserError:
         return []  # the adapter has come without its data, which is the usual case and no mistake
     found: dict[Path, str] = {}
     for new_question_only in (True, False):
         for example in rows.examples:
-            path = example.images[0].path
+            path = example.images[0].path if len(example.images) == 1 else None
             if len(found) == count or path is None or path in found or path.suffix.lower() not in _SHOWN_BY_BROWSERS:
                 continue
             if not (new_question_only and example.question in found.values()):
@@ -246,7 +247,13 @@ def _uploaded(picture: Mapping[str, Any] | None, folder: Path) -> ImageRef:
 
 def _source(recipe: Recipe) -> str:
     """The data that examples come from: what the adapter did not learn from, where the recipe names such."""
-    return recipe.data.val or recipe.data.train
+    source = recipe.data.val or recipe.data.train
+    return source if isinstance(source, str) else source[0].file
+
+
+def _task(recipe: Recipe) -> str | None:
+    """The task of that data; None where its rows tell."""
+    return None if recipe.task == "mixed" else recipe.task
 
 
 def _source_name(recipe: Recipe) -> str:
@@ -261,7 +268,11 @@ def _name(engine: Engine) -> str:
 
 def _head(engine: Engine) -> str:
     recipe, facts = engine.assembly.recipe, engine.facts
-    kind = {"vqa": "Answers questions about pictures.", "caption": "Describes pictures."}[recipe.task]
+    kind = {
+        "vqa": "Answers questions about pictures.",
+        "caption": "Describes pictures.",
+        "mixed": "Describes pictures and answers questions about them.",
+    }[recipe.task]
     learned = []
     if {"answers", "pictures", "train"} <= facts.data.keys():
         learned.append(
@@ -280,7 +291,11 @@ def _about(engine: Engine) -> str:
     recipe, facts = engine.assembly.recipe, engine.facts
     bits = {"nf4": "4-bit NF4", "none": "unquantised"}[recipe.language.quantize]
     rows = {
-        "Trained for": {"vqa": "questions; captions are outside what it practised", "caption": "captions"}[recipe.task],
+        "Trained for": {
+            "vqa": "questions; captions are outside what it practised",
+            "caption": "captions",
+            "mixed": "captions and questions",
+        }[recipe.task],
         "Image encoder": " and ".join(tower.source for tower in recipe.vision.towers) + ", frozen",
         "Language model": f"{recipe.language.source}, frozen, {bits}",
         "Steps": f"{facts.steps:,}",

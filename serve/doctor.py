@@ -101,8 +101,9 @@ def describe(found: Mapping[str, Any]) -> str:
 
 def _model(target: str, *, device: str | None, dtype: str | None, offline: bool) -> dict[str, Any]:
     from adapters.artefact import load_artefact
-    from adapters.assembly import assemble, default_device
+    from adapters.assembly import assemble
     from adapters.parts import model_parts
+    from adapters.sight import default_device
 
     place = device or default_device()
     recipe = _recipe(target)

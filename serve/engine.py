@@ -9,10 +9,11 @@ from pathlib import Path
 from PIL import Image
 
 from adapters.answering import answer_examples
-from adapters.artefact import Facts, find_artefact, load_artefact, shipped_adapters
-from adapters.assembly import Assembly, default_device
+from adapters.artefact import Facts, adapter_fingerprint, find_artefact, load_artefact, shipped_adapters
+from adapters.assembly import Assembly
 from adapters.data.examples import Example
 from adapters.data.images import ImageRef, image_ref, open_image
+from adapters.sight import default_device
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 
@@ -35,6 +36,10 @@ class Engine:
         self.assembly = assembly
         self.facts = facts
         self.name = name
+
+    def fingerprint(self) -> str:
+        """`sha256:…` of the adapter: another one means that the same question may get another answer."""
+        return adapter_fingerprint(self.assembly)
 
     def ask(
         self,

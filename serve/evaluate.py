@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from adapters.data.images import blank_image
+from adapters.data.examples import DataSet
+from adapters.data.images import ImageRef, blank_image
 from adapters.data.readers import read_data
+from adapters.evaluation.captions import score_captions
+from adapters.evaluation.retrieval import recalls
 from adapters.evaluation.vqa import commonest_answer_score, score
+from adapters.retrieval import RERANKED, Retriever
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
@@ -27,38 +31,107 @@ def evaluate(
     decoding: Decoding | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Score short answers.
+    """Score short answers or captions.
 
     Args:
         engine: the loaded adapter.
         data: a data file with answers, or a packaged set.
-        task: "vqa".
+        task: "vqa" or "caption".
         blank_images: the control: every picture is replaced by a mid-grey one.
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
-        decoding: how tokens are chosen; greedy where left out.
-        on_progress: called with (done, total) distinct questions.
+        decoding: how tokens are chosen; greedy where left out, for captions beam 5.
+        on_progress: called with (done, total) distinct questions or pictures.
 
     Returns:
-        "n", "exact_match" and "vqa_accuracy" as fractions, "skipped", and "commonest_answer": the exact match of
-        giving each question the answer it most often has in this very set, which needs no picture and no model.
+        Of answers "n", "exact_match" and "vqa_accuracy" as fractions, "skipped", and "commonest_answer": exact match
+        of giving each question the answer it most often has in this very set, which needs no picture and no model. Of
+        captions "n" pictures, "BLEU-1" to "BLEU-4" and "ROUGE-L" as fractions, "CIDEr", and "skipped".
 
     Raises:
         UserError: the data cannot be read, or the task has no scores here.
     """
-    if task != "vqa":
-        raise UserError(f"--task {task}: only vqa can be scored by this version")
+    if task not in ("vqa", "caption"):
+        raise UserError(f"--task {task}: an LLM's answers are scored as vqa or caption")
     rows = read_data(data, task=task, skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
     examples = rows.examples
-    if blank_images:
-        blank = blank_image()
-        examples = tuple(replace(example, images=(blank,) * len(example.images)) for example in examples)
-    said = engine.answer(examples, task, decoding=decoding, batch_size=batch_size, on_progress=on_progress)
+    if task == "caption":
+        examples = tuple(
+            replace(examples[first], answers=texts) for first, texts in _captions_by_picture(rows).values()
+        )
+    blank = blank_image()
+    asked = [
+        replace(example, images=(blank,) * len(example.images)) if blank_images else example for example in examples
+    ]
+    if task == "caption":
+        decoding = decoding or Decoding.preset("caption")
+    said = engine.answer(asked, task, decoding=decoding, batch_size=batch_size, on_progress=on_progress)
     answers = [example.answers for example in examples]
+    if task == "caption":
+        languages = {example.language for example in examples}
+        if len(languages) > 1:
+            raise UserError(f"{data}: captions in {', '.join(sorted(languages))}; score one language a file")
+        return {**score_captions(said, answers, language=languages.pop()), "skipped": len(rows.skipped)}
     return {
         **score(said, answers),
         "commonest_answer": commonest_answer_score([example.question for example in examples], answers),
         "skipped": len(rows.skipped),
     }
+
+
+def evaluate_retrieval(
+    retriever: Retriever,
+    data: str | Path,
+    *,
+    blank_images: bool = False,
+    limit: int | None = None,
+    skip_bad_rows: bool = False,
+    offline: bool = False,
+    rerank: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Score how pictures find their captions and captions their pictures, among all of a file's.
+
+    Args:
+        retriever: the loaded first stage.
+        data: a file of captions.
+        blank_images: the control: every picture is replaced by a mid-grey one.
+        limit: only the first so many rows.
+        skip_bad_rows: leave bad rows out, and report how many as "skipped".
+        offline: do not fetch a packaged set.
+        rerank: let ITM rank the best 16 by ITC anew; "i2t_R@1" and the like are then its, and "itc_i2t_R@1" ITC's own.
+        on_progress: called with (pairs done, pairs in all) of ITM.
+
+    Returns:
+        "n" pictures, "texts", R@1, R@5 and R@10 both ways as fractions, and "skipped".
+
+    Raises:
+        UserError: the data cannot be read.
+    """
+    rows = read_data(data, task="caption", skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
+    grouped = _captions_by_picture(rows)
+    images: list[ImageRef] = [rows.examples[first].images[0] for first, _ in grouped.values()]
+    if blank_images:
+        images = [blank_image()] * len(images)
+    texts = [text for _, captions in grouped.values() for text in captions]
+    owners = [row for row, (_, captions) in enumerate(grouped.values()) for _ in captions]
+    scores = retriever.scores(retriever.embed_images(images), retriever.embed_texts(texts))
+    found: dict[str, float] = {"n": len(images), "texts": len(texts), "skipped": len(rows.skipped)}
+    plain = recalls(scores, owners)
+    if not rerank:
+        return found | plain
+    by_image, by_text = retriever.rerank(images, texts, scores, most=RERANKED, on_progress=on_progress)
+    to_text, to_image = recalls(by_image, owners), recalls(by_text, owners)
+    reranked = {name: (to_text if name.startswith("i2t") else to_image)[name] for name in plain}
+    return found | reranked | {f"itc_{name}": value for name, value in plain.items()}
+
+
+def _captions_by_picture(rows: DataSet) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """For each distinct picture, by digest: the row it first stands in, and the captions of all its rows."""
+    grouped: dict[str, tuple[int, tuple[str, ...]]] = {}
+    for number, example in enumerate(rows.examples):
+        first, texts = grouped.get(example.images[0].digest(), (number, ()))
+        grouped[example.images[0].digest()] = (first, texts + example.answers)
+    return grouped

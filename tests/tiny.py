@@ -121,3 +121,41 @@ def tiny_values(vision: Path, language: Path, data: Path, **train: object) -> di
             **train,
         },
     }
+
+
+WORDS = ("a", "the", "square", "of", "is", "here", "picture", "colour", "plain", *COLOURS)
+
+
+def save_tiny_bert(folder: Path) -> Path:
+    """A random two-layer BERT as wide as the `tiny` bridge, with a tokenizer of a few whole words."""
+    from tokenizers import processors
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]")
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def draw_captions(folder: Path, name: str = "captions.jsonl") -> Path:
+    """The same squares of plain colour with two captions each."""
+    draw_data(folder)
+    rows = [
+        {"image": f"{colour}{shade}.png", "captions": [f"a {colour} square", f"the colour of the square is {colour}"]}
+        for colour in COLOURS
+        for shade in range(3)
+    ]
+    file = folder / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file

@@ -19,11 +19,20 @@ from qformer.errors import UserError
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its possible answers, tokenised. `answers` repeats an answer as often as people gave it."""
+    """One question with its possible answers, tokenised.
+
+    Attributes:
+        own: the prompt after its last image.
+        answers: with their end tokens; an answer stands there as often as people gave it.
+        instruction: the question as text.
+        prefix_end: None; or, for a caption to an encoder-decoder, how many of `own`'s last tokens close the prompt:
+            each epoch a chance beginning of the caption goes in front of them, to the encoder; the rest is learned.
+    """
 
     own: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     instruction: str
+    prefix_end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,9 @@ def tokenise(data: DataSet, prompts: PromptBuilder, *, max_tokens: int) -> list[
                 f"{example.where}: prompt and answer are {longest} tokens, more than train.micro_batch_tokens"
                 f" ({max_tokens}); shorten the text or raise it with --set train.micro_batch_tokens={longest}"
             )
-        if data.task == "caption":  # every caption is learned from
-            questions = [Question(prompt.own, (answer,), example.question) for answer in counted]
+        if (example.task or data.task) == "caption":  # every caption is learned from
+            end = prompts.closing_tokens if prompts.is_encoder_decoder else None
+            questions = [Question(prompt.own, (answer,), example.question, end) for answer in counted]
         else:  # one of the answers people gave is drawn each epoch, so each counts by its share
             questions = [Question(prompt.own, counted, example.question)]
         key = (*(image.digest() for image in example.images), prompt.shared)
@@ -91,8 +101,14 @@ def tokenise(data: DataSet, prompts: PromptBuilder, *, max_tokens: int) -> list[
 
 
 def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
-    """The prompt of an example: its question, or the request for a caption in its language."""
-    if task == "caption":
+    """The prompt of an example: its question, or the request for a caption in its language.
+
+    Args:
+        example: what is asked; its own task counts where it has one.
+        task: "vqa" or "caption", of the examples that have none.
+        prompts: words and tokenises.
+    """
+    if (example.task or task) == "caption":
         return prompts.caption(example.language, len(example.images), where=example.where)
     return prompts.vqa(example.question, len(example.images), where=example.where)
 
@@ -142,7 +158,10 @@ def _rows(picture: Picture, rng: random.Random | None, row_tokens: int) -> list[
     length = len(picture.shared)
     for question in questions:
         answer = rng.choice(question.answers) if rng is not None else question.answers[0]
-        branch = Branch(question.own, answer, question.instruction)
+        own = question.own
+        if rng is not None and question.prefix_end is not None:
+            own, answer = split_prefix(own, answer, question.prefix_end, rng)
+        branch = Branch(own, answer, question.instruction)
         if branches and length + len(branch) > row_tokens:
             rows.append(Row(picture.images, picture.shared, tuple(branches)))
             branches, length = [], len(picture.shared)
@@ -150,3 +169,22 @@ def _rows(picture: Picture, rng: random.Random | None, row_tokens: int) -> list[
         length += len(branch)
     rows.append(Row(picture.images, picture.shared, tuple(branches)))
     return rows
+
+
+def split_prefix(
+    own: tuple[int, ...], answer: tuple[int, ...], closing: int, rng: random.Random
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prefix language modelling (BLIP-2, arXiv 2301.12597, section 3.3): a chance cut through a caption.
+
+    Args:
+        own: the prompt after its last image, `closing` end tokens included.
+        answer: the caption's tokens, its end token included.
+        closing: tokens that close the prompt.
+        rng: draws the cut; at least a word's token and the end stay to be learned.
+
+    Returns:
+        The prompt with the caption's beginning before its closing tokens, and the rest of the caption.
+    """
+    cut = rng.randrange(max(1, len(answer) - 1))
+    place = len(own) - closing
+    return own[:place] + answer[:cut] + own[place:], answer[cut:]

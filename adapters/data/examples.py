@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ from adapters.data.images import ImageRef
 from qformer.errors import UserError
 
 Task = Literal["vqa", "caption"]
+Mixed = Literal["mixed"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Example:
         where: file and row, for messages.
         id: the row's own id, or its number counted from 1.
         language: the language of the answers ("en" where the row does not say).
+        row: the row's number in its file, counted from 1; 0 where it comes from none.
+        task: set where rows of several tasks are learned from together; else the data set's.
     """
 
     images: tuple[ImageRef, ...]
@@ -32,27 +35,81 @@ class Example:
     where: str
     id: str
     language: str = "en"
+    row: int = 0
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A bad row, and what is wrong with it.
+
+    Args:
+        row: its number in the file, counted from 1.
+        where: file and row, for messages.
+        message: one line: what was found and how to mend it.
+        missing: the picture it names that is not there, where that is what is wrong.
+    """
+
+    row: int
+    where: str
+    message: str
+    missing: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Rows of one task.
+    """Rows of one task, or of several that were merged.
 
     Args:
         name: the file's name, or the packaged set's.
-        task: "vqa" or "caption".
+        task: "vqa" or "caption"; "mixed" where each example says its own.
         examples: the good rows in the order of the file.
         fingerprint: "sha256:…" over the rows and their pictures' names and sizes.
         terms: the licence of a packaged set; None for a user's file.
-        skipped: one line for each bad row that was left out.
+        faults: the bad rows that were left out, in the order of the file.
+        row_digests: a short hash of each row read, good or bad, in the order of the file; pictures' names count, their
+            bytes do not.
     """
 
     name: str
-    task: Task
+    task: Task | Mixed
     examples: tuple[Example, ...]
     fingerprint: str
     terms: str | None = None
-    skipped: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    row_digests: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """One line for each bad row that was left out."""
+        return tuple(str(fault) for fault in self.faults)
+
+
+def merge(parts: Sequence[DataSet]) -> DataSet:
+    """Several data sets as one, in their order; one alone stays what it is.
+
+    Args:
+        parts: at least one.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    tasks = {part.task for part in parts}
+    return DataSet(
+        name=" + ".join(part.name for part in parts),
+        task=parts[0].task if len(tasks) == 1 else "mixed",
+        examples=tuple(
+            example if part.task == "mixed" else replace(example, task=part.task)
+            for part in parts
+            for example in part.examples
+        ),
+        fingerprint="sha256:" + hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest(),
+        terms="; ".join(dict.fromkeys(part.terms for part in parts if part.terms)) or None,
+        faults=tuple(fault for part in parts for fault in part.faults),
+        row_digests=tuple(digest for part in parts for digest in part.row_digests),
+    )
 
 
 def split_by_image(dataset: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSet]:
@@ -89,7 +146,8 @@ def split_by_image(dataset: DataSet, fraction: float, seed: int) -> tuple[DataSe
             name=f"{dataset.name} ({name})",
             examples=tuple(example for example, group in rows if (group in held_out) == keep_held_out),
             fingerprint="sha256:" + hashlib.sha256(origin.encode()).hexdigest(),
-            skipped=() if keep_held_out else dataset.skipped,
+            faults=() if keep_held_out else dataset.faults,
+            row_digests=(),  # of the file, which neither part is
         )
 
     return part("train", False), part("val", True)

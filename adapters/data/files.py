@@ -96,7 +96,7 @@ def json_rows(path: Path) -> Iterator[RawRow]:
 
 
 def csv_rows(path: Path) -> Iterator[RawRow]:
-    """CSV with a header; an empty cell is an absent field, `answers` and `captions` may hold JSON lists."""
+    """CSV with a header; an empty cell is an absent field; answers, captions and pictures may be JSON lists."""
     previous_limit = csv.field_size_limit(_LARGEST_CELL)
     try:
         reader = csv.reader(text for _, text in _lines(path))
@@ -137,11 +137,13 @@ def _csv_row(header: list[str], cells: list[str], where: str, number: int) -> Ra
         problem = f"{len(cells)} cells under a header of {len(header)}: put cells that hold commas in quotes"
         return RawRow(where, number, {}, problem)
     fields: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell.strip()}
-    for name in ("answers", "captions"):
+    for name in ("answers", "captions", "images", "image"):
         if fields.get(name, "").lstrip().startswith("["):
             try:
                 fields[name] = json.loads(fields[name])
             except (ValueError, RecursionError):
+                if name == "image":  # a file may be called "[1].png"
+                    continue
                 problem = f'\'{name}\' is not a JSON list: {shorten(fields[name])}: write ["…", "…"]'
                 return RawRow(where, number, {}, problem)
     return RawRow(where, number, fields)

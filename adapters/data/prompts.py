@@ -81,6 +81,12 @@ class PromptBuilder:
         self.style = style or PromptStyle()
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
 
+    @property
+    def closing_tokens(self) -> int:
+        """End tokens that a plain tokenizer puts behind every prompt, such as T5's one."""
+        ids = self._tokens("a", special=True)
+        return int(not self.has_template and bool(ids) and ids[-1] == self.tokenizer.eos_token_id)
+
     def vqa(self, question: str, num_images: int = 1, *, where: str = "question") -> Prompt:
         """The prompt of a question about pictures."""
         if self.style.question is not None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from adapters.data.examples import DataSet, Example, Task
+from adapters.data.examples import DataSet, Example, Fault, Task
 from adapters.data.files import RawRow, csv_rows, json_rows, jsonl_rows, shorten
 from adapters.data.rows import BadRow, MissingImage, Pictures, read_row, tasks_of
 from qformer.errors import UserError
@@ -34,12 +34,26 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    where: str
-    error: BadRow
+class Reading:
+    """All rows of a source, good and bad.
 
-    def __str__(self) -> str:
-        return f"{self.where}: {self.error}"
+    Args:
+        name: the file's name, or the packaged set's.
+        task: what the first good row was read as; None where there is none.
+        examples: the good rows in the order of the file.
+        faults: the bad rows in the order of the file.
+        digests: a short hash of each row in the order of the file.
+        terms: the licence of a packaged set; None for a user's file.
+        pictures: what the rows' pictures were found by.
+    """
+
+    name: str
+    task: Task | None
+    examples: tuple[Example, ...]
+    faults: tuple[Fault, ...]
+    digests: tuple[str, ...]
+    terms: str | None
+    pictures: Pictures
 
 
 def read_data(
@@ -56,13 +70,14 @@ def read_data(
     Args:
         source: a `.jsonl`, `.json` (a list) or `.csv` file, or "easy-vqa:train" or "easy-vqa:test". Rows are
             {"image", "question", "answer"} or {"image", "caption"}; an answer may be a list, which is kept
-            whole, and so may "captions". "file_name" stands for "image"; "id" or "question_id" is kept, and
-            "language"; other fields are ignored. A picture is a path, absolute or relative to the data file,
-            or a base64 data URI.
+            whole, and so may "captions". "file_name" stands for "image", and "images" is a list of several,
+            which `<image>` marks in the question may place; "id" or "question_id" is kept, and "language";
+            other fields are ignored. A picture is a path, absolute or relative to the data file, or a base64
+            data URI.
         task: "vqa" or "caption"; None takes what the first good row's fields say.
         need_answers: False reads rows to be answered: answers may be absent, and a picture alone is a row
             that asks for its caption.
-        skip_bad_rows: leave bad rows out and list them in `skipped`.
+        skip_bad_rows: leave bad rows out and list them in `faults`.
         limit: take the first so many good rows; the file is not read further.
         offline: take a packaged set from the cache folder or not at all.
 
@@ -71,6 +86,35 @@ def read_data(
 
     Raises:
         UserError: the file is missing or of an unknown kind, rows are bad, or none are there.
+    """
+    found = read_rows(source, task=task, need_answers=need_answers, limit=limit, offline=offline)
+    if found.faults and not (skip_bad_rows and found.examples):
+        raise UserError(_complaint(found.faults, len(found.examples), skip_bad_rows))
+    if not found.examples or found.task is None:
+        raise UserError(no_rows(source))
+    return DataSet(
+        name=found.name,
+        task=found.task,
+        examples=found.examples,
+        fingerprint=_fingerprint(found.task, found.examples, found.pictures),
+        terms=found.terms,
+        faults=found.faults,
+        row_digests=found.digests,
+    )
+
+
+def read_rows(
+    source: str | Path,
+    *,
+    task: str | None = None,
+    need_answers: bool = True,
+    limit: int | None = None,
+    offline: bool = False,
+) -> Reading:
+    """Read and check rows as `read_data` does, and hand over the bad ones too, even where no row is good.
+
+    Raises:
+        UserError: what is wrong with the file as a whole, or with the task.
     """
     if task is not None and task not in get_args(Task):
         raise UserError(f"--task '{task}' has no reader: take {' or '.join(get_args(Task))}")
@@ -81,9 +125,11 @@ def read_data(
 
     pictures = Pictures(opened.base)
     examples: list[Example] = []
-    problems: list[_Problem] = []
+    faults: list[Fault] = []
+    digests: list[str] = []
     found_task: Task | None = None
     for row in opened.rows:
+        digests.append(_digest(row))
         try:
             if row.problem is not None:
                 raise BadRow(row.problem)
@@ -94,22 +140,16 @@ def read_data(
                 raise BadRow(f"a {tasks[0]} row among {found_task} rows: keep one task in a file")
             examples.append(read_row(row, found_task, pictures, need_answers=need_answers))
         except BadRow as error:
-            problems.append(_Problem(row.where, error))
+            missing = error.label if isinstance(error, MissingImage) else None
+            faults.append(Fault(row.number, row.where, str(error), missing))
         if limit is not None and len(examples) == limit:
             break
+    return Reading(opened.name, found_task, tuple(examples), tuple(faults), tuple(digests), opened.terms, pictures)
 
-    if problems and not (skip_bad_rows and examples):
-        raise UserError(_complaint(problems, len(examples), skip_bad_rows))
-    if not examples or found_task is None:
-        raise UserError(f"{source} holds no rows: give it at least one")
-    return DataSet(
-        name=opened.name,
-        task=found_task,
-        examples=tuple(examples),
-        fingerprint=_fingerprint(found_task, examples, pictures),
-        terms=opened.terms,
-        skipped=tuple(str(problem) for problem in problems),
-    )
+
+def no_rows(source: str | Path) -> str:
+    """What is said of a source without rows."""
+    return f"{source} holds no rows: give it at least one"
 
 
 def _settle_task(asked: str | None, tasks: tuple[Task, ...], row: RawRow) -> Task:
@@ -123,21 +163,25 @@ def _settle_task(asked: str | None, tasks: tuple[Task, ...], row: RawRow) -> Tas
     raise UserError(f"--task {asked}, but {row.where} is a {tasks[0]} row: give --task {tasks[0]}, or none")
 
 
-def _complaint(problems: list[_Problem], good: int, skipping: bool) -> str:
-    first = problems[0]
-    text = str(first)
-    missing = [problem.error for problem in problems if isinstance(problem.error, MissingImage)]
-    if isinstance(first.error, MissingImage) and len(missing) > 1:
-        names = list(dict.fromkeys(error.label for error in missing))
+def _complaint(faults: Sequence[Fault], good: int, skipping: bool) -> str:
+    text = str(faults[0])
+    missing = [fault.missing for fault in faults if fault.missing is not None]
+    if faults[0].missing is not None and len(missing) > 1:
+        names = list(dict.fromkeys(missing))
         text += f"; {len(missing)} rows name pictures that are not there: {', '.join(names[:3])}"
         text += ", …" if len(names) > 3 else ""
-    count = f"{len(problems)} of {len(problems) + good} rows are bad"
+    count = f"{len(faults)} of {len(faults) + good} rows are bad"
     if skipping:
         return f"{text}; {count}, so none are left"
     return f"{text}; {count} (--skip-bad-rows leaves them out)"
 
 
-def _fingerprint(task: Task, examples: list[Example], pictures: Pictures) -> str:
+def _digest(row: RawRow) -> str:
+    """What tells a row from another, 16 hex digits: what stands in the file, whatever became of its pictures."""
+    return hashlib.sha256(json.dumps([row.fields, row.problem]).encode()).hexdigest()[:16]
+
+
+def _fingerprint(task: Task, examples: Sequence[Example], pictures: Pictures) -> str:
     """SHA-256 over all that was read, with each picture's name and size.
 
     The pictures' bytes are not read, so a picture changed within its size goes unseen here; the features cannot

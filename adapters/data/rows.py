@@ -11,9 +11,10 @@ from typing import Any
 from adapters.data.examples import Example, Task
 from adapters.data.files import RawRow, kind_of, shorten
 from adapters.data.images import ImageRef, image_ref
+from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK
 from qformer.errors import UserError
 
-IMAGE_FIELDS = ("image", "file_name")  # the second as in an imagefolder's metadata
+IMAGE_FIELDS = ("image", "file_name", "images")  # the second as in an imagefolder's metadata
 ANSWER_FIELDS = ("answer", "answers")
 CAPTION_FIELDS = ("caption", "captions")
 ID_FIELDS = ("id", "question_id")
@@ -119,17 +120,43 @@ def read_row(row: RawRow, task: Task, pictures: Pictures, *, need_answers: bool)
     """Read one row as VQA or captions.
 
     Raises:
-        BadRow: a field is missing, empty or of a wrong type, or the picture is not there.
+        BadRow: a field is missing, empty or of a wrong type, a picture is not there, or the question's `<image>`
+            marks are not as many as the pictures.
     """
     fields = row.fields
-    image = _text(fields, _present(fields, IMAGE_FIELDS))
+    labels = _images(fields)
     question = _text(fields, "question") if task == "vqa" else ""
+    if (marks := question.count(IMAGE_MARK)) not in (0, len(labels)):
+        raise BadRow(
+            f"'question' has {marks} {IMAGE_MARK} mark{'s' * (marks > 1)} and the row {len(labels)}"
+            f" picture{'s' * (len(labels) > 1)}: make the two numbers equal, or leave the marks out"
+        )
     answer_field = _present(fields, ANSWER_FIELDS if task == "vqa" else CAPTION_FIELDS, required=need_answers)
     answers = _texts(fields[answer_field], answer_field, need_answers) if answer_field in fields else ()
     language = _text(fields, "language") if fields.get("language") is not None else "en"
+    if task == "caption" and language not in CAPTION_REQUEST:
+        raise BadRow(f"'language' is '{shorten(language)}': take one of {', '.join(CAPTION_REQUEST)}")
     id_field = _present(fields, ID_FIELDS, required=False)
     own_id = _scalar(fields[id_field], id_field) if fields.get(id_field) is not None else str(row.number)
-    return Example((pictures.find(image, row.where),), question, answers, row.where, own_id, language)
+    images = tuple(pictures.find(label, row.where) for label in labels)
+    return Example(images, question, answers, row.where, own_id, language, row.number)
+
+
+def _images(fields: Mapping[str, Any]) -> list[str]:
+    """The pictures a row names, in order: a text, or a list of texts under either name."""
+    name = _present(fields, IMAGE_FIELDS)
+    if name != "images" and "images" in fields:
+        raise BadRow(f"the row has both '{name}' and 'images': keep one of them")
+    value = fields[name]
+    if not isinstance(value, list):
+        return [_text(fields, name)]
+    if not value:
+        raise BadRow(f"'{name}' is an empty list: name at least one picture")
+    for item in value:
+        if not isinstance(item, str) or not item.strip():
+            kind = "an empty text" if isinstance(item, str) else f"{kind_of(item)} ({shorten(item)})"
+            raise BadRow(f"'{name}' holds {kind}: write each picture as text in quotes")
+    return value
 
 
 def _present(fields: Mapping[str, Any], names: tuple[str, ...], *, required: bool = True) -> str:

@@ -170,5 +170,5 @@ def test_word_embeddings_are_named_not_copied(
     assert not any("embeddings.words" in name for name in names)
     assert any("text_feed_forward" in name for name in names)
     again, _ = load_artefact(tmp_path / "artefact", dtype="float32")
-    assert again.bridge_tokenizer is not None
+    assert again.sight.tokenizer is not None
     assert torch.equal(again.model.bridge.embeddings.words.weight, made.model.bridge.embeddings.words.weight)

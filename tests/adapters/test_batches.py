@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
-from adapters.data.batches import Picture, Question, plan_epoch, plan_validation
+from tiny import draw_captions
+from transformers import AutoTokenizer
+
+from adapters.data.batches import Picture, Question, plan_epoch, plan_validation, tokenise
 from adapters.data.images import ImageRef
+from adapters.data.prompts import PromptBuilder
+from adapters.data.readers import read_data
 
 
 def pictures(count: int = 20, questions: int = 7) -> list[Picture]:
@@ -56,3 +62,30 @@ def test_answers_are_drawn_by_their_share() -> None:
         for epoch in range(400)
     )
     assert 260 < drawn[(6,)] < 340  # three of four people said 6
+
+
+def test_an_encoder_decoder_gets_a_chance_beginning_of_each_caption() -> None:
+    image = ImageRef("0", data=b"0")
+    caption = (21, 22, 23, 24, 1)  # 1 ends it
+    pictures_ = [Picture((image,), (-1, -1), (Question((7, 8, 1), (caption,), "", 1),))]
+    cuts: Counter[int] = Counter()
+    for epoch in range(200):
+        (step,) = plan_epoch(pictures_, seed=0, epoch=epoch, batch_size=1, row_tokens=0)
+        (branch,) = step.rows[0].branches
+        cut = len(branch.own) - 3
+        assert branch.own == (7, 8, *caption[:cut], 1)  # before the prompt's end token
+        assert branch.answer == caption[cut:] and len(branch.answer) >= 2
+        cuts[cut] += 1
+    assert set(cuts) == {0, 1, 2, 3} and min(cuts.values()) > 25
+    (row,) = plan_validation(pictures_, row_tokens=0).rows
+    assert row.branches[0].answer == caption  # scored whole
+
+
+def test_prefixes_are_for_captions_to_encoder_decoders_alone(language_folders: dict[str, Path], tmp_path: Path) -> None:
+    data = read_data(draw_captions(tmp_path))
+    for kind, expected in (("t5", 1), ("llama", None), ("opt", None)):
+        tokenizer = AutoTokenizer.from_pretrained(language_folders[kind])
+        prompts = PromptBuilder(tokenizer, 2, is_encoder_decoder=kind == "t5")
+        for picture in tokenise(data, prompts, max_tokens=200):
+            closing = 1 if kind == "t5" and picture.questions[0].own[-1] == tokenizer.eos_token_id else 0
+            assert {question.prefix_end for question in picture.questions} == {None if expected is None else closing}

@@ -1,50 +1,18 @@
-"""Rows of every format, every mistake in them, and what is said about it."""
+"""Rows of every kind, every mistake in them, and what is said about it; the packaged set; the fingerprint."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from data_rows import CAPTION, VQA, complaint
 
 import qformer.sources
-from adapters.data.examples import DataSet, Example, split_by_image
-from adapters.data.readers import read_data
-from qformer.errors import UserError
-
-VQA = {"image": "a.png", "question": "What is it?", "answer": "a cat"}
-CAPTION = {"image": "a.png", "caption": "A cat."}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Four files with names of pictures: the reader looks for them and does not open them."""
-    for name in ("a.png", "b.png", "c.png", "d.png"):
-        (tmp_path / name).write_bytes(name.encode())
-    return tmp_path
-
-
-@pytest.fixture
-def jsonl(folder: Path) -> Callable[..., Path]:
-    def write(*rows: object) -> Path:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        path = folder / "data.jsonl"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return path
-
-    return write
-
-
-def complaint(path: Path | str, **options: object) -> str:
-    with pytest.raises(UserError) as caught:
-        read_data(path, **options)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from adapters.data.readers import read_data, read_rows
 
 # -- what is read ------------------------------------------------------------------------------------------------
 
@@ -84,62 +52,6 @@ def test_file_name_and_absolute_path_and_data_uri(jsonl: Callable[..., Path], fo
     assert first.path == folder / "a.png"
     assert second.path == folder / "b.png"
     assert third.data == b"bytes"
-
-
-def test_json_list(folder: Path) -> None:
-    path = folder / "data.JSON"
-    path.write_text(json.dumps([VQA, VQA | {"question": "Why?"}], indent=2))
-    data = read_data(path)
-    assert [example.question for example in data.examples] == ["What is it?", "Why?"]
-    assert data.examples[1].where == f"{path} row 2 (line 7)"
-
-
-def test_csv(folder: Path) -> None:
-    path = folder / "data.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "question", "answer", "note"])
-        writer.writerow(["a.png", 'What, "exactly",\nis it?', "3", ""])
-        writer.writerow(["b.png", "Why?", "[odd, but text]", "n"])
-    data = read_data(path)
-    assert data.task == "vqa"
-    assert data.examples[0].question == 'What, "exactly",\nis it?'
-    assert [example.answers for example in data.examples] == [("3",), ("[odd, but text]",)]
-    assert data.examples[1].where == f"{path} row 2 (line 4)"  # the first row takes two lines
-
-
-def test_csv_lists_and_large_cells(folder: Path) -> None:
-    path = folder / "data.csv"
-    limit = csv.field_size_limit()
-    uri = "data:image/png;base64," + base64.b64encode(b"x" * 200_000).decode()
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "captions"])
-        writer.writerow([uri, '["one", "two"]'])
-        writer.writerow(["a.png", "three"])
-    data = read_data(path)
-    assert [example.answers for example in data.examples] == [("one", "two"), ("three",)]
-    assert csv.field_size_limit() == limit
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.csv"])
-def test_byte_order_mark_windows_line_ends_and_blank_lines(name: str, folder: Path) -> None:
-    text = {
-        "data.jsonl": f"\r\n{json.dumps(VQA)}\r\n\r\n  \r\n{json.dumps(VQA | {'answer': 'ü'})}\r\n\r\n",
-        "data.json": f"\r\n[\r\n{json.dumps(VQA)},\r\n\r\n\r\n{json.dumps(VQA | {'answer': 'ü'})}]\r\n",
-        "data.csv": "\r\nimage,question,answer\r\n\r\n\r\na.png,What is it?,a cat\r\n,,\r\na.png,What is it?,ü\r\n",
-    }[name]
-    path = folder / name
-    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    data = read_data(path)
-    assert [example.answers for example in data.examples] == [("a cat",), ("ü",)]
-    line = {"data.jsonl": 5, "data.json": 6, "data.csv": 7}[name]
-    assert data.examples[1].where == f"{path} row 2 (line {line})"
-
-
-def test_line_separators_inside_text_do_not_break_a_line(jsonl: Callable[..., Path]) -> None:
-    row = json.dumps(VQA | {"question": "one\u2028two\x85three"}, ensure_ascii=False)
-    assert read_data(jsonl(row)).examples[0].question == "one\u2028two\x85three"
 
 
 def test_answers_may_be_absent_where_they_are_not_needed(jsonl: Callable[..., Path], folder: Path) -> None:
@@ -241,64 +153,38 @@ def test_all_rows_bad_is_an_error_even_when_skipping(jsonl: Callable[..., Path])
     assert "2 of 2 rows are bad" in message and "none are left" in message
 
 
+def test_good_and_bad_rows_bear_their_number_in_the_file(jsonl: Callable[..., Path]) -> None:
+    path = jsonl("broken", "", VQA, VQA | {"image": "gone.png"}, VQA | {"answer": 7}, "[]")
+    data = read_data(path, skip_bad_rows=True)
+    assert [example.row for example in data.examples] == [2, 4]
+    assert [fault.row for fault in data.faults] == [1, 3, 5]
+    assert [fault.where for fault in data.faults] == [
+        f"{path} row {row} (line {line})" for row, line in ((1, 1), (3, 4), (5, 6))
+    ]
+    assert [fault.missing for fault in data.faults] == [None, "gone.png", None]
+    assert data.skipped == tuple(f"{fault.where}: {fault.message}" for fault in data.faults)
+    assert "broken JSON" in data.skipped[0] and "is not there" in data.skipped[1] and "a list" in data.skipped[2]
+
+
+def test_rows_are_handed_over_where_none_is_good(jsonl: Callable[..., Path]) -> None:
+    found = read_rows(jsonl("x", VQA | {"image": "gone.png"}))
+    assert (found.examples, [fault.row for fault in found.faults], len(found.digests)) == ((), [1, 2], 2)
+
+
+def test_a_row_s_digest_hangs_on_what_stands_in_the_file(jsonl: Callable[..., Path], folder: Path) -> None:
+    gone = VQA | {"image": "gone.png"}
+    first = read_data(jsonl(VQA, gone, "broken"), skip_bad_rows=True).row_digests
+    assert len(set(first)) == 3
+    (folder / "gone.png").write_bytes(b"there now")
+    assert read_data(jsonl("", VQA, gone, "broken", VQA), skip_bad_rows=True).row_digests == (*first, first[0])
+    changed = read_data(jsonl(VQA | {"note": 1}, gone, "broke"), skip_bad_rows=True).row_digests
+    assert [old == new for old, new in zip(first, changed, strict=True)] == [False, True, False]
+
+
 def test_rationales_are_read_as_plain_vqa_only_when_asked(jsonl: Callable[..., Path]) -> None:
     path = jsonl(VQA | {"rationale": "It purrs."})
     assert "--task vqa" in complaint(path)
     assert read_data(path, task="vqa").examples[0].answers == ("a cat",)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("data.jsonl", b"", ["empty (0 bytes)"]),
-        ("data.jsonl", b"\n \r\n", ["no rows"]),
-        ("data.json", b"[]", ["no rows"]),
-        ("data.json", b" ", ["no rows"]),
-        ("data.csv", b"image,question,answer\n", ["no rows"]),
-        ("data.jsonl", b'{"image": "a.png"}\n{"image": "\xe4.png"}\n', ["line 2: not UTF-8", "0xe4"]),
-        ("data.csv", "image,question\n".encode("utf-16"), ["line 1: not UTF-8"]),
-        ("data.jsonl", b"\x89PNG\r\n\x1a\n", ["line 1: not UTF-8"]),
-        ("data.jsonl", b'[{"image": "a.png"}]', ["JSON list", ".json"]),
-        ("data.json", b'{"image": "a.png"}\n{"image": "b.png"}', ["list of rows", ".jsonl"]),
-        ("data.json", b'[{"image": "a.png"},\n{"image": }]', ["row 2 (line 2): broken JSON in line 2"]),
-        ("data.json", b'[{"image": "a.png"}\n{"image": "b.png"}]', ["after row 1", "comma"]),
-        ("data.json", b'[{"image": "a.png"}', ["breaks off after row 1"]),
-        ("data.json", b'[{"image": "a.png"},', ["breaks off after row 1"]),
-        ("data.json", b'[{"image": "a.png"}] x', ["goes on after its list"]),
-        ("data.json", b"[" * 100_000, ["row 1 (line 1): unreadable JSON"]),
-        ("data.csv", b"image;question;answer\na.png;x;y\n", ["commas"]),
-        ("data.csv", b"image,question,image\na.png,x,y\n", ["image twice"]),
-        ("data.csv", b"image,question,answer\na.png,Why, oh?,x\n", ["row 1 (line 2): 4 cells under a header of 3"]),
-        ("data.csv", b'image,captions\na.png,"[""x"""\n', ["'captions' is not a JSON list"]),
-        ("data.parquet", b"PAR1", ["'.parquet' data files are not read", ".jsonl"]),
-        ("data", b"{}", ["'' data files are not read"]),
-    ],
-)
-def test_a_bad_file_is_named(name: str, content: bytes, words: list[str], folder: Path) -> None:
-    path = folder / name
-    path.write_bytes(content)
-    message = complaint(path)
-    assert str(path) in message
-    for word in words:
-        assert word in message, message
-
-
-def test_a_missing_file_and_a_folder(folder: Path, jsonl: Callable[..., Path]) -> None:
-    path = jsonl(VQA)
-    assert f"did you mean {path}?" in complaint(folder / "dta.jsonl")
-    assert "is not there" in complaint(folder / "nowhere" / "x.jsonl")
-    assert "not a usable path" in complaint(json.dumps([VQA] * 100))
-    message = complaint(folder)
-    assert "is a folder" in message and str(path) in message
-
-
-def test_an_unreadable_file(jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    path = jsonl(VQA)
-    monkeypatch.setattr(Path, "open", refuse)  # as root, a file's rights refuse nothing
-    assert "cannot be read (Permission denied)" in complaint(path)
 
 
 # -- the packaged set --------------------------------------------------------------------------------------------
@@ -345,7 +231,7 @@ def test_a_typo_in_the_packaged_name(typo: str) -> None:
     assert typo in message and "did you mean" in message and "easy-vqa:train" in message
 
 
-# -- fingerprint and split ---------------------------------------------------------------------------------------
+# -- the fingerprint and speed -------------------------------------------------------------------------------------
 
 
 def test_fingerprint_follows_the_content(jsonl: Callable[..., Path], folder: Path) -> None:
@@ -380,54 +266,3 @@ def test_forty_thousand_rows_are_read_quickly(folder: Path) -> None:
     start = time.process_time()
     assert len(read_data(path).examples) == 40_000
     assert time.process_time() - start < 2
-
-
-def rows_of(data: DataSet) -> set[str]:
-    return {example.id for example in data.examples}
-
-
-def images_of(data: DataSet) -> set[str]:
-    return {image.digest() for example in data.examples for image in example.images}
-
-
-def test_split_holds_out_whole_pictures(jsonl: Callable[..., Path], folder: Path) -> None:
-    (folder / "twin.png").write_bytes((folder / "b.png").read_bytes())  # the same picture under another name
-    names = ["a.png", "b.png", "c.png", "d.png", "twin.png"]
-    rows = [{"image": name, "question": f"{turn}?", "answer": "x"} for turn in range(3) for name in names]
-    data = read_data(jsonl(*rows))
-    seen = set()
-    for seed in range(20):
-        train, val = split_by_image(data, 0.25, seed)
-        assert rows_of(train) | rows_of(val) == rows_of(data) and not rows_of(train) & rows_of(val)
-        assert len(images_of(val)) == 1 and len(images_of(train)) == 3
-        assert not images_of(train) & images_of(val)
-        assert train.fingerprint != val.fingerprint != data.fingerprint
-        assert split_by_image(data, 0.25, seed)[1] == val
-        seen |= images_of(val)
-    assert len(seen) == 4  # the seed matters
-    shuffled = read_data(jsonl(*rows[::-1]))
-    assert images_of(split_by_image(shuffled, 0.25, 3)[1]) == images_of(split_by_image(data, 0.25, 3)[1])
-
-
-def test_split_keeps_joined_pictures_together(jsonl: Callable[..., Path]) -> None:
-    data = read_data(jsonl(*(VQA | {"image": name} for name in ("a.png", "b.png", "c.png", "d.png"))))
-    a, b, c, d = (example.images[0] for example in data.examples)
-    pairs = [Example((x, y), "?", ("x",), "", "1") for x, y in ((a, b), (b, c), (d, d))]
-    joined = DataSet("pairs", "vqa", tuple(pairs), "sha256:x")
-    for seed in range(6):
-        train, val = split_by_image(joined, 0.5, seed)
-        assert not images_of(train) & images_of(val)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -1, 5])
-def test_split_refuses_a_bad_fraction(fraction: float, jsonl: Callable[..., Path]) -> None:
-    data = read_data(jsonl(VQA, VQA | {"image": "b.png"}))
-    with pytest.raises(UserError, match="between 0 and 1"):
-        split_by_image(data, fraction, 0)
-
-
-def test_split_needs_two_pictures(jsonl: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="at least 2"):
-        split_by_image(read_data(jsonl(VQA, VQA)), 0.1, 0)
-    train, val = split_by_image(read_data(jsonl(VQA, VQA | {"image": "b.png"})), 0.001, 0)
-    assert len(train.examples) == len(val.examples) == 1

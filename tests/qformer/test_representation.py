@@ -99,6 +99,18 @@ def test_matching_loss_of_the_pairs_that_were_drawn(monkeypatch: pytest.MonkeyPa
     assert torch.allclose(model([features], text, images).matching, expected, atol=1e-5)
 
 
+def test_a_share_of_the_pictures_is_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ITM and ITG of the first two pictures are those of a batch of these two, but for where negatives come from."""
+    model, (features, text, images) = make_model(), make_batch()
+    draws = iter([torch.tensor([2, 0]), torch.tensor([1, 0])] * 2)  # within the first two pictures' texts 0, 1, 2
+    monkeypatch.setattr("qformer.representation.hard_negatives", lambda *_: next(draws))
+    share = model([features], text, images, paired=2)
+    few = TextBatch(text.ids[:3], text.mask[:3], text.images[:3])
+    alone = model([features[:2]], few, images[:2])
+    assert torch.allclose(share.matching, alone.matching, atol=1e-5)
+    assert torch.allclose(share.generation, alone.generation, atol=1e-5)
+
+
 def test_pictures_without_negatives_still_match_their_own_text() -> None:
     model, (features, text, _) = make_model(), make_batch()
     same = torch.tensor([5, 5, 5, 5])

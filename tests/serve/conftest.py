@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from command import Call, Outcome
+from data_rows import write_jsonl
 from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from adapters.finetune import finetune
 from adapters.recipe import load_recipe
+from qformer.decoding import Decoding
+from serve.batch import VQAPredictor
+from serve.cli import main
 from serve.engine import Engine, load_adapter
 
+QUESTIONS = ["what colour is it?", "is it a circle?", "is it red?"]
 COLOURS = {"red": (220, 20, 60), "green": (46, 139, 87), "blue": (65, 105, 225)}
 
 
@@ -91,3 +99,40 @@ def engine(run_folder: Path, cache_folder: Path) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUERYBRIDGE_CACHE", str(cache_folder))
         yield load_adapter(run_folder, device="cpu", dtype="float32", offline=True)
+
+
+@pytest.fixture
+def predictor(engine: Engine) -> VQAPredictor:
+    """A predictor over the session's engine, so that the models are loaded once."""
+    predictor = object.__new__(VQAPredictor)
+    predictor.engine, predictor.decoding, predictor.batch_size = engine, Decoding(max_new_tokens=5), 4
+    return predictor
+
+
+@pytest.fixture
+def rows(data_file: Path) -> list[dict[str, Any]]:
+    return [
+        {"image": str(data_file.parent / f"{number % 5}.png"), "question": QUESTIONS[number % 3]}
+        for number in range(10)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    # What the command sets before it imports transformers comes too late in this process; test_cli sees it work.
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["querybridge", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capfd.readouterr()
+        return Outcome(int(exit_.value.code or 0), out, err)
+
+    return run

@@ -1,62 +1,31 @@
-"""Batch jobs on a real, tiny adapter: rows in, rows out, stopped and gone on with, bad rows, odd files."""
+"""Batch jobs on a real, tiny adapter: rows in, rows out, stopped and gone on with, odd files, several pictures."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_rows import read_jsonl, write_jsonl
 
 from adapters.data.examples import Example
+from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.language import Decoding
 from serve.batch import BatchReport, VQAPredictor, run_batch
-from serve.engine import Engine
-
-QUESTIONS = ["what colour is it?", "is it a circle?", "is it red?"]
 
 
 class Stopped(Exception):
     """Stands for whatever ends a job in the middle."""
 
 
-@pytest.fixture
-def predictor(engine: Engine) -> VQAPredictor:
-    """A predictor over the session's engine, so that the models are loaded once."""
-    predictor = object.__new__(VQAPredictor)
-    predictor.engine, predictor.decoding, predictor.batch_size = engine, Decoding(max_new_tokens=5), 4
-    return predictor
-
-
-@pytest.fixture
-def rows(data_file: Path) -> list[dict[str, Any]]:
-    return [
-        {"image": str(data_file.parent / f"{number % 5}.png"), "question": QUESTIONS[number % 3]}
-        for number in range(10)
-    ]
-
-
-@pytest.fixture
-def source(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
-    return write(tmp_path / "rows.jsonl", rows)
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
-
-
 def test_rows_in_rows_out(predictor: VQAPredictor, source: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     out = tmp_path / "new folder" / "out.jsonl"
 
     report = run_batch(source, out, predictor)
-    found = read(out)
+    found = read_jsonl(out)
 
     assert report == BatchReport(answered=10, already=0, failed=0)
     assert [(line["row"], line["id"]) for line in found] == [(n, str(n)) for n in range(1, 11)]
@@ -71,24 +40,76 @@ def test_given_answers_are_kept_as_references_and_ids_too(
     predictor: VQAPredictor, data_file: Path, tmp_path: Path
 ) -> None:
     image = str(data_file.parent / "0.png")
-    source = write(tmp_path / "rows.jsonl", [{"id": "q7", "image": image, "question": "what?", "answer": ["a", "b"]}])
+    source = write_jsonl(
+        tmp_path / "rows.jsonl", [{"id": "q7", "image": image, "question": "what?", "answer": ["a", "b"]}]
+    )
 
     run_batch(source, tmp_path / "out.jsonl", predictor)
 
-    (line,) = read(tmp_path / "out.jsonl")
+    (line,) = read_jsonl(tmp_path / "out.jsonl")
     assert line["reference"] == ["a", "b"]
     assert line["id"] == "q7"
 
 
 def test_pictures_alone_are_captioned(predictor: VQAPredictor, data_file: Path, tmp_path: Path) -> None:
     image = data_file.parent / "0.png"
-    source = write(tmp_path / "rows.jsonl", [{"image": str(image)}])
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"image": str(image)}])
 
     run_batch(source, tmp_path / "out.jsonl", predictor)
 
-    (line,) = read(tmp_path / "out.jsonl")
+    (line,) = read_jsonl(tmp_path / "out.jsonl")
     assert line["answer"] == predictor.engine.caption(image, decoding=predictor.decoding)
     assert "question" not in line
+
+
+def test_captions_told_from_the_rows_are_decoded_as_captions(
+    predictor: VQAPredictor, source: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Decoding] = []
+
+    def answer(examples: Sequence[Example], task: str, *, decoding: Decoding, batch_size: int) -> list[str]:
+        used.append(decoding)
+        return ["x"] * len(examples)
+
+    monkeypatch.setattr(predictor.engine, "answer", answer)
+    captions = write_jsonl(tmp_path / "captions.jsonl", [{"image": str(data_file.parent / "0.png")}])
+    beams = {"vqa": Decoding(num_beams=2), "caption": Decoding(num_beams=3)}
+    for number, chosen in enumerate((None, beams, Decoding(num_beams=4))):
+        predictor.decoding = chosen
+        for file in (captions, source):
+            run_batch(file, tmp_path / f"{file.stem}{number}.jsonl", predictor)
+
+    greedy, five_beams = Decoding(), Decoding(max_new_tokens=30, num_beams=5)  # BLIP-2's for captions
+    assert used == [five_beams, greedy, beams["caption"], beams["vqa"], Decoding(num_beams=4), Decoding(num_beams=4)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_rows_of_several_pictures(predictor: VQAPredictor, data_file: Path, tmp_path: Path, suffix: str) -> None:
+    names = [str(data_file.parent / f"{number}.png") for number in range(3)]
+    asked = [
+        (names[:2], "<image> or <image>: which is red?"),
+        (names, "which is a circle?"),
+        (names[2:], "what colour is it?"),
+    ]
+    source = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        cells = [["images", "question"], *([json.dumps(images), question] for images, question in asked)]
+        with source.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(cells)
+    else:
+        rows = [{"images": images, "question": question} for images, question in asked]
+        write_jsonl(source, rows) if suffix == "jsonl" else source.write_text(json.dumps(rows), encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+
+    run_batch(source, out, predictor, limit=1)
+    assert run_batch(source, out, predictor) == BatchReport(answered=2, already=1, failed=0)
+
+    found = read_jsonl(out)
+    assert [line.get("images") for line in found] == [names[:2], names, None]
+    assert [line.get("image") for line in found] == [None, None, names[2]]
+    assert [line["answer"] for line in found] == [
+        predictor.engine.ask(images, question, decoding=predictor.decoding) for images, question in asked
+    ]
 
 
 def test_a_job_that_was_cut_goes_on_where_it_was(
@@ -104,7 +125,7 @@ def test_a_job_that_was_cut_goes_on_where_it_was(
 
     with pytest.raises(Stopped):
         run_batch(source, cut, predictor, chunk=3, on_progress=stop)
-    assert len(read(cut)) == 6
+    assert len(read_jsonl(cut)) == 6
     cut.write_bytes(cut.read_bytes() + '{"row": 7, "id": "7", "image": "é'.encode()[:-1])  # killed within a letter
     asked: list[str] = []
     real = predictor.predict
@@ -126,7 +147,7 @@ def test_separators_within_a_question_do_not_break_a_line(
     predictor: VQAPredictor, data_file: Path, tmp_path: Path
 ) -> None:
     rows = [{"image": str(data_file.parent / "0.png"), "question": f"a{mark}b?"} for mark in "\u2028\x85\x0b\r"]
-    source, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    source, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     run_batch(source, out, predictor)
 
     assert run_batch(source, out, predictor) == BatchReport(answered=0, already=4, failed=0)
@@ -146,6 +167,7 @@ def test_a_file_that_holds_something_else_is_left_as_it_is(
     predictor: VQAPredictor, source: Path, tmp_path: Path, content: str, says: str
 ) -> None:
     out = tmp_path / "out.jsonl"
+    run_batch(source, out, predictor)  # leaves its job beside it
     out.write_text(content, encoding="utf-8")
 
     with pytest.raises(UserError, match=f"--out .*{says}"):
@@ -170,53 +192,6 @@ def test_an_out_that_cannot_be_written_is_told(predictor: VQAPredictor, source: 
         run_batch(source, source / "out.jsonl", predictor)  # below a file
 
 
-@pytest.fixture
-def with_bad_row(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Row 6 names a text file: it is there, so only opening it shows that it is no picture."""
-    (tmp_path / "text.jpg").write_text("not a picture", encoding="utf-8")
-    rows[5]["image"] = "text.jpg"
-    return write(tmp_path / "rows.jsonl", rows)
-
-
-@pytest.mark.parametrize("chunk", [3, 100])
-def test_a_bad_picture_stops_the_job_and_keeps_what_came_before(
-    predictor: VQAPredictor, with_bad_row: Path, tmp_path: Path, chunk: int
-) -> None:
-    out = tmp_path / "out.jsonl"
-
-    with pytest.raises(UserError, match=r"rows\.jsonl row 6 .*'text\.jpg' is not a picture"):
-        run_batch(with_bad_row, out, predictor, chunk=chunk)
-
-    assert [line["row"] for line in read(out)] == [1, 2, 3, 4, 5]
-    assert all("answer" in line for line in read(out))
-
-
-@pytest.mark.parametrize("chunk", [3, 100])
-def test_bad_rows_can_be_skipped_and_are_counted(
-    predictor: VQAPredictor, with_bad_row: Path, tmp_path: Path, chunk: int
-) -> None:
-    out = tmp_path / "out.jsonl"
-
-    report = run_batch(with_bad_row, out, predictor, skip_bad_rows=True, chunk=chunk)
-    found = read(out)
-
-    assert report == BatchReport(answered=9, already=0, failed=1)
-    assert [line["row"] for line in found] == list(range(1, 11))
-    assert [line["row"] for line in found if "answer" not in line] == [6]
-    assert "'text.jpg' is not a picture" in found[5]["error"]
-
-
-def test_a_full_disk_is_no_fault_of_the_rows(
-    predictor: VQAPredictor, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(refs: object) -> None:
-        raise UserError("no space left")
-
-    monkeypatch.setattr(predictor.engine.assembly.caches[0], "load", full)
-    with pytest.raises(UserError, match="no space left"):
-        run_batch(source, tmp_path / "out.jsonl", predictor, skip_bad_rows=True)
-
-
 def test_windows_line_ends_a_mark_and_csv_read_alike(
     predictor: VQAPredictor, rows: list[dict[str, Any]], source: Path, tmp_path: Path
 ) -> None:
@@ -239,7 +214,7 @@ def test_a_limit_takes_the_first_rows_and_the_rest_can_follow(
     out = tmp_path / "out.jsonl"
 
     assert run_batch(source, out, predictor, limit=4) == BatchReport(answered=4, already=0, failed=0)
-    assert [line["row"] for line in read(out)] == [1, 2, 3, 4]
+    assert [line["row"] for line in read_jsonl(out)] == [1, 2, 3, 4]
     assert run_batch(source, out, predictor) == BatchReport(answered=6, already=4, failed=0)
 
 
@@ -251,6 +226,10 @@ def test_columns_in_columns_out(predictor: VQAPredictor, data_file: Path) -> Non
 
     assert {key: result[key] for key in batch} == batch
     assert result["answer"] == [predictor.engine.ask(picture, "what?", decoding=predictor.decoding)] * 2
+
+    two = [str(picture), str(data_file.parent / "4.png")]
+    result = predictor({"image": [two], "question": ["<image> or <image>?"]})
+    assert result["answer"] == [predictor.engine.ask(two, "<image> or <image>?", decoding=predictor.decoding)]
 
 
 def test_columns_that_are_wrong_are_told(predictor: VQAPredictor) -> None:

@@ -9,59 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from command import FAST, Call, Outcome
 from safetensors.torch import load_file, save_file
 
-from serve.cli import main
-
 PYTHON = [sys.executable, "-c", "from serve.cli import main; main()"]
-FAST = ["--device", "cpu", "--dtype", "float32"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The one JSON object on standard output."""
-        assert self.code == 0, self.err
-        assert self.out.count("\n") == 1
-        return json.loads(self.out)
-
-    def mistake(self) -> str:
-        """The one line that a user's mistake gets."""
-        assert self.code == 2, self.err
-        assert self.out == ""
-        assert self.err.count("\n") == 1, self.err
-        assert self.err.startswith("querybridge: ")
-        return self.err.removeprefix("querybridge: ").rstrip("\n")
-
-
-Call = Callable[..., Outcome]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    # What the command sets before it imports transformers comes too late in this process; below, it is seen to work.
-    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["querybridge", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        out, err = capfd.readouterr()
-        return Outcome(int(exit_.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture
@@ -166,7 +122,7 @@ def test_finetune_learns_from_a_bare_data_file(
 
 def test_help_is_there_for_every_command_and_for_none(call: Call) -> None:
     assert call().out == call("--help").out == call("-h").out
-    for command in ("finetune", "ask", "caption", "batch", "evaluate", "demo", "models", "doctor"):
+    for command in ("finetune", "ask", "caption", "batch", "evaluate", "demo", "models", "doctor", "data", "cache"):
         assert command in call("--help").out
         shown = call(command, "--help")
         assert (shown.code, shown.err) == (0, "")

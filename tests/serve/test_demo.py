@@ -190,6 +190,14 @@ def test_examples_have_a_picture_and_a_question_of_their_own(folder: Path) -> No
     ]
 
 
+def test_a_row_of_several_pictures_is_no_example(folder: Path, tmp_path: Path) -> None:
+    images = [str(folder / "red.png"), str(folder / "blue.png")]
+    rows = [{"images": images, "question": "which?"}, {"image": images[1], "question": "what?"}]
+    (tmp_path / "shapes.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    assert example_questions(make_recipe(tmp_path)) == [(folder / "blue.png", "what?")]
+
+
 def test_without_its_data_an_adapter_has_no_examples(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
 

@@ -1,0 +1,50 @@
+"""Pictures with all their captions, and what a step of the first stage draws of them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapters.data.examples import Example
+from adapters.data.images import ImageRef
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture with all its captions."""
+
+    image: ImageRef
+    captions: tuple[str, ...]
+
+
+Batch = list[tuple[Captioned, list[str]]]
+"""Pictures, each with the captions that were drawn of it."""
+
+
+def captioned(examples: Sequence[Example]) -> list[Captioned]:
+    """The distinct pictures of caption rows, each with the captions of all its rows."""
+    captions: dict[str, list[str]] = {}
+    images: dict[str, ImageRef] = {}
+    for example in examples:
+        image = example.images[0]
+        images.setdefault(image.digest(), image)
+        captions.setdefault(image.digest(), []).extend(example.answers)
+    return [Captioned(images[digest], tuple(texts)) for digest, texts in captions.items()]
+
+
+def draw_captions(picture: Captioned, count: int, rng: random.Random) -> list[str]:
+    """`count` captions of a picture in chance order; all come before one comes twice."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        drawn += rng.sample(picture.captions, len(picture.captions))
+    return drawn[:count]
+
+
+def image_numbers(batch: Batch) -> torch.Tensor:
+    """A number a picture, the same on every process and in every run: from the digest of its bytes."""
+    digests = [hashlib.sha256(picture.image.digest().encode()).digest()[:8] for picture, _ in batch]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])

@@ -1,0 +1,236 @@
+"""BLIP-2's first stage (arXiv 2301.12597, section 3.2): norm, bridge and heads learn from captions, without an LLM.
+
+The loop is `pretrain`, from top to bottom. What it leaves is searched and classified with as it is, and the second
+stage, `adapters.finetune`, starts from it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from adapters.artefact import Facts, find_artefact, read_facts, save_artefact
+from adapters.assembly import chosen_dtype
+from adapters.checkpoint import Position, load_state, read_position, save_state, trainable
+from adapters.data.captioned import Batch, Captioned, captioned, draw_captions
+from adapters.evaluation.retrieval import recalls
+from adapters.finetune import Result, fill_caches, read_split
+from adapters.optimiser import build_optimiser, learning_rate
+from adapters.recipe import Recipe, TrainSection
+from adapters.reporting import Reporter
+from adapters.retrieval import Retriever
+from adapters.run_folder import check_finite, check_run_folder, open_run_folder
+from adapters.sight import Sight, default_device, load_sight
+from adapters.starting import start_from_artefact
+from adapters.stopping import interruptible
+from adapters.text_side import model_inputs
+from qformer.errors import UserError
+from qformer.precision import default_compute_dtype
+
+
+def pretrain(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    start_from: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    offline: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Train the first stage by a recipe: ITC, ITM and ITG with equal weight.
+
+    Args:
+        recipe: what to train, and how; its bridge has a text branch, its data are captions. `train.batch_size` counts
+            pictures, of each of which `train.captions` are drawn a step.
+        out: the run's folder, as `adapters.finetune.finetune` leaves it; `best` has the highest mean recall.
+        resume: go on from the run that stands in `out`; equal to a run that was never stopped.
+        start_from: an adapter whose norm, bridge and heads to start from.
+        device: where to train; a GPU where there is one.
+        dtype: "float32" or "bfloat16"; left out, what suits the device.
+        offline: take frozen weights from the cache only.
+        quiet: print nothing.
+
+    Raises:
+        UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full.
+    """
+    out = Path(out)
+    if not recipe.bridge.text_branch or recipe.bridge.start is None:
+        raise UserError(
+            "the first stage reads captions: set bridge.text_branch=true and bridge.start to a BERT's source"
+        )
+    accelerator = Accelerator(cpu=(device or default_device()) == "cpu", mixed_precision="no")
+    main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
+    state = check_run_folder(out, resume, recipe)
+    train = recipe.train
+    train_data, val_data = read_split(recipe, offline=offline)
+    pictures, held_out = captioned(train_data.examples), captioned(val_data.examples)
+    if len(pictures) < 2 * world:
+        raise UserError(
+            f"{train_data.name} has {len(pictures)} pictures: telling them apart needs at least {2 * world}"
+        )
+    starting = start_from if state is None else None
+    inherited = read_facts(find_artefact(starting)).terms if starting is not None else ()
+    place = device or str(accelerator.device)
+    compute_dtype = chosen_dtype(dtype or (read_position(state).dtype if state is not None else None))
+    compute_dtype = compute_dtype or default_compute_dtype(place)
+    sight = load_sight(recipe, device=place, offline=offline)
+    images = [picture.image for picture in (*pictures, *held_out)]
+    fill_caches(sight, images[rank::world], quiet=quiet or not main)
+    accelerator.wait_for_everyone()
+    fill_caches(sight, images, quiet=True)  # all there by now: the cache learns what must not be evicted
+    if starting is not None:
+        start_from_artefact(sight, starting)
+    elif state is None:
+        sight.feature_norm.standardise(sight.features([p.image for p in pictures[:: max(1, len(pictures) // 256)]]))
+    model = sight.representation(compute_dtype)
+    optimiser = build_optimiser(model, train)
+    position = Position(
+        data=train_data.fingerprint,
+        dtype=str(compute_dtype).removeprefix("torch."),
+        terms=[*([train_data.terms] if train_data.terms else []), *inherited],
+        started_from=starting,
+    )
+    if state is not None:
+        position = load_state(state, model, optimiser)
+        if position.data != train_data.fingerprint:
+            raise UserError(
+                f"{out}: the run was trained on other data than {recipe.data.train} is now; name another --out"
+            )
+    prepared = accelerator.prepare(model)
+    steps_an_epoch = max(1, len(pictures) // train.batch_size)
+    total = train.max_steps or max(1, round(train.epochs * steps_an_epoch))
+    facts = Facts(
+        fingerprints=sight.fingerprints,
+        data={
+            "train": train_data.name,
+            "pictures": len(pictures),
+            "captions": sum(len(picture.captions) for picture in pictures),
+            "fingerprint": train_data.fingerprint,
+            "bad rows left out": len(train_data.skipped),
+        },
+        terms=tuple(dict.fromkeys(position.terms)),
+        started_from=position.started_from,
+    )
+    if main:
+        open_run_folder(out, recipe)
+    began = time.monotonic() - position.seconds
+    with (
+        Reporter(out if main else None, total, start=position.step, quiet=quiet or not main) as report,
+        interruptible() as stop,
+    ):
+        report.say(_describe(sight, compute_dtype, len(pictures), len(held_out)))
+        for data in (train_data, val_data):
+            for line in data.skipped[:3]:
+                report.say(f"left out: {line}")
+            if data.skipped:
+                report.say(f"{data.name}: {len(data.skipped)} bad rows left out")
+        if position.step == 0:  # a broken evaluation fails now, not after an hour
+            evaluate_recall(sight, held_out[:2], compute_dtype)
+        sums: dict[str, float] = {}
+        counted, timer = 0, time.monotonic()
+        for batch in _batches_from(position, pictures, train):
+            pressed = accelerator.reduce(torch.tensor(len(stop), device=accelerator.device))
+            if position.step >= total or position.stopped_early or pressed:
+                break
+            model.train()
+            rate = learning_rate(position.step, total, train)
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * rate
+            mine = batch[rank::world][: len(batch) // world]  # as many on every process
+            paired = max(1, round(train.pair_share * len(mine)))
+            losses = prepared(*model_inputs(sight, mine), paired=paired)
+            accelerator.backward(losses.total)
+            check_finite(losses.total.item(), position.step + 1, recipe)
+            norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm))
+            check_finite(norm, position.step + 1, recipe, what="the gradient's norm")
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            model.heads.clamp_temperature()
+            position.step += 1
+            position.offset += 1
+            for name, value in {"loss": losses.total.item(), **losses.named()}.items():
+                sums[name] = sums.get(name, 0.0) + value
+            counted += 1
+            if position.step % train.log_every == 0 or position.step == total:
+                elapsed = time.monotonic() - timer
+                report.step(
+                    position.step,
+                    {name: value / counted for name, value in sums.items()}
+                    | {
+                        "learning_rate": train.learning_rate * rate,
+                        "gradient_norm": norm,
+                        "temperature": model.heads.temperature.item(),
+                        "samples_per_second": counted * train.batch_size * train.captions / elapsed,
+                    },
+                )
+                sums, counted, timer = {}, 0, time.monotonic()
+            if position.step % train.validate_every == 0 or position.step == total:
+                metrics = evaluate_recall(sight, held_out, compute_dtype)
+                report.validation(position.step, metrics)
+                position.seconds = time.monotonic() - began
+                improved = _note(position, metrics, train)
+                if main:
+                    measured = replace(facts, metrics=metrics, steps=position.step)
+                    save_artefact(out / "last", sight, measured)
+                    if improved:
+                        save_artefact(out / "best", sight, measured)
+                    save_state(out / "state", model, optimiser, position)
+                    report.draw()
+                accelerator.wait_for_everyone()
+                sums, counted, timer = {}, 0, time.monotonic()
+        finished = position.step >= total or position.stopped_early
+        if not finished and main:
+            position.seconds = time.monotonic() - began
+            save_state(out / "state", model, optimiser, position)
+            report.say(f"stopped at step {position.step} of {total}; --resume goes on from there")
+        peak = report.memory.peak_gib
+        return Result(out, out / "best", position.step, {**position.metrics, "peak_memory_gib": peak}, finished)
+
+
+def _batches_from(position: Position, pictures: Sequence[Captioned], train: TrainSection) -> Iterator[Batch]:
+    """Batches from where the run stands, epoch after epoch without end; what does not fill one waits for the next."""
+    size = min(train.batch_size, len(pictures))
+    while True:
+        rng = random.Random(f"{train.seed}:{position.epoch}")
+        order = rng.sample(pictures, len(pictures))
+        drawn = [(picture, draw_captions(picture, train.captions, rng)) for picture in order]
+        for start in range(position.offset * size, len(drawn) - size + 1, size):
+            yield drawn[start : start + size]
+        position.epoch += 1
+        position.offset = 0
+
+
+def evaluate_recall(sight: Sight, pictures: Sequence[Captioned], compute_dtype: torch.dtype) -> dict[str, float]:
+    """ITC's R@1, R@5 and R@10 both ways among held-out pictures, and their mean."""
+    retriever = Retriever(sight, compute_dtype=compute_dtype)
+    images = retriever.embed_images([picture.image for picture in pictures])
+    texts = retriever.embed_texts([text for picture in pictures for text in picture.captions])
+    owners = [row for row, picture in enumerate(pictures) for _ in picture.captions]
+    found = recalls(retriever.scores(images, texts), owners)
+    return {**found, "mean_recall": sum(found.values()) / len(found)}
+
+
+def _note(position: Position, metrics: dict[str, float], train: TrainSection) -> bool:
+    """Keep the best validation's figures and count towards patience; returns whether this one is the best."""
+    if position.best is None or metrics["mean_recall"] > position.best:
+        position.best, position.stale, position.metrics = metrics["mean_recall"], 0, metrics
+        return True
+    position.stale += 1
+    position.stopped_early = train.patience is not None and position.stale >= train.patience
+    return False
+
+
+def _describe(sight: Sight, compute_dtype: torch.dtype, pictures: int, held_out: int) -> str:
+    trained = sum(p.numel() for part in sight.parts().values() for p in part.parameters() if p.requires_grad)
+    return (
+        f"first stage: training {trained / 1e6:.1f} M parameters of norm, bridge and heads on {pictures} pictures,"
+        f" {held_out} held out; computing in {str(compute_dtype).removeprefix('torch.')}"
+    )

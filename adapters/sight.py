@@ -1,0 +1,185 @@
+"""What a recipe names up to the bridge, loaded: towers with their caches, norm, Q-Former, and its text side.
+
+Enough by itself for BLIP-2's first stage and for retrieval; `adapters.assembly` puts a language model behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adapters.data.images import ImageRef
+from adapters.features import FeatureCache
+from adapters.recipe import BridgeSection, Recipe
+from qformer.bridge import QFormer
+from qformer.config import BridgeConfig
+from qformer.errors import UserError
+from qformer.interchange import start_from_bert
+from qformer.objectives import Heads
+from qformer.precision import limit_kernel_cache
+from qformer.representation import RepresentationModel
+from qformer.sources import fingerprint, resolve
+from qformer.vision import FeatureNorm, ImageEncoder, load_image_encoder
+
+MAX_INSTRUCTION = 128  # tokens of an instruction that the bridge reads, as in InstructBLIP
+MAX_TEXT = 32  # tokens of a caption in the first stage, as in BLIP-2
+# What stands in place of [CLS] where the bridge writes. BLIP-2 adds [DEC] to BERT's words; a table that stays frozen
+# has no row to learn for it, so one of BERT's spare words takes the part.
+_DECODE_TOKENS = ("[DEC]", "[unused0]", "[MASK]")
+
+
+class BridgeTokenizer:
+    """The bridge's own words: a BERT tokenizer.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def decode_id(self) -> int:
+        """The token that writing starts from.
+
+        Raises:
+            UserError: the tokenizer has none that would do.
+        """
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        for token in _DECODE_TOKENS:
+            if token in vocabulary:
+                return vocabulary[token]
+        raise UserError(f"bridge.start: its tokenizer has none of {', '.join(_DECODE_TOKENS)}; name a BERT")
+
+    def __call__(self, texts: Sequence[str], *, longest: int) -> tuple[Tensor, Tensor]:
+        """Texts as ids [T, L] and mask [T, L] bool, cut to `longest` tokens."""
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        return tokens["input_ids"], tokens["attention_mask"].bool()
+
+
+@dataclass
+class Sight:
+    """Everything up to the bridge.
+
+    Attributes:
+        recipe: what it was built from.
+        encoders: the frozen towers.
+        caches: one feature cache a tower.
+        feature_norm: norm over the towers' features.
+        bridge: the Q-Former.
+        heads: of the first stage's objectives, where the bridge has a text branch.
+        tokenizer: the bridge's own, where it reads text.
+        fingerprints: of the frozen weights, by role: "vision.0", "bridge.start".
+    """
+
+    recipe: Recipe
+    encoders: list[ImageEncoder]
+    caches: list[FeatureCache]
+    feature_norm: FeatureNorm
+    bridge: QFormer
+    heads: Heads | None
+    tokenizer: BridgeTokenizer | None
+    fingerprints: dict[str, str]
+
+    def features(self, images: Sequence[ImageRef]) -> list[Tensor]:
+        """Features of pictures, one tensor [B, P, D] a tower, from the cache where it has them."""
+        return [cache.load(images) for cache in self.caches]
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The modules that are trained, by name."""
+        parts: dict[str, nn.Module] = {"feature_norm": self.feature_norm, "bridge": self.bridge}
+        return parts if self.heads is None else parts | {"heads": self.heads}
+
+    def representation(self, compute_dtype: torch.dtype = torch.float32) -> RepresentationModel:
+        """The model of the first stage over these very modules.
+
+        Raises:
+            UserError: the recipe's bridge has no text branch.
+        """
+        if self.heads is None or self.tokenizer is None:
+            raise UserError("bridge.text_branch: it is off, so pictures and texts cannot be compared; set it to true")
+        return RepresentationModel(
+            self.feature_norm, self.bridge, self.heads, decode_id=self.tokenizer.decode_id, compute_dtype=compute_dtype
+        )
+
+
+def load_sight(recipe: Recipe, *, device: str = "cpu", offline: bool = False) -> Sight:
+    """Load the towers a recipe names and build norm, bridge and heads, with fresh weights drawn from the recipe's seed.
+
+    Raises:
+        UserError: weights cannot be had, or parts do not fit.
+    """
+    limit_kernel_cache()
+    check_device(device)
+    fingerprints: dict[str, str] = {}
+    encoders = []
+    for index, tower in enumerate(recipe.vision.towers):
+        encoder = load_image_encoder(
+            tower.source,
+            layer=tower.layer,
+            class_token=tower.class_token,
+            image_size=tower.image_size,
+            device=device,
+            dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
+            offline=offline,
+        )
+        encoders.append(encoder)
+        fingerprints[f"vision.{index}"] = str(encoder.identity()["fingerprint"])
+    torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
+    feature_norm = FeatureNorm(encoders)
+    bridge = QFormer(bridge_config(recipe.bridge, feature_norm.width))
+    tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
+    heads = Heads(bridge.config).to(device) if recipe.bridge.text_branch else None
+    caches = [FeatureCache(encoder) for encoder in encoders]
+    return Sight(recipe, encoders, caches, feature_norm.to(device), bridge.to(device), heads, tokenizer, fingerprints)
+
+
+def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:
+    """A recipe's bridge section as the Q-Former's configuration."""
+    given = section.model_dump(exclude={"preset", "start"}, exclude_none=True)
+    return BridgeConfig.preset(section.preset, encoder_width=encoder_width, **given)
+
+
+def _bridge_start(
+    section: BridgeSection, bridge: QFormer, fingerprints: dict[str, str], *, offline: bool
+) -> BridgeTokenizer | None:
+    """Copy BERT-family weights into a bridge; hand back its tokenizer where the bridge reads text."""
+    reads = "instruction_aware" if section.instruction_aware else "text_branch" if section.text_branch else None
+    if section.start is None:
+        if reads is not None:
+            raise UserError(f"bridge.{reads}: needs bridge.start, whose tokenizer reads the text")
+        return None
+    folder = resolve(section.start, offline=offline)
+    fingerprints["bridge.start"] = fingerprint(folder)
+    try:
+        start_from_bert(bridge, load_file(folder / "model.safetensors"))
+    except OSError as error:
+        raise UserError(f"bridge.start: {folder} has no model.safetensors; name a BERT saved in one file") from error
+    if bridge.embeddings is not None:  # known by the fingerprint, so neither trained nor kept in the artefact
+        bridge.embeddings.words.requires_grad_(False)
+    if reads is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return BridgeTokenizer(AutoTokenizer.from_pretrained(str(folder)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"bridge.start: {folder} has no tokenizer, which bridge.{reads} needs") from error
+
+
+def check_device(device: str) -> None:
+    """Raise a UserError where the device is not one torch has here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: torch cannot use it here; take cpu, or see querybridge doctor") from error
+
+
+def default_device() -> str:
+    """ "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

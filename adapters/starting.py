@@ -1,0 +1,55 @@
+"""Starting a run from another adapter's weights: what must be equal, and what may be left behind."""
+
+from __future__ import annotations
+
+from adapters.artefact import find_artefact, load_sight_weights, load_trained, read_facts, read_recipe
+from adapters.assembly import Assembly
+from adapters.recipe import BridgeSection
+from adapters.sight import Sight
+from qformer.errors import UserError
+
+
+def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
+    """Load an adapter's weights as the start of a run.
+
+    From the first stage an Assembly takes norm and bridge, and keeps its own fresh projection and LoRA. The text side
+    is left behind where the run's recipe has none.
+
+    Args:
+        assembly: what is to be trained; without LoRA in place where the adapter brings its own.
+        name: as `adapters.artefact.find_artefact` takes it.
+
+    Returns:
+        Its data's terms, which what is trained inherits.
+
+    Raises:
+        UserError: recipe or frozen weights differ from the adapter's.
+    """
+    folder = find_artefact(name)
+    facts = read_facts(folder)
+    theirs, ours = read_recipe(folder), assembly.recipe
+    has_language = isinstance(assembly, Assembly) and facts.kind == "language"
+    for part, differs in (
+        ("vision", theirs.vision != ours.vision),
+        ("bridge", not _fits(theirs.bridge, ours.bridge)),
+        ("language.lora", has_language and theirs.language.lora != ours.language.lora),
+    ):
+        if differs:
+            raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
+    for role, expected in facts.fingerprints.items():
+        if role == "language" and not has_language:
+            continue
+        if role in assembly.fingerprints and assembly.fingerprints[role] != expected:
+            raise UserError(f"--start-from {name}: it was trained with other {role} weights than the recipe names")
+    if has_language:
+        assert isinstance(assembly, Assembly)
+        load_trained(assembly, folder)
+    else:
+        load_sight_weights(assembly.sight if isinstance(assembly, Assembly) else assembly, folder)
+    return list(facts.terms)
+
+
+def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:
+    """Equal but for dropout, and for a text branch that is left behind."""
+    free: dict[str, object] = {"dropout": None, "text_branch": ours.text_branch and theirs.text_branch}
+    return theirs.model_copy(update=free) == ours.model_copy(update=free | {"text_branch": ours.text_branch})

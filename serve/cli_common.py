@@ -1,0 +1,47 @@
+"""What the commands share: their common flags, and how they report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", help="A run's folder, an artefact's folder, or a shipped adapter's name.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; a GPU where there is one.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32 or bfloat16 for the LLM's computation; left out, the faster one.")
+]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Take frozen weights from the cache only.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+BeamsOption = Annotated[int | None, typer.Option("--beams", min=1, help="Beams of the search; 1 is greedy.")]
+PresetOption = Annotated[
+    str | None, typer.Option("--decoding", help="A preset: greedy, paper-vqa (beam 5, length penalty -1) or caption.")
+]
+MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, count and report them, instead of stopping.")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Seed of weights and order; the recipe's where left out.")
+]
+
+
+def progress(verb: str) -> Callable[[int, int], None]:
+    """A callback that tells (done, total) on standard error, such as "answered 3/9"."""
+
+    def show(done: int, total: int) -> None:
+        print(f"{verb} {done}/{total}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def report(values: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print a result: one JSON object for programs, or the text for people."""
+    print(json.dumps(values, ensure_ascii=False, default=str) if as_json else text)

@@ -1,0 +1,250 @@
+"""Search a folder of pictures by words or by a picture, and name what a picture shows, with the first stage alone.
+
+An index is kept in the cache folder, one for each (folder, adapter): what has not changed is not encoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapters.artefact import load_sight_artefact, sight_fingerprint
+from adapters.assembly import chosen_dtype
+from adapters.data.images import ImageRef, open_image
+from adapters.retrieval import RERANKED, Retriever
+from adapters.sight import default_device
+from qformer.errors import UserError
+from qformer.sources import cache_root
+from serve.engine import Picture, default_adapter, picture_ref
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TEMPLATES = ("a photo of {label}", "a picture of {label}", "{label}")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found: `score` is the cosine of ITC, `match` ITM's probability where it was asked."""
+
+    path: str
+    score: float
+    match: float | None = None
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What an update of an index did: counts, and one line for each file that is no readable picture."""
+
+    pictures: int
+    encoded: int
+    removed: int
+    unreadable: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: str  # relative to the folder
+    size: int
+    changed: int  # ns
+    digest: str
+
+
+class PictureIndex:
+    """The embedded pictures of a folder and the folders in it.
+
+    Args:
+        folder: where the pictures are.
+        retriever: what embeds them.
+        key: names the adapter: another one's index is another file.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+
+    def __init__(self, folder: str | Path, retriever: Retriever, *, key: str) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        if not self.folder.is_dir():
+            raise UserError(
+                f"FOLDER {folder}: {'this is a file' if self.folder.exists() else 'there is no such folder'}"
+            )
+        self.retriever = retriever
+        name = hashlib.sha256(f"{_FORMAT}|{self.folder}|{key}".encode()).hexdigest()[:32]
+        self._file = cache_root() / "indexes" / f"{name}.safetensors"
+        self._entries: list[_Entry] = []
+        self._embeddings = torch.empty(0)  # [N, Q, E] half precision
+
+    def update(self, on_progress: Callable[[int, int], None] | None = None) -> IndexReport:
+        """Bring the index up to date: new and changed files are encoded, others kept, lost ones dropped.
+
+        Batches that were encoded stay when the rest is interrupted.
+
+        Args:
+            on_progress: called with (done, files to encode).
+
+        Raises:
+            UserError: the index cannot be written.
+        """
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self._file}.lock"):
+            known = self._read()
+            found = {str(path.relative_to(self.folder)): path for path in self._pictures()}
+            kept: list[tuple[_Entry, Tensor]] = []
+            waiting: list[tuple[str, os.stat_result]] = []
+            for name, path in found.items():
+                status = path.stat()
+                entry = known.get(name)
+                if entry and (entry[0].size, entry[0].changed) == (status.st_size, status.st_mtime_ns):
+                    kept.append(entry)
+                else:
+                    waiting.append((name, status))
+            unreadable: list[str] = []
+            encoded = 0
+            for start in range(0, len(waiting), 64):
+                good: list[tuple[_Entry, ImageRef]] = []
+                for name, status in waiting[start : start + 64]:
+                    ref = ImageRef(name, path=found[name])
+                    try:
+                        open_image(ref)
+                    except UserError as error:
+                        unreadable.append(str(error))
+                        continue
+                    good.append((_Entry(name, status.st_size, status.st_mtime_ns, ref.digest()), ref))
+                if good:
+                    vectors = self.retriever.embed_images([ref for _, ref in good]).half()
+                    kept += [(entry, vector) for (entry, _), vector in zip(good, vectors, strict=True)]
+                    encoded += len(good)
+                    self._write(kept)
+                if on_progress:
+                    on_progress(min(start + 64, len(waiting)), len(waiting))
+            kept.sort(key=lambda pair: pair[0].path)
+            removed = len(known.keys() - found.keys())
+            if encoded or removed:
+                self._write(kept)
+            self._entries = [entry for entry, _ in kept]
+            self._embeddings = torch.stack([vector for _, vector in kept]) if kept else torch.empty(0)
+            return IndexReport(len(kept), encoded, removed, tuple(unreadable))
+
+    def search(self, query: str | ImageRef, *, most: int = 5, rerank: bool = True) -> list[Hit]:
+        """The best pictures for words or for a picture.
+
+        Args:
+            query: words, or a picture whose likes are wanted.
+            most: how many.
+            rerank: let ITM rank the best 16 (or `most`) for words anew.
+
+        Raises:
+            UserError: the words are empty, or the index is.
+        """
+        if not self._entries:
+            raise UserError(f"{self.folder}: no pictures in it ({', '.join(SUFFIXES)})")
+        if isinstance(query, str) and not query.strip():
+            raise UserError("TEXT: it is empty; say what to look for")
+        embeddings = self._embeddings.float()
+        if isinstance(query, ImageRef):
+            of_query = self.retriever.embed_images([query])[0]  # [Q, E]
+            # the mean over the query's vectors of the nearest vector of each picture
+            scores = torch.einsum("nqe,ke->nqk", embeddings, of_query).amax(dim=1).mean(dim=1)  # [N]
+        else:
+            scores = self.retriever.scores(embeddings, self.retriever.embed_texts([query]))[:, 0]
+        count = min(max(most, RERANKED if rerank else most), len(scores))
+        best = scores.topk(count).indices.tolist()
+        matches: dict[int, float] = {}
+        if rerank and isinstance(query, str):
+            refs = [self._ref(index) for index in best]
+            pairs = torch.tensor([[row, 0] for row in range(len(refs))])
+            odds = self.retriever.match(refs, [query], pairs)
+            matches = dict(zip(best, odds.sigmoid().tolist(), strict=True))
+            order = (odds + scores[best]).argsort(descending=True).tolist()
+            best = [best[place] for place in order]
+        return [Hit(self._entries[i].path, scores[i].item(), matches.get(i)) for i in best[:most]]
+
+    def _ref(self, index: int) -> ImageRef:
+        return ImageRef(self._entries[index].path, path=self.folder / self._entries[index].path)
+
+    def _pictures(self) -> list[Path]:
+        return sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+    def _read(self) -> dict[str, tuple[_Entry, Tensor]]:
+        """What an earlier update left; a damaged index is made anew."""
+        try:
+            tensors = load_file(self._file)
+            listed = json.loads(bytes(tensors["entries"].tolist()))
+            entries = [_Entry(**values) for values in listed]
+            return {e.path: (e, vector) for e, vector in zip(entries, tensors["embeddings"], strict=True)}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _write(self, kept: Sequence[tuple[_Entry, Tensor]]) -> None:
+        partial = self._file.with_suffix(f".{os.getpid()}.partial")
+        text = json.dumps([asdict(entry) for entry, _ in kept]).encode()
+        vectors = torch.stack([vector for _, vector in kept]) if kept else torch.empty(0)
+        try:
+            save_file({"entries": torch.tensor(list(text), dtype=torch.uint8), "embeddings": vectors}, partial)
+            os.replace(partial, self._file)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"{self._file}: the index cannot be written ({error}); free space, then go on") from error
+
+
+def load_retriever(
+    name: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    offline: bool = False,
+) -> tuple[Retriever, str]:
+    """Load what compares pictures and words, and the key of its weights. No language model is loaded.
+
+    Args:
+        name: a run's folder, an artefact's folder or a shipped adapter's name; left out, the default adapter.
+        device: "cpu", "cuda", …; a GPU where there is one.
+        dtype: "float32" or "bfloat16" for the computation; float32 where left out.
+        offline: take frozen weights from the cache only.
+
+    Raises:
+        UserError: there is no such adapter, or it was trained without its text side.
+    """
+    chosen = name if name is not None else default_adapter()
+    sight, _ = load_sight_artefact(chosen, device=device or default_device(), offline=offline)
+    return Retriever(sight, compute_dtype=chosen_dtype(dtype) or torch.float32), sight_fingerprint(sight)
+
+
+def classify(
+    retriever: Retriever, picture: Picture, labels: Sequence[str], *, templates: Sequence[str] = TEMPLATES
+) -> dict[str, float]:
+    """Probabilities of labels for a picture, the likeliest first: a softmax over ITC's scores at its own temperature.
+
+    Args:
+        retriever: the loaded first stage.
+        picture: what is to be named.
+        labels: two or more; each goes into every template and the vectors are averaged (CLIP, arXiv 2103.00020).
+        templates: sentences with `{label}`.
+
+    Raises:
+        UserError: fewer than two labels, one twice, a template without `{label}`, or a picture that cannot be read.
+    """
+    names = [label.strip() for label in labels if label.strip()]
+    if len(names) < 2:
+        raise UserError(f"--labels: {len(names)} given; name at least two, with commas between them")
+    if len(set(names)) < len(names):
+        raise UserError("--labels: one stands there twice; name each once")
+    for template in templates:
+        if "{label}" not in template:
+            raise UserError(f"--template '{template}': put {{label}} where the label goes")
+    image = retriever.embed_images([picture_ref(picture)])  # [1, Q, E]
+    sentences = [template.replace("{label}", name) for name in names for template in templates]
+    vectors = retriever.embed_texts(sentences).unflatten(0, (len(names), len(templates))).mean(dim=1)  # [L, E]
+    vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    temperature = retriever.model.heads.temperature.item()
+    shares = (retriever.scores(image, vectors)[0] / temperature).softmax(dim=0).tolist()
+    return dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))

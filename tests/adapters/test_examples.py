@@ -1,0 +1,87 @@
+"""Whole pictures held out: none is on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_rows import VQA
+from tiny import draw_captions, draw_data
+
+from adapters.data.examples import DataSet, Example, merge, split_by_image
+from adapters.data.readers import read_data
+from qformer.errors import UserError
+
+
+def rows_of(data: DataSet) -> set[str]:
+    return {example.id for example in data.examples}
+
+
+def images_of(data: DataSet) -> set[str]:
+    return {image.digest() for example in data.examples for image in example.images}
+
+
+def test_split_holds_out_whole_pictures(jsonl: Callable[..., Path], folder: Path) -> None:
+    (folder / "twin.png").write_bytes((folder / "b.png").read_bytes())  # the same picture under another name
+    names = ["a.png", "b.png", "c.png", "d.png", "twin.png"]
+    rows = [{"image": name, "question": f"{turn}?", "answer": "x"} for turn in range(3) for name in names]
+    data = read_data(jsonl(*rows))
+    seen = set()
+    for seed in range(20):
+        train, val = split_by_image(data, 0.25, seed)
+        assert rows_of(train) | rows_of(val) == rows_of(data) and not rows_of(train) & rows_of(val)
+        assert len(images_of(val)) == 1 and len(images_of(train)) == 3
+        assert not images_of(train) & images_of(val)
+        assert train.fingerprint != val.fingerprint != data.fingerprint
+        assert split_by_image(data, 0.25, seed)[1] == val
+        seen |= images_of(val)
+    assert len(seen) == 4  # the seed matters
+    shuffled = read_data(jsonl(*rows[::-1]))
+    assert images_of(split_by_image(shuffled, 0.25, 3)[1]) == images_of(split_by_image(data, 0.25, 3)[1])
+
+
+def test_bad_rows_stay_with_the_first_part(jsonl: Callable[..., Path]) -> None:
+    data = read_data(jsonl(VQA, "broken", VQA | {"image": "b.png"}), skip_bad_rows=True)
+    train, val = split_by_image(data, 0.5, 0)
+    assert (train.skipped, val.skipped) == (data.skipped, ())
+    assert len(data.skipped) == 1
+
+
+def test_split_keeps_joined_pictures_together(jsonl: Callable[..., Path]) -> None:
+    data = read_data(jsonl(*(VQA | {"image": name} for name in ("a.png", "b.png", "c.png", "d.png"))))
+    a, b, c, d = (example.images[0] for example in data.examples)
+    pairs = [Example((x, y), "?", ("x",), "", "1") for x, y in ((a, b), (b, c), (d, d))]
+    joined = DataSet("pairs", "vqa", tuple(pairs), "sha256:x")
+    for seed in range(6):
+        train, val = split_by_image(joined, 0.5, seed)
+        assert not images_of(train) & images_of(val)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1, 5])
+def test_split_refuses_a_bad_fraction(fraction: float, jsonl: Callable[..., Path]) -> None:
+    data = read_data(jsonl(VQA, VQA | {"image": "b.png"}))
+    with pytest.raises(UserError, match="between 0 and 1"):
+        split_by_image(data, fraction, 0)
+
+
+def test_split_needs_two_pictures(jsonl: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="at least 2"):
+        split_by_image(read_data(jsonl(VQA, VQA)), 0.1, 0)
+    train, val = split_by_image(read_data(jsonl(VQA, VQA | {"image": "b.png"})), 0.001, 0)
+    assert len(train.examples) == len(val.examples) == 1
+
+
+def test_several_files_are_learned_from_together(tmp_path: Path, cache_here: Path) -> None:
+    asked = read_data(draw_data(tmp_path))
+    captions = read_data(draw_captions(tmp_path))
+    both = merge([asked, captions])
+    assert both.task == "mixed" and len(both.examples) == 24 + 12
+    assert [e.task for e in both.examples] == ["vqa"] * 24 + ["caption"] * 12
+    assert both.fingerprint not in (asked.fingerprint, captions.fingerprint)
+    assert merge([asked]) is asked
+    assert merge([asked, asked]).task == "vqa"
+    train, held_out = split_by_image(both, 0.25, 0)
+    seen, unseen = ({e.images[0].digest() for e in part.examples} for part in (train, held_out))
+    assert not seen & unseen  # a picture is held out of every file
+    assert {e.task for e in held_out.examples} == {"vqa", "caption"}

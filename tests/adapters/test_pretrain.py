@@ -1,0 +1,180 @@
+"""The first stage on tiny models: it learns, logs its objectives apart, resumes as if unbroken, and is gone on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import draw_captions as draw_caption_data
+from tiny import save_tiny_bert, tiny_values
+
+from adapters import pretrain as pretrain_module
+from adapters.artefact import load_artefact, load_sight_artefact, read_facts
+from adapters.data.captioned import Captioned, captioned, draw_captions
+from adapters.data.readers import read_data
+from adapters.finetune import finetune
+from adapters.pretrain import pretrain
+from adapters.recipe import Recipe, parse_recipe
+from adapters.retrieval import Retriever
+from qformer.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("cache_here")
+
+
+@pytest.fixture
+def recipe_of(vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path) -> Any:
+    def make(dropout: float = 0.1, text_branch: bool = True, **train: object) -> Recipe:
+        data = draw_caption_data(tmp_path / "data")
+        settings = {"batch_size": 4, "captions": 2, **train}
+        values: Any = tiny_values(vision_folder, language_folders["llama"], data, **settings)
+        values["task"] = "caption"
+        values["bridge"] |= {"start": str(save_tiny_bert(tmp_path / "bert")), "dropout": dropout}
+        values["bridge"]["text_branch"] = text_branch
+        return parse_recipe(values, "test")
+
+    return make
+
+
+def run(recipe: Recipe, out: Path, **options: Any) -> Any:
+    return pretrain(recipe, out, device="cpu", dtype="float32", quiet=True, **options)
+
+
+def test_a_run_learns_and_logs_each_objective(recipe_of: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    recipe = recipe_of(max_steps=80, validate_every=40, learning_rate=5e-3, warmup_steps=5, dropout=0.0)
+    result = run(recipe, out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "itc" in line]
+    assert len(steps) == 80
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["itc"] + line["itm"] + line["itg"], abs=1e-5)
+    for name in ("itc", "itg"):  # a random tower shows little, and each objective learns from it all the same
+        assert sum(line[name] for line in steps[-10:]) < 0.9 * sum(line[name] for line in steps[:10]), name
+    assert result.finished and result.steps == 80
+    assert {p.name for p in out.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "tensorboard", "loss.png", "best", "last", "state",
+    }  # fmt: skip
+    facts = read_facts(out / "best")
+    assert facts.kind == "representation"
+    assert facts.data["pictures"] == 9 and facts.data["captions"] == 18
+    assert facts.metrics["mean_recall"] == result.metrics["mean_recall"]
+    assert set(facts.fingerprints) == {"vision.0", "bridge.start"}
+
+
+def test_what_is_saved_is_what_was_trained(recipe_of: Any, tmp_path: Path) -> None:
+    run(recipe_of(max_steps=4), tmp_path / "run")
+    tensors = load_file(tmp_path / "run" / "last" / "bridge.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"feature_norm", "bridge", "heads"}
+    assert not any("embeddings.words" in name for name in tensors)  # frozen, and known by fingerprint
+    trained = load_file(tmp_path / "run" / "state" / "weights.safetensors")
+    sight, _ = load_sight_artefact(tmp_path / "run" / "last")
+    model = sight.representation()
+    for name, tensor in trained.items():
+        assert torch.equal(model.get_parameter(name), tensor.bfloat16().float()), name
+    assert not (tmp_path / "run" / "last" / "lora").exists()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(max_steps=7)
+    run(recipe, tmp_path / "whole")
+    inner = pretrain_module.model_inputs
+    calls = 0
+
+    def press_at_the_fourth(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(*arguments)
+
+    monkeypatch.setattr(pretrain_module, "model_inputs", press_at_the_fourth)
+    assert not run(recipe, tmp_path / "parts").finished
+    monkeypatch.undo()
+    monkeypatch.setenv("QUERYBRIDGE_CACHE", str(tmp_path / "cache"))
+    assert run(recipe, tmp_path / "parts", resume=True).finished
+    whole = load_file(tmp_path / "whole" / "state" / "weights.safetensors")
+    parts = load_file(tmp_path / "parts" / "state" / "weights.safetensors")
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+
+
+def test_the_second_stage_starts_from_the_first(recipe_of: Any, tmp_path: Path) -> None:
+    run(recipe_of(max_steps=4, learning_rate=1e-2), tmp_path / "first")
+    with pytest.raises(UserError, match="--stage 2 --start-from"):
+        load_artefact(tmp_path / "first")
+    first = load_file(tmp_path / "first" / "best" / "bridge.safetensors")
+    for kept in (True, False):  # with its text side and without
+        out = tmp_path / f"second-{kept}"
+        recipe = recipe_of(max_steps=1, learning_rate=1e-9, text_branch=kept)
+        finetune(recipe, out, start_from=str(tmp_path / "first"), device="cpu", dtype="float32", quiet=True)
+        second = load_file(out / "last" / "bridge.safetensors")
+        assert any(name.startswith("heads.") for name in second) is kept
+        assert any("text_feed_forward" in name for name in second) is kept
+        for name, tensor in second.items():
+            if not name.startswith("projection."):
+                assert torch.equal(tensor, first[name]), name
+        assert read_facts(out / "last").started_from == str(tmp_path / "first")
+        load_artefact(out)
+        if kept:
+            load_sight_artefact(out)
+        else:
+            with pytest.raises(UserError, match="no text side"):
+                load_sight_artefact(out)
+
+
+def test_captions_are_drawn_all_before_one_comes_twice(tmp_path: Path) -> None:
+    data = read_data(draw_caption_data(tmp_path))
+    picture = captioned(data.examples)[0]
+    assert len(captioned(data.examples)) == 12
+    for count in (1, 2, 3, 5):
+        drawn = draw_captions(picture, count, random.Random(0))
+        assert len(drawn) == count
+        assert set(drawn[:2]) <= set(picture.captions) and len(set(drawn[:2])) == min(count, 2)
+
+
+def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
+    draw_caption_data(tmp_path)
+    rows = [{"image": "red0.png", "caption": text} for text in ("one", "two")] + [{"image": "red1.png", "caption": "x"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    joined = captioned(read_data(tmp_path / "rows.jsonl").examples)
+    assert [picture.captions for picture in joined] == [("one", "two"), ("x",)]
+    assert isinstance(joined[0], Captioned)
+
+
+def test_mistakes_are_one_clear_line(recipe_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"bridge\.text_branch=true"):
+        run(recipe_of(text_branch=False), tmp_path / "run")
+    with pytest.raises(UserError, match=r"learning_rate"):
+        run(recipe_of(max_steps=9, learning_rate=1e30, clip_norm=1e30, warmup_steps=0), tmp_path / "nan")
+
+
+def test_reranking_by_hand(recipe_of: Any, tmp_path: Path) -> None:
+    run(recipe_of(max_steps=3), tmp_path / "run")
+    sight, _ = load_sight_artefact(tmp_path / "run" / "last")
+    retriever = Retriever(sight, batch_size=3)
+    pictures = captioned(read_data(tmp_path / "data" / "captions.jsonl").examples)[:5]
+    images, texts = [p.image for p in pictures], [p.captions[0] for p in pictures]
+    scores = retriever.scores(retriever.embed_images(images), retriever.embed_texts(texts))
+    by_image, by_text = retriever.rerank(images, texts, scores, most=2)
+    every = torch.tensor([[i, t] for i in range(5) for t in range(5)])
+    odds = retriever.match(images, texts, every).reshape(5, 5)
+    one = retriever.match(images, texts, torch.tensor([[3, 1]]))
+    assert torch.allclose(one[0], odds[3, 1], atol=1e-5)  # whatever else is in the batch
+    for i in range(5):
+        best = scores[i].topk(2).indices.tolist()
+        for t in range(5):
+            expected = odds[i, t] + scores[i, t]
+            assert torch.allclose(by_image[i, t], expected, atol=1e-4) is (t in best)
+        assert set(by_image[i].topk(2).indices.tolist()) == set(best)
+    for t in range(5):
+        assert set(by_text[:, t].topk(2).indices.tolist()) == set(scores[:, t].topk(2).indices.tolist())

@@ -1,0 +1,35 @@
+"""Weights and comparisons for the tests against transformers' own classes."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, *, seed: int = 0) -> nn.Module:
+    """Draw every parameter anew, of a size that keeps the attention soft, and set eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        spread = 0.2 if parameter.ndim == 1 else min(1.0, 1.5 * parameter.shape[-1] ** -0.5)
+        parameter.normal_(std=spread, generator=generator)
+        if re.search(r"norm\w*\.weight$", name, re.IGNORECASE):
+            parameter.add_(1.0)
+    return model.eval()
+
+
+def close(got: Tensor | None, expected: Tensor) -> None:
+    assert got is not None
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+
+
+def padded_text() -> tuple[Tensor, Tensor]:
+    """Ids and mask [2, 6], the second padded."""
+    ids = torch.randint(1, 61, (2, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    return ids, mask

@@ -1,0 +1,109 @@
+"""`querybridge data`: what it prints for people and for programs, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command import Call
+from data_rows import write_jsonl
+from PIL import Image
+
+from adapters.data import lettering
+
+
+@pytest.fixture
+def bad_file(tmp_path: Path) -> Path:
+    """One good row and 25 bad ones."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "text.png").write_text("text")
+    rows: list[object] = [{"image": "a.png", "question": "what?", "answer": "x"}, "broken"]
+    rows += [{"image": "text.png", "question": f"{number}?", "answer": "x"} for number in range(24)]
+    return write_jsonl(tmp_path / "bad.jsonl", rows)
+
+
+def test_a_good_file_passes(call: Call, data_file: Path) -> None:
+    shown = call("data", "check", data_file)
+    assert shown.code == 0
+    assert shown.err.endswith("opened 12/12\n")
+    assert {line[:20].rstrip(): line[20:] for line in shown.out.splitlines()} == {
+        "task": "vqa",
+        "rows": "24",
+        "pictures": "12, 12 distinct",
+        "answers": "24",
+        "languages": "en (24)",
+        "longest question": "18 characters (row 1)",
+        "bad rows": "0",
+    }
+    quiet = call("data", "check", data_file, "--json", "--quiet")
+    assert quiet.err == ""
+    assert quiet.values == {
+        "name": "data.jsonl",
+        "task": "vqa",
+        "rows": 24,
+        "pictures": 12,
+        "distinct_pictures": 12,
+        "answers": 24,
+        "languages": {"en": 24},
+        "longest_question": len("what colour is it?"),
+        "longest_question_row": 1,
+        "bad": 0,
+        "bad_rows": [],
+    }
+
+
+def test_bad_rows_give_code_2_and_are_listed(call: Call, bad_file: Path) -> None:
+    shown = call("data", "check", bad_file, "--quiet")
+    assert (shown.code, shown.err) == (2, "")
+    listed = [line for line in shown.out.splitlines() if line.startswith("  ")]
+    assert len(listed) == 21
+    assert listed[0].startswith(f"  {bad_file} row 2 (line 2): broken JSON")
+    assert listed[19].startswith(f"  {bad_file} row 21 (line 21): image 'text.png' is not a picture")
+    assert listed[20] == "  … and 5 more; --json lists all"
+
+    found = call("data", "check", bad_file, "--quiet", "--json")
+    assert (found.code, found.err) == (2, "")
+    values = json.loads(found.out)
+    assert values["bad"] == 25
+    assert [bad["row"] for bad in values["bad_rows"]] == list(range(2, 27))
+    assert all(bad["error"] and bad["where"].endswith(f"(line {bad['row']})") for bad in values["bad_rows"])
+
+
+def test_a_file_that_cannot_be_read_is_told(call: Call, tmp_path: Path) -> None:
+    assert "is not there" in call("data", "check", tmp_path / "gone.jsonl").mistake()
+    assert "is not there" in call("data", "preview", tmp_path / "gone.jsonl").mistake()
+
+
+def test_questions_without_answers_can_be_checked(call: Call, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    path = write_jsonl(tmp_path / "ask.jsonl", [{"image": "a.png", "question": "what?"}])
+    assert call("data", "check", path).code == 2
+    assert call("data", "check", path, "--no-answers", "--json").values["bad"] == 0
+
+
+def test_preview_leaves_a_sheet_here(
+    call: Call, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = call("data", "preview", data_file)
+    assert (shown.code, shown.out, shown.err) == (0, "preview.png: 12 rows\n", "")
+    with Image.open("preview.png") as sheet:
+        assert sheet.format == "PNG"
+    drawn = call("data", "preview", data_file, "--rows", 3, "--sample", 5, "--out", "other.png", "--json").values
+    assert drawn["out"] == "other.png" and len(drawn["rows"]) == 3
+    assert drawn == {"out": "other.png", "rows": drawn["rows"], "bad_rows": 0, "bad_pictures": 0, "escaped": False}
+
+
+def test_preview_says_what_is_not_as_it_is_in_the_file(
+    call: Call, bad_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lettering, "CJK_FONTS", ())
+    shown = call("data", "preview", bad_file, "--rows", 2, "--out", tmp_path / "sheet.png")
+    assert shown.err == f"2 bad rows: querybridge data check {bad_file} lists them\n"
+    chinese = write_jsonl(tmp_path / "zh.jsonl", [{"image": "a.png", "caption": "一只猫", "language": "zh"}])
+    shown = call("data", "preview", chinese, "--out", tmp_path / "sheet.png")
+    assert shown.code == 0
+    assert (
+        shown.err.count("\n") == 1 and "written as escapes such as \\u4e2d, because no font here has them" in shown.err
+    )
