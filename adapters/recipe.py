@@ -51,6 +51,9 @@ class TowerSection(_Section):
     layer: int = -2
     class_token: bool = True
     image_size: int | None = Field(default=None, ge=32)
+    difference: str | None = Field(
+        default=None, description="what is added to the weights: a folder, or a shipped name"
+    )
 
 
 class VisionSection(_Section):
@@ -60,8 +63,9 @@ class VisionSection(_Section):
 
 
 class BridgeSection(_Section):
-    """The Q-Former: a preset of BridgeConfig, with what differs from it."""
+    """The Q-Former: a preset of BridgeConfig, with what differs from it; or a simpler bridge to measure it against."""
 
+    kind: Literal["qformer", "mean", "patches", "gated"] = "qformer"
     preset: Literal["blip2", "small", "tiny"] = "small"
     start: str | None = Field(default=None, description="BERT-family weights to start from")
     num_queries: int | None = Field(default=None, ge=1)

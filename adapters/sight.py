@@ -6,7 +6,8 @@ Enough by itself for BLIP-2's first stage and for retrieval; `adapters.assembly`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from qformer.interchange import start_from_bert
 from qformer.objectives import Heads
 from qformer.precision import limit_kernel_cache
 from qformer.representation import RepresentationModel
+from qformer.simple_bridges import SimpleBridge, vectors_of
 from qformer.sources import fingerprint, resolve
 from qformer.vision import FeatureNorm, ImageEncoder, load_image_encoder
 
+_SHIPPED_TOWERS = Path(__file__).parent / "shipped" / "towers"
 MAX_INSTRUCTION = 128  # tokens of an instruction that the bridge reads, as in InstructBLIP
 MAX_TEXT = 32  # tokens of a caption in the first stage, as in BLIP-2
 # What stands in place of [CLS] where the bridge writes. BLIP-2 adds [DEC] to BERT's words; a table that stays frozen
@@ -71,7 +74,7 @@ class Sight:
         encoders: the frozen towers.
         caches: one feature cache a tower.
         feature_norm: norm over the towers' features.
-        bridge: the Q-Former.
+        bridge: the Q-Former, or what it is measured against.
         heads: of the first stage's objectives, where the bridge has a text branch.
         tokenizer: the bridge's own, where it reads text.
         fingerprints: of the frozen weights, by role: "vision.0", "bridge.start".
@@ -81,7 +84,7 @@ class Sight:
     encoders: list[ImageEncoder]
     caches: list[FeatureCache]
     feature_norm: FeatureNorm
-    bridge: QFormer
+    bridge: QFormer | SimpleBridge
     heads: Heads | None
     tokenizer: BridgeTokenizer | None
     fingerprints: dict[str, str]
@@ -101,7 +104,7 @@ class Sight:
         Raises:
             UserError: the recipe's bridge has no text branch.
         """
-        if self.heads is None or self.tokenizer is None:
+        if self.heads is None or self.tokenizer is None or isinstance(self.bridge, SimpleBridge):
             raise UserError("bridge.text_branch: it is off, so pictures and texts cannot be compared; set it to true")
         return RepresentationModel(
             self.feature_norm, self.bridge, self.heads, decode_id=self.tokenizer.decode_id, compute_dtype=compute_dtype
@@ -124,6 +127,7 @@ def load_sight(recipe: Recipe, *, device: str = "cpu", offline: bool = False) ->
             layer=tower.layer,
             class_token=tower.class_token,
             image_size=tower.image_size,
+            difference=find_difference(tower.difference) if tower.difference else None,
             device=device,
             dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
             offline=offline,
@@ -132,25 +136,54 @@ def load_sight(recipe: Recipe, *, device: str = "cpu", offline: bool = False) ->
         fingerprints[f"vision.{index}"] = str(encoder.identity()["fingerprint"])
     torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
     feature_norm = FeatureNorm(encoders)
-    bridge = QFormer(bridge_config(recipe.bridge, feature_norm.width))
+    bridge = build_bridge(recipe.bridge, feature_norm)
     tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
     heads = Heads(bridge.config).to(device) if recipe.bridge.text_branch else None
     caches = [FeatureCache(encoder) for encoder in encoders]
     return Sight(recipe, encoders, caches, feature_norm.to(device), bridge.to(device), heads, tokenizer, fingerprints)
 
 
+def find_difference(name: str) -> Path:
+    """The folder of a tower's difference: one that ships, by its name, or any other.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (_SHIPPED_TOWERS / name, Path(name).expanduser()):
+        if (folder / "difference.json").is_file():
+            return folder
+    shipped = sorted(path.parent.name for path in _SHIPPED_TOWERS.glob("*/difference.json"))
+    raise UserError(f"vision.towers.difference: no folder '{name}', and none of that name ships ({', '.join(shipped)})")
+
+
 def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:
     """A recipe's bridge section as the Q-Former's configuration."""
-    given = section.model_dump(exclude={"preset", "start"}, exclude_none=True)
+    given = section.model_dump(exclude={"kind", "preset", "start"}, exclude_none=True)
     return BridgeConfig.preset(section.preset, encoder_width=encoder_width, **given)
 
 
+def build_bridge(section: BridgeSection, feature_norm: FeatureNorm) -> QFormer | SimpleBridge:
+    """The bridge of a recipe, with fresh weights.
+
+    Raises:
+        UserError: a simpler bridge with what only the Q-Former has.
+    """
+    config = bridge_config(section, feature_norm.width)
+    if section.kind == "qformer":
+        return QFormer(config)
+    for name in ("start", "text_branch", "instruction_aware"):
+        if getattr(section, name):
+            raise UserError(f"bridge.{name}: only the Q-Former has it; leave it out, or set bridge.kind=qformer")
+    count = vectors_of(section.kind, feature_norm.num_tokens)
+    return SimpleBridge(replace(config, num_queries=count), section.kind)
+
+
 def _bridge_start(
-    section: BridgeSection, bridge: QFormer, fingerprints: dict[str, str], *, offline: bool
+    section: BridgeSection, bridge: QFormer | SimpleBridge, fingerprints: dict[str, str], *, offline: bool
 ) -> BridgeTokenizer | None:
     """Copy BERT-family weights into a bridge; hand back its tokenizer where the bridge reads text."""
     reads = "instruction_aware" if section.instruction_aware else "text_branch" if section.text_branch else None
-    if section.start is None:
+    if section.start is None or isinstance(bridge, SimpleBridge):
         if reads is not None:
             raise UserError(f"bridge.{reads}: needs bridge.start, whose tokenizer reads the text")
         return None

@@ -17,8 +17,7 @@ from torch import nn
 from adapters.assembly import lora_settings
 from adapters.published import find_config
 from adapters.recipe import LanguageSection, Recipe, TowerSection
-from adapters.sight import bridge_config
-from qformer.bridge import QFormer
+from adapters.sight import build_bridge
 from qformer.efficientnet import MODEL_TYPE, EfficientNetLiteConfig
 from qformer.errors import UserError
 from qformer.language import LanguageModel, first_line, without_dropout
@@ -56,7 +55,7 @@ def build_skeleton(
     language = _language_model(recipe.language, compute_dtype, quantized, attention)
     with torch.device("meta"):
         feature_norm = FeatureNorm(encoders)
-        bridge = QFormer(bridge_config(recipe.bridge, feature_norm.width))
+        bridge = build_bridge(recipe.bridge, feature_norm)
         projection = nn.Linear(bridge.config.hidden_size, language.width)
         heads = Heads(bridge.config) if recipe.bridge.text_branch else None
     if bridge.embeddings is not None and recipe.bridge.start is not None:

@@ -24,7 +24,7 @@ from qformer.representation import TextBatch
 def model_inputs(sight: Sight, batch: Batch) -> tuple[object, ...]:
     """What `RepresentationModel.forward` takes: features, texts, and each picture's number."""
     assert sight.tokenizer is not None
-    device = sight.bridge.query_tokens.device
+    device = next(sight.feature_norm.parameters()).device
     ids, mask = sight.tokenizer([text for _, texts in batch for text in texts], longest=MAX_TEXT)
     owners = torch.tensor([row for row, (_, texts) in enumerate(batch) for _ in texts])
     text = TextBatch(ids.to(device), mask.to(device), owners.to(device))

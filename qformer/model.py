@@ -12,6 +12,7 @@ from qformer.bridge import QFormer
 from qformer.decoding import Decoding
 from qformer.language import LanguageModel
 from qformer.objectives import Heads
+from qformer.simple_bridges import SimpleBridge
 from qformer.vision import FeatureNorm, ImageEncoder
 
 
@@ -55,7 +56,7 @@ class VisionLanguageModel(nn.Module):
         self,
         encoders: Sequence[ImageEncoder],
         feature_norm: FeatureNorm,
-        bridge: QFormer,
+        bridge: QFormer | SimpleBridge,
         projection: nn.Linear,
         language: LanguageModel,
         *,
@@ -134,5 +135,9 @@ class VisionLanguageModel(nn.Module):
 
     def trainable_parts(self) -> dict[str, nn.Module]:
         """What an artefact holds besides LoRA: module by name."""
-        parts = {"feature_norm": self.feature_norm, "bridge": self.bridge, "projection": self.projection}
+        parts: dict[str, nn.Module] = {
+            "feature_norm": self.feature_norm,
+            "bridge": self.bridge,
+            "projection": self.projection,
+        }
         return parts if self.heads is None else parts | {"heads": self.heads}

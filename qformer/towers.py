@@ -281,6 +281,10 @@ class EfficientNetLiteEncoder(ImageEncoder):
         """9 rows of 1280 channels for Lite2's head at 260 px."""
         return self.model.output_shape(self.image_size)
 
+    def tail(self, start: int) -> nn.Module:
+        """What leads from hidden state `start`, a map [B, C, H, W], to the chosen one; its weights are the tower's."""
+        return nn.Sequential(*list(self.model.parts)[start + 1 :])
+
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] → [B, rows · rows, width]."""
         *_, x = self.model.hidden_states(pixels.contiguous(memory_format=torch.channels_last))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qformer.difference import apply_difference
 from qformer.errors import UserError
 from qformer.feature_norm import FeatureNorm
 from qformer.sources import fingerprint, resolve
@@ -30,6 +31,7 @@ def load_image_encoder(
     layer: int = -2,
     class_token: bool = True,
     image_size: int | None = None,
+    difference: Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
@@ -42,6 +44,7 @@ def load_image_encoder(
         layer: which hidden state to give; see `ImageEncoder`.
         class_token: keep the class token, where the tower has one.
         image_size: side in pixels of the square picture; None for the published one.
+        difference: a folder with a small difference that is added to the published weights (`qformer.difference`).
         device: where the weights go.
         dtype: of weights and features.
         offline: fetch nothing.
@@ -53,7 +56,11 @@ def load_image_encoder(
     folder = resolve(source, offline=offline)
     kind = _encoder_class(_model_type(folder), source)
     processor = _processor(kind, kind.read_config(folder), folder, image_size, whole_image)
-    encoder = kind(kind.load(folder, dtype), processor, fingerprint(folder), layer, class_token)
+    model, weights = kind.load(folder, torch.float32 if difference else dtype), fingerprint(folder)
+    if difference is not None:
+        weights = apply_difference(model, difference, base=weights)
+        model = model.to(dtype)
+    encoder = kind(model, processor, weights, layer, class_token)
     return encoder.to(device)
 
 

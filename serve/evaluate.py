@@ -10,6 +10,7 @@ from adapters.data.examples import DataSet
 from adapters.data.images import ImageRef, blank_image
 from adapters.data.readers import read_data
 from adapters.evaluation.captions import score_captions
+from adapters.evaluation.java_scores import java_scores
 from adapters.evaluation.retrieval import recalls
 from adapters.evaluation.vqa import commonest_answer_score, score
 from adapters.retrieval import RERANKED, Retriever
@@ -48,7 +49,8 @@ def evaluate(
     Returns:
         Of answers "n", "exact_match" and "vqa_accuracy" as fractions, "skipped", and "commonest_answer": exact match
         of giving each question the answer it most often has in this very set, which needs no picture and no model. Of
-        captions "n" pictures, "BLEU-1" to "BLEU-4" and "ROUGE-L" as fractions, "CIDEr", and "skipped".
+        captions "n" pictures, "BLEU-1" to "BLEU-4" and "ROUGE-L" as fractions, "CIDEr", "skipped", and "METEOR" and
+        "SPICE" where Java can compute them.
 
     Raises:
         UserError: the data cannot be read, or the task has no scores here.
@@ -73,7 +75,9 @@ def evaluate(
         languages = {example.language for example in examples}
         if len(languages) > 1:
             raise UserError(f"{data}: captions in {', '.join(sorted(languages))}; score one language a file")
-        return {**score_captions(said, answers, language=languages.pop()), "skipped": len(rows.skipped)}
+        language = languages.pop()
+        by_java, _ = java_scores(said, answers, language=language)
+        return {**score_captions(said, answers, language=language), **by_java, "skipped": len(rows.skipped)}
     return {
         **score(said, answers),
         "commonest_answer": commonest_answer_score([example.question for example in examples], answers),

@@ -159,3 +159,17 @@ def draw_captions(folder: Path, name: str = "captions.jsonl") -> Path:
     file = folder / name
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def save_tiny_efficientnet(folder: Path, seed: int = 0) -> Path:
+    """A random narrow EfficientNet-Lite at 33×33 pixels, as a folder that `load_image_encoder` reads."""
+    from safetensors.torch import save_file
+
+    from qformer.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+
+    torch.manual_seed(seed)
+    config = EfficientNetLiteConfig(0.1, 0.5, 33, num_classes=5, stem_channels=8, head_channels=24)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file(EfficientNetLite(config).state_dict(), folder / "model.safetensors")
+    return folder

@@ -1,0 +1,204 @@
+"""A CLIP of one's own: the last blocks of a convolutional tower, trained contrastively on pictures with captions.
+
+CLIP (arXiv 2103.00020) where no CLIP weights can be had. The tower's earlier blocks stay as published, so their output
+is computed once and kept; the text tower is a frozen sentence encoder with a trained projection, so that little data
+suffices. What comes out is a small difference to the published weights (`qformer.difference`), and frozen from then on.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters.data.captioned import Captioned, captioned, draw_captions
+from adapters.data.readers import read_data
+from adapters.evaluation.retrieval import recalls
+from adapters.features import FeatureCache
+from qformer.attention import MultiHeadAttention
+from qformer.difference import save_difference
+from qformer.errors import UserError
+from qformer.objectives import EMBEDDING_WIDTH, contrastive_loss
+from qformer.sources import resolve
+from qformer.towers import EfficientNetLiteEncoder
+from qformer.vision import load_image_encoder
+
+
+class AttentionPool(nn.Module):
+    """The mean of all places looks at them once more, as in CLIP's convolutional towers (section 2.4)."""
+
+    def __init__(self, width: int, heads: int = 8) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = MultiHeadAttention(width, heads)
+        self.project = nn.Linear(width, EMBEDDING_WIDTH)
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Features [B, P, D] to unit vectors [B, E]."""
+        places = self.norm(places)
+        mean = places.mean(dim=1, keepdim=True)
+        looked = mean + self.attention(mean, places).hidden  # [B, 1, D]
+        return F.normalize(self.project(looked[:, 0]), dim=-1)
+
+
+class SentenceEncoder:
+    """A frozen BERT-family sentence encoder: the mean over tokens of its last hidden states.
+
+    Args:
+        source: as `qformer.sources.resolve` takes it.
+        offline: take its weights from the cache only.
+    """
+
+    def __init__(self, source: str, *, offline: bool = False) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = resolve(source, offline=offline)
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self.model = AutoModel.from_pretrained(str(folder), add_pooling_layer=False).eval().requires_grad_(False)
+        self.width = int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Texts to vectors [T, D]; those of like length are computed together."""
+        out = torch.empty(len(texts), self.width)
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            tokens = self.tokenizer(
+                [texts[index] for index in chosen], padding=True, truncation=True, max_length=64, return_tensors="pt"
+            )
+            hidden = self.model(**tokens).last_hidden_state  # [b, L, D]
+            mask = tokens["attention_mask"].unsqueeze(-1)
+            out[chosen] = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        return out
+
+
+def train_tower(
+    train: str | Path,
+    val: str | Path,
+    out: Path | str,
+    *,
+    source: str = "pypi:efficientnet-lite2",
+    text_source: str = "pypi:minilm-l6",
+    start: int = 5,
+    epochs: int = 12,
+    batch_size: int = 128,
+    learning_rate: float = 2e-4,
+    seed: int = 0,
+    offline: bool = False,
+    quiet: bool = False,
+) -> dict[str, float]:
+    """Train a tower's last blocks against captions and write the difference of the best epoch.
+
+    Args:
+        train: a file of captions.
+        val: a file of captions to choose the epoch by.
+        out: the folder of the difference.
+        source: an EfficientNet-Lite.
+        text_source: a BERT-family sentence encoder.
+        start: the last hidden state that stays as published; what comes after it is trained.
+        epochs: passes over the pictures, one caption of each a pass.
+        batch_size: pictures a step, each told from all others.
+        learning_rate: of the pool and the projection; the tower's blocks learn at a fifth of it.
+        seed: of weights and order.
+        offline: take frozen weights from the cache only.
+        quiet: print nothing.
+
+    Returns:
+        The best epoch's recalls on `val`, and its number.
+
+    Raises:
+        UserError: the tower is another kind, or data cannot be read.
+    """
+    trunk, whole = (load_image_encoder(source, layer=layer, offline=offline) for layer in (start, -1))
+    if not isinstance(whole, EfficientNetLiteEncoder):
+        raise UserError(f"{source}: {whole.architecture} cannot be trained further here; take an EfficientNet-Lite")
+    published = load_image_encoder(source, layer=-1, offline=offline)
+    torch.manual_seed(seed)
+    pictures = captioned(read_data(train, task="caption", offline=offline).examples)
+    held_out = captioned(read_data(val, task="caption", offline=offline).examples)
+    cache = FeatureCache(trunk)
+    cache.fill([picture.image for picture in (*pictures, *held_out)])
+    sentences = SentenceEncoder(text_source, offline=offline)
+    vectors = {text: row for part in (pictures, held_out) for text, row in _embedded(sentences, part)}
+    tail = whole.tail(start).requires_grad_(True)
+    pool = AttentionPool(whole.width)
+    project = nn.Sequential(
+        nn.Linear(sentences.width, sentences.width), nn.GELU(), nn.Linear(sentences.width, EMBEDDING_WIDTH)
+    )
+    scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    heads = [*pool.parameters(), *project.parameters(), scale]
+    optimiser = torch.optim.AdamW(
+        [{"params": list(tail.parameters()), "peak": learning_rate / 5}, {"params": heads, "peak": learning_rate}],
+        lr=learning_rate,
+        weight_decay=0.05,
+    )
+
+    def images_of(batch: Sequence[Captioned]) -> Tensor:
+        """Unit vectors [B, E]."""
+        rows = trunk.output_shape()[0]
+        maps = cache.load([picture.image for picture in batch]).float().transpose(1, 2).unflatten(2, (rows, rows))
+        features = tail(maps.contiguous(memory_format=torch.channels_last))  # [B, C, H, W]
+        return pool(features.flatten(2).transpose(1, 2))
+
+    def texts_of(texts: Sequence[str]) -> Tensor:
+        return F.normalize(project(torch.stack([vectors[text] for text in texts])), dim=-1)
+
+    @torch.no_grad()
+    def recall() -> dict[str, float]:
+        images = torch.cat([images_of(held_out[i : i + 64]) for i in range(0, len(held_out), 64)])
+        owners = [row for row, picture in enumerate(held_out) for _ in picture.captions]
+        return recalls(images @ texts_of([t for p in held_out for t in p.captions]).T, owners)
+
+    size = min(batch_size, len(pictures))
+    steps = len(pictures) // size
+    best: dict[str, float] = {}
+    for epoch in range(epochs):
+        rng = random.Random(f"{seed}:{epoch}")
+        order = rng.sample(pictures, len(pictures))
+        summed, began = 0.0, time.monotonic()
+        for step in range(steps):
+            batch = order[step * size : (step + 1) * size]
+            done = (epoch * steps + step) / (epochs * steps)
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * min(1.0, done * 20 + 0.05) * 0.5 * (1 + math.cos(math.pi * done))
+            texts = texts_of([draw_captions(picture, 1, rng)[0] for picture in batch])
+            numbers = torch.arange(len(batch))
+            loss = contrastive_loss(images_of(batch) @ texts.T * scale.exp().clamp(max=100), numbers, numbers)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_([*tail.parameters(), *heads], 1.0)
+            optimiser.step()
+            summed += loss.item()
+        found = recall()
+        mean = sum(found.values()) / len(found)
+        if not quiet:
+            print(
+                f"epoch {epoch + 1}/{epochs} · loss {summed / steps:.3f} · i2t R@1 {found['i2t_R@1']:.3f}"
+                f" · t2i R@1 {found['t2i_R@1']:.3f} · {time.monotonic() - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        if mean > best.get("mean_recall", -1.0):
+            best = {**found, "mean_recall": mean, "epoch": epoch + 1}
+            facts: dict[str, Any] = {
+                "base": published.weights,
+                "source": source,
+                "trained": f"hidden states after {start}, contrastively with {Path(train).name} against {text_source}",
+                "metrics": best,
+            }
+            save_difference(Path(out), whole.model, published.model, facts)
+    return best
+
+
+def _embedded(sentences: SentenceEncoder, pictures: Sequence[Captioned]) -> list[tuple[str, Tensor]]:
+    texts = list(dict.fromkeys(text for picture in pictures for text in picture.captions))
+    return list(zip(texts, sentences(texts), strict=True))

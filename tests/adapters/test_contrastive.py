@@ -1,0 +1,71 @@
+"""Training a tower's last blocks contrastively: it learns, and what it writes is the tower that it trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import draw_captions, save_tiny_bert, save_tiny_efficientnet
+
+from adapters.contrastive import AttentionPool, SentenceEncoder, train_tower
+from adapters.data.readers import read_data
+from adapters.recipe import TowerSection
+from adapters.sight import find_difference
+from qformer.errors import UserError
+from qformer.vision import load_image_encoder
+
+pytestmark = pytest.mark.usefixtures("cache_here")
+
+
+def test_it_learns_and_leaves_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower, bert = save_tiny_efficientnet(tmp_path / "tower"), save_tiny_bert(tmp_path / "bert")
+    data = draw_captions(tmp_path / "data")
+    out = tmp_path / "made"
+    best = train_tower(
+        data, data, out, source=str(tower), text_source=str(bert), start=5, epochs=30, batch_size=12, learning_rate=1e-2
+    )
+    lines = capsys.readouterr().err.splitlines()
+    losses = [float(line.split("loss ")[1].split()[0]) for line in lines if line.startswith("epoch")]
+    assert len(losses) == 30 and losses[-1] < 0.8 * losses[0]
+    facts = json.loads((out / "difference.json").read_text())
+    assert facts["metrics"] == best and 1 <= best["epoch"] <= 30
+    plain, made = load_image_encoder(str(tower), layer=-1), load_image_encoder(str(tower), layer=-1, difference=out)
+    assert facts["base"] == plain.weights
+    for name, tensor in made.model.state_dict().items():
+        start = name.startswith(("parts.6.", "parts.7.", "parts.8."))
+        moved = not torch.equal(tensor, plain.model.state_dict()[name])
+        assert moved == start or (start and "depthwise" in name), name  # a channel that never fires learns nothing
+    section = TowerSection(source=str(tower), layer=-1, difference=str(out))
+    assert find_difference(section.difference or "") == out
+
+
+def test_the_trunk_and_the_tail_are_the_tower(tmp_path: Path) -> None:
+    tower = save_tiny_efficientnet(tmp_path / "tower")
+    trunk, whole = (load_image_encoder(str(tower), layer=layer) for layer in (5, -1))
+    image = read_data(draw_captions(tmp_path / "data")).examples[0].images[0]
+    from adapters.data.images import open_image
+
+    pixels = whole.preprocess([open_image(image)])
+    rows = trunk.output_shape()[0]
+    maps = trunk(pixels).transpose(1, 2).unflatten(2, (rows, rows))
+    assert torch.allclose(whole.tail(5)(maps).flatten(2).transpose(1, 2), whole(pixels), atol=1e-5)  # type: ignore[operator]
+
+
+def test_pool_and_sentences(tmp_path: Path) -> None:
+    pool = AttentionPool(16, heads=2)
+    assert torch.allclose(pool(torch.randn(3, 9, 16)).norm(dim=-1), torch.ones(3))
+    sentences = SentenceEncoder(str(save_tiny_bert(tmp_path / "bert")))
+    texts = ["a red square", "the colour of the square is blue", "a square"]
+    together = sentences(texts, batch_size=2)
+    for row, text in enumerate(texts):
+        assert torch.allclose(together[row], sentences([text])[0], atol=1e-5)
+
+
+def test_other_towers_are_refused(vision_folder: Path, tmp_path: Path) -> None:
+    data = draw_captions(tmp_path / "data")
+    with pytest.raises(UserError, match="EfficientNet-Lite"):
+        train_tower(data, data, tmp_path / "made", source=str(vision_folder), start=1)
+    with pytest.raises(UserError, match="none of that name ships"):
+        find_difference("nothing")
