@@ -1,0 +1,120 @@
+"""Train one recipe under several settings, as short and as long each, and print a table of what came out.
+
+    .venv/bin/python scripts/compare.py docs/comparisons/encoders.yaml --out runs/encoders --set data.train=my.jsonl
+
+The YAML names the recipe, the command's stage, what all runs have in common, and the settings, each a list of
+overrides; or, where some start from a trained first stage, `set` and `start_from`:
+
+    recipe: photo_stage1
+    stage: 1                       # 1; or 2, which is finetune
+    common: [train.max_steps=400]
+    columns: [i2t_R@1, t2i_R@1]    # of the best validation
+    settings:
+      16 queries: []
+      8 queries: [bridge.num_queries=8]
+      from a trained one: {set: [], start_from: runs/stage1}
+
+A run that is finished is not run again; one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    """Read the flags, train what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("comparison", type=Path, help="the YAML file that names recipe and settings")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of all runs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in every run")
+    parser.add_argument("--seeds", default="0", help="seeds with commas between them (default 0)")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="only this setting; may be repeated"
+    )
+    options = parser.parse_args()
+    import yaml
+
+    from serve.cli import hush_libraries
+
+    hush_libraries()
+    plan = yaml.safe_load(options.comparison.read_text(encoding="utf-8"))
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    rows = {}
+    for name, setting in plan["settings"].items():
+        if options.only and name not in options.only:
+            continue
+        own, start = (setting["set"], setting["start_from"]) if isinstance(setting, dict) else (setting, None)
+        every = [*plan.get("common", []), *own, *options.set]
+        rows[name] = [train(plan, every, options.out / folder_of(name, seed), seed, start) for seed in seeds]
+    print(table(plan["columns"], rows))
+    return 0
+
+
+def folder_of(name: str, seed: int) -> str:
+    """A folder's name for a setting and a seed."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+
+
+def train(
+    plan: Mapping[str, Any], overrides: list[str], out: Path, seed: int, start_from: str | None
+) -> dict[str, float]:
+    """Train one setting, unless that is done; the best validation's figures, and the seconds it took."""
+    from adapters.checkpoint import find_state
+    from adapters.finetune import finetune
+    from adapters.pretrain import pretrain
+    from adapters.recipe import load_recipe
+
+    done = out / "compared.json"
+    if done.exists():
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+    recipe = load_recipe(plan["recipe"], [*overrides, f"train.seed={seed}"])
+    run = pretrain if plan["stage"] == 1 else finetune
+    began = time.monotonic()
+    resume = find_state(out / "state") is not None
+    print(f"{out.name}: {' '.join(overrides)}", file=sys.stderr, flush=True)
+    result = run(recipe, out, resume=resume, start_from=None if resume else start_from)
+    if not result.finished:
+        raise KeyboardInterrupt
+    found = {**result.metrics, "seconds": time.monotonic() - began}
+    done.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def table(columns: list[str], rows: Mapping[str, list[dict[str, float]]]) -> str:
+    """Markdown: a row a setting, the mean over seeds, and the range where there are several."""
+    lines = [f"| setting | {' | '.join(columns)} | minutes |", "|---" * (len(columns) + 2) + "|"]
+    for name, runs in rows.items():
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs if column in run]
+            if not values:
+                cells.append("–")
+            elif len(values) == 1:
+                cells.append(f"{values[0]:.3f}")
+            else:
+                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})")
+        minutes = statistics.mean(run["seconds"] for run in runs) / 60
+        lines.append(f"| {name} | {' | '.join(cells)} | {minutes:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from qformer.errors import UserError
+
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("compare: stopped; run it again to go on", file=sys.stderr)
+        sys.exit(130)
