@@ -132,6 +132,34 @@ def save_artefact(folder: Path, assembly: Assembly | Sight, facts: Facts) -> Non
         ) from error
 
 
+def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
+    """Copy a trained artefact to where it ships from, with the figures that were measured on it and a card that says so.
+
+    Args:
+        source: the artefact.
+        target: its new folder, whose name it is called by; what stands there is replaced.
+        metrics: what was measured, in place of the last validation's.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    from adapters.card import write_card
+
+    facts = replace(read_facts(source), metrics=dict(metrics))
+    building = target.with_name(target.name + ".partial")
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, building)
+        (building / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
+        (building / "README.md").write_text(write_card(read_recipe(source), facts, target.name), encoding="utf-8")
+        replace_folder(building, target)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise UserError(f"{target}: the adapter cannot be written ({error.strerror}); free space") from error
+    return facts
+
+
 def _save_lora(folder: Path, assembly: Assembly) -> None:
     """Write LoRA as PEFT would, but in bfloat16 and without a copy of the base model's path."""
     language = assembly.model.language

@@ -2,7 +2,7 @@
 
 state/weights.safetensors     trained tensors in float32
 state/optimiser.safetensors   AdamW's moments and step counts, by parameter name
-state/rng.safetensors         torch's generators
+state/rng.safetensors         torch's generators, those of every process
 state/position.json           step, epoch, place in the epoch, what the validations said
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -61,8 +63,26 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, position: Position) -> None:
-    """Write the state beside the one that stands there, then take its place.
+def generators_of_all() -> dict[str, Tensor]:
+    """The states of torch's generators of every process, "RANK.cpu", "RANK.cuda:0", …; every process must call it."""
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return {
+        f"{number}.{name}": state
+        for number, states in enumerate(gather_object([own]))
+        for name, state in states.items()
+    }
+
+
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    position: Position,
+    generators: Mapping[str, Tensor],
+) -> None:
+    """Write the state beside the one that stands there, then take its place. `generators`: of `generators_of_all`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -73,16 +93,13 @@ def save_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer,
     for name, parameter in parameters.items():
         for key, value in optimiser.state.get(parameter, {}).items():
             moments[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    generators = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        generators |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         save_file(weights, building / "weights.safetensors")
         save_file(moments, building / "optimiser.safetensors")
-        save_file(generators, building / "rng.safetensors")
+        save_file(dict(generators), building / "rng.safetensors")
         (building / "position.json").write_text(json.dumps(asdict(position), indent=2), encoding="utf-8")
         replace_folder(building, folder)
     except (OSError, SafetensorError) as error:
@@ -110,8 +127,8 @@ def read_position(folder: Path) -> Position:
         raise UserError(f"{folder}: the state is damaged ({error}); delete the run's folder and start again") from error
 
 
-def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> Position:
-    """Put weights, optimiser and generators back as they were.
+def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, *, rank: int = 0) -> Position:
+    """Put weights, optimiser and this process's generators back as they were.
 
     Raises:
         UserError: the state is damaged, or of a run with other trainable parts.
@@ -137,9 +154,10 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer)
         # AdamW keeps its step count on the CPU, its moments beside the parameter
         placed = value if kind == "step" else value.to(parameter.device)
         optimiser.state[parameter][kind] = placed
-    torch.set_rng_state(generators["cpu"])
-    if torch.cuda.is_available() and "cuda:0" in generators:
-        held = [generators[f"cuda:{i}"] for i in range(torch.cuda.device_count()) if f"cuda:{i}" in generators]
-        for index, generator in enumerate(held):
-            torch.cuda.set_rng_state(generator, index)
+    own = {name.partition(".")[2]: state for name, state in generators.items() if name.startswith(f"{rank}.")}
+    if "cpu" in own:  # a run may go on with more processes than it had
+        torch.set_rng_state(own["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in own:
+            torch.cuda.set_rng_state(own[f"cuda:{index}"], index)
     return position

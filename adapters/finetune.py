@@ -21,7 +21,7 @@ from adapters.alignment import align_words
 from adapters.answering import answer_examples
 from adapters.artefact import Facts, find_artefact, read_facts, save_artefact
 from adapters.assembly import Assembly, assemble
-from adapters.checkpoint import Position, load_state, read_position, save_state, trainable
+from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
 from adapters.data.batches import Picture, Step, plan_epoch, plan_validation, tokenise
 from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
 from adapters.data.examples import DataSet, Example, merge, split_by_image
@@ -134,7 +134,7 @@ def finetune(
             _align(assembly, pictures, train, quiet=quiet or not main)
     optimiser = build_optimiser(assembly.model, train)
     if state is not None:
-        position = load_state(state, model, optimiser)
+        position = load_state(state, model, optimiser, rank=accelerator.process_index)
         if position.data != train_data.fingerprint:
             raise UserError(
                 f"{out}: the run was trained on other data than {recipe.data.train} is now; name another --out"
@@ -224,20 +224,22 @@ def finetune(
                 metrics = validate(assembly, validation, val_data.examples, recipe)
                 report.validation(position.step, metrics)
                 position.seconds = time.monotonic() - began
+                generators = generators_of_all()
                 improved = note_validation(position, metrics, train)  # on every process, so that all stop together
                 if main:
                     measured = replace(facts, metrics=metrics, steps=position.step)
                     save_artefact(out / "last", assembly, measured)
                     if improved:
                         save_artefact(out / "best", assembly, measured)
-                    save_state(out / "state", model, optimiser, position)
+                    save_state(out / "state", model, optimiser, position, generators)
                     report.draw()
                 accelerator.wait_for_everyone()
                 samples, timer = 0, time.monotonic()
         finished = position.step >= total or position.stopped_early
+        generators = generators_of_all()
         if not finished and main:
             position.seconds = time.monotonic() - began
-            save_state(out / "state", model, optimiser, position)
+            save_state(out / "state", model, optimiser, position, generators)
             report.say(f"stopped at step {position.step} of {total}; --resume goes on from there")
         return Result(
             out,

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from adapters.artefact import Facts, find_artefact, read_facts, save_artefact
 from adapters.assembly import chosen_dtype
-from adapters.checkpoint import Position, load_state, read_position, save_state, trainable
+from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
 from adapters.data.captioned import Batch, Captioned, captioned, draw_captions
 from adapters.evaluation.retrieval import recalls
 from adapters.finetune import Result, fill_caches, read_split
@@ -99,7 +99,7 @@ def pretrain(
         started_from=starting,
     )
     if state is not None:
-        position = load_state(state, model, optimiser)
+        position = load_state(state, model, optimiser, rank=accelerator.process_index)
         if position.data != train_data.fingerprint:
             raise UserError(
                 f"{out}: the run was trained on other data than {recipe.data.train} is now; name another --out"
@@ -148,7 +148,9 @@ def pretrain(
             paired = max(1, round(train.pair_share * len(mine)))
             losses = prepared(*model_inputs(sight, mine), paired=paired)
             accelerator.backward(losses.total)
-            check_finite(losses.total.item(), position.step + 1, recipe)
+            said = torch.stack([losses.total, losses.contrastive, losses.matching, losses.generation]).detach()
+            values = dict(zip(("loss", "itc", "itm", "itg"), accelerator.reduce(said, "mean").tolist(), strict=True))
+            check_finite(values["loss"], position.step + 1, recipe)
             norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm))
             check_finite(norm, position.step + 1, recipe, what="the gradient's norm")
             optimiser.step()
@@ -156,7 +158,7 @@ def pretrain(
             model.heads.clamp_temperature()
             position.step += 1
             position.offset += 1
-            for name, value in {"loss": losses.total.item(), **losses.named()}.items():
+            for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
             counted += 1
             if position.step % train.log_every == 0 or position.step == total:
@@ -176,20 +178,22 @@ def pretrain(
                 metrics = evaluate_recall(sight, held_out, compute_dtype)
                 report.validation(position.step, metrics)
                 position.seconds = time.monotonic() - began
+                generators = generators_of_all()
                 improved = _note(position, metrics, train)
                 if main:
                     measured = replace(facts, metrics=metrics, steps=position.step)
                     save_artefact(out / "last", sight, measured)
                     if improved:
                         save_artefact(out / "best", sight, measured)
-                    save_state(out / "state", model, optimiser, position)
+                    save_state(out / "state", model, optimiser, position, generators)
                     report.draw()
                 accelerator.wait_for_everyone()
                 sums, counted, timer = {}, 0, time.monotonic()
         finished = position.step >= total or position.stopped_early
+        generators = generators_of_all()
         if not finished and main:
             position.seconds = time.monotonic() - began
-            save_state(out / "state", model, optimiser, position)
+            save_state(out / "state", model, optimiser, position, generators)
             report.say(f"stopped at step {position.step} of {total}; --resume goes on from there")
         peak = report.memory.peak_gib
         return Result(out, out / "best", position.step, {**position.metrics, "peak_memory_gib": peak}, finished)

