@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapters.assembly import Assembly, assemble
-from adapters.recipe import Recipe, load_recipe
+from adapters.recipe import Recipe, load_recipe, parse_recipe
 from adapters.sight import Sight, load_sight
 from qformer.errors import UserError
 from qformer.strict import describe_differences
@@ -133,7 +133,7 @@ def save_artefact(folder: Path, assembly: Assembly | Sight, facts: Facts) -> Non
 
 
 def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
-    """Copy a trained artefact to where it ships from, with the figures that were measured on it and a card that says so.
+    """Copy a trained artefact to where it ships from, with what was measured on it, and a card that says so.
 
     Args:
         source: the artefact.
@@ -145,19 +145,32 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
     """
     from adapters.card import write_card
 
-    facts = replace(read_facts(source), metrics=dict(metrics))
+    facts, recipe = replace(read_facts(source), metrics=dict(metrics)), _without_folders(read_recipe(source))
     building = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(building, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, building)
+        (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
         (building / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
-        (building / "README.md").write_text(write_card(read_recipe(source), facts, target.name), encoding="utf-8")
+        (building / "README.md").write_text(write_card(recipe, facts, target.name), encoding="utf-8")
         replace_folder(building, target)
     except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
         raise UserError(f"{target}: the adapter cannot be written ({error.strerror}); free space") from error
     return facts
+
+
+def _without_folders(recipe: Recipe) -> Recipe:
+    """The recipe with its data files' names alone: where they lay on the machine that trained is nobody's business."""
+    values = recipe.model_dump(mode="json")
+    for part in ("train", "val"):
+        named = values["data"][part]
+        if isinstance(named, str):
+            values["data"][part] = Path(named).name
+        for entry in named if isinstance(named, list) else ():
+            entry["file"] = Path(entry["file"]).name
+    return parse_recipe(values, _RECIPE)
 
 
 def _save_lora(folder: Path, assembly: Assembly) -> None:

@@ -3,7 +3,7 @@
     .venv/bin/python scripts/make_photo.py DATA
 
 DATA holds `flickr8k/` (captions_{train,val}.jsonl, captions_{train,val}.zh.jsonl, reasons_{train,val}.jsonl) and
-`daquar/` (questions_{train,val}.jsonl). Hours on two cores; a run that was stopped goes on, and what is done is skipped.
+`daquar/` (questions_{train,val}.jsonl). Hours on two cores; a stopped run goes on, and what is done is skipped.
 """
 
 from __future__ import annotations

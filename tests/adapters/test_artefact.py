@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from tiny import draw_data, tiny_values
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
-from adapters.artefact import Facts, find_artefact, load_artefact, read_facts, replace_folder, save_artefact
+from adapters.artefact import (
+    Facts,
+    find_artefact,
+    load_artefact,
+    publish,
+    read_facts,
+    replace_folder,
+    save_artefact,
+    trained_state,
+)
 from adapters.assembly import Assembly, assemble
 from adapters.recipe import parse_recipe
 from qformer.config import BridgeConfig
@@ -172,3 +181,20 @@ def test_word_embeddings_are_named_not_copied(
     again, _ = load_artefact(tmp_path / "artefact", dtype="float32")
     assert again.sight.tokenizer is not None
     assert torch.equal(again.model.bridge.embeddings.words.weight, made.model.bridge.embeddings.words.weight)
+
+
+def test_what_ships_has_its_figures_and_no_folders_of_the_machine(assembly: Assembly, tmp_path: Path) -> None:
+    source = tmp_path / "run" / "best"
+    source.parent.mkdir()
+    save_artefact(source, assembly, Facts(assembly.fingerprints, metrics={"val_loss": 2.0}, terms=("CC0",)))
+    facts = publish(source, tmp_path / "shipped" / "squares", {"captions en, CIDEr": 0.5})
+    assert facts == read_facts(tmp_path / "shipped" / "squares")
+    assert facts.metrics == {"captions en, CIDEr": 0.5} and facts.terms == ("CC0",)
+    folder = tmp_path / "shipped" / "squares"
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# squares\n") and "CIDEr | 0.5" in card
+    for file in ("recipe.yaml", "artefact.json", "README.md"):
+        assert str(tmp_path) not in (folder / file).read_text()
+    loaded, _ = load_artefact(folder, dtype="float32")
+    for name, tensor in trained_state(loaded.parts()).items():
+        assert torch.equal(tensor, trained_state(assembly.parts())[name].bfloat16().float()), name
