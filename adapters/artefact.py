@@ -31,7 +31,7 @@ from adapters.sight import Sight, load_sight
 from qformer.errors import UserError
 from qformer.strict import describe_differences
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has the kind
 _BRIDGE = "bridge.safetensors"
 _LORA = "lora"
 _RECIPE = "recipe.yaml"
@@ -157,12 +157,12 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
         replace_folder(building, target)
     except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
-        raise UserError(f"{target}: the adapter cannot be written ({error.strerror}); free space") from error
+        raise UserError(f"{target}: the adapter cannot be written ({error}); free space") from error
     return facts
 
 
 def _without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with its data files' names alone: where they lay on the machine that trained is nobody's business."""
+    """The recipe with its data files' names alone: where they lay is nobody's business. Sources of weights stay."""
     values = recipe.model_dump(mode="json")
     for part in ("train", "val"):
         named = values["data"][part]
@@ -264,7 +264,7 @@ def load_artefact(
     if facts.kind == "representation":
         raise UserError(
             f"--adapter {name}: this is the first stage, which can search and classify; no language model can read it"
-            f" yet: querybridge pretrain --stage 2 --start-from {name}"
+            f" yet: querybridge pretrain RECIPE --stage 2 --start-from {name}"
         )
     assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False)
     _check_fingerprints(folder, recipe, facts.fingerprints, assembly.fingerprints)
@@ -299,15 +299,18 @@ def _check_fingerprints(folder: Path, recipe: Recipe, expected: Mapping[str, str
             )
 
 
-def load_sight_weights(sight: Sight, folder: Path) -> None:
-    """Put an artefact's norm, bridge and heads into a Sight, strictly.
+def load_sight_weights(sight: Sight, folder: Path, *, drop_text_side: bool = False) -> None:
+    """Put an artefact's norm, bridge and heads into a Sight, strictly; the projection of one with an LLM is left alone.
 
-    A projection is left alone, and so is the text side where the Sight has none: BLIP-2 too drops it after stage 1.
+    Args:
+        sight: changed in place.
+        folder: the artefact's.
+        drop_text_side: what the Sight has no place for of the text side is left, as BLIP-2 drops it after stage 1.
     """
-    found = {name: tensor for name, tensor in _read_bridge(folder).items() if not name.startswith("projection.")}
-    if sight.heads is None:
-        found = {name: tensor for name, tensor in found.items() if not _of_text_side(name)}
-    _put(found, trained_state(sight.parts()), folder)
+    found = _read_bridge(folder)
+    if read_facts(folder).kind == "language":
+        found = {name: tensor for name, tensor in found.items() if not name.startswith("projection.")}
+    _put(found, trained_state(sight.parts()), folder, drop_text_side=drop_text_side)
 
 
 def _of_text_side(name: str) -> bool:
@@ -322,19 +325,27 @@ def _read_bridge(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _put(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
+def _put(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path, *, drop_text_side: bool) -> None:
+    if drop_text_side:
+        found = {name: tensor for name, tensor in found.items() if name in expected or not _of_text_side(name)}
     if differences := describe_differences(found, expected):
         raise UserError(f"{folder / _BRIDGE}: does not fit its recipe: {differences}")
     for name, tensor in expected.items():
         tensor.copy_(found[name])
 
 
-def load_trained(assembly: Assembly, folder: Path) -> None:
-    """Put an artefact's weights into an assembly of the same shape, strictly. LoRA must not be in place yet."""
-    found, expected = _read_bridge(folder), trained_state(assembly.parts())
-    if assembly.model.heads is None:
-        found = {name: tensor for name, tensor in found.items() if name in expected or not _of_text_side(name)}
-    _put(found, expected, folder)
+def load_trained(assembly: Assembly, folder: Path, *, drop_text_side: bool = False, lora: bool = True) -> None:
+    """Put an artefact's weights into an assembly of the same shape, strictly.
+
+    Args:
+        assembly: changed in place; where LoRA is loaded, without any in place yet.
+        folder: the artefact's.
+        drop_text_side: as in `load_sight_weights`.
+        lora: False leaves the assembly's own LoRA, for an artefact that was trained without.
+    """
+    _put(_read_bridge(folder), trained_state(assembly.parts()), folder, drop_text_side=drop_text_side)
+    if not lora:
+        return
     if (folder / _LORA).is_dir():
         if assembly.recipe.language.lora is None:
             raise UserError(f"{folder}: there is a folder '{_LORA}', but the recipe has no LoRA; fetch a fresh copy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapters.recipe import Recipe
+from adapters.recipe import Recipe, TowerSection
 
 if TYPE_CHECKING:
     from adapters.artefact import Facts
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
     """The card as Markdown."""
-    towers = " and ".join(f"`{tower.source}` (layer {tower.layer})" for tower in recipe.vision.towers)
+    towers = " and ".join(_tower(tower) for tower in recipe.vision.towers)
     bits = "4-bit NF4" if recipe.language.quantize == "nf4" else "unquantised"
     lora = recipe.language.lora
     lines = [
@@ -23,9 +23,15 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
         "| part | what |",
         "|---|---|",
         f"| image encoder, frozen | {towers} |",
-        f"| bridge, trained | Q-Former, preset {recipe.bridge.preset}, started from `{recipe.bridge.start}` |",
-        f"| language model, frozen | `{recipe.language.source}`, {bits} |",
-        f"| LoRA, trained | {f'rank {lora.rank}, alpha {lora.alpha}, {lora.targets}' if lora else 'none'} |",
+        f"| bridge, trained | {_bridge(recipe)} |",
+        *(
+            [
+                f"| language model, frozen | `{recipe.language.source}`, {bits} |",
+                f"| LoRA, trained | {f'rank {lora.rank}, alpha {lora.alpha}, {lora.targets}' if lora else 'none'} |",
+            ]
+            if facts.kind == "language"
+            else ["| language model | none: this is the first stage (BLIP-2, section 3.2) |"]
+        ),
         f"| started from | {facts.started_from or 'fresh weights'} |",
         f"| steps | {facts.steps} |",
         "",
@@ -47,7 +53,9 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
         "## Use",
         "",
         "```",
-        'querybridge ask PICTURE "QUESTION" --adapter THIS_FOLDER',
+        'querybridge ask PICTURE "QUESTION" --adapter THIS_FOLDER'
+        if facts.kind == "language"
+        else 'querybridge search FOLDER "TEXT" --adapter THIS_FOLDER',
         "```",
         "",
         "The frozen parts are not in this folder; they are fetched by name and checked against the fingerprints in"
@@ -55,3 +63,16 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _tower(tower: TowerSection) -> str:
+    more = f", with the difference `{tower.difference}`" if tower.difference else ""
+    return f"`{tower.source}` (layer {tower.layer}{more})"
+
+
+def _bridge(recipe: Recipe) -> str:
+    bridge = recipe.bridge
+    if bridge.kind != "qformer":
+        return f"no Q-Former: {bridge.kind} and a linear layer"
+    text = ", with its text side" if bridge.text_branch else ""
+    return f"Q-Former, preset {bridge.preset}, started from `{bridge.start}`{text}"

@@ -64,10 +64,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def generators_of_all() -> dict[str, Tensor]:
-    """The states of torch's generators of every process, "RANK.cpu", "RANK.cuda:0", …; every process must call it."""
+    """The states of torch's generators of every process, "RANK.cpu" and "RANK.cuda"; every process must call it."""
     own = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        own |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        own["cuda"] = torch.cuda.get_rng_state()  # of the device in use: another's would be opened to ask
     return {
         f"{number}.{name}": state
         for number, states in enumerate(gather_object([own]))
@@ -155,9 +155,11 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer,
         placed = value if kind == "step" else value.to(parameter.device)
         optimiser.state[parameter][kind] = placed
     own = {name.partition(".")[2]: state for name, state in generators.items() if name.startswith(f"{rank}.")}
-    if "cpu" in own:  # a run may go on with more processes than it had
-        torch.set_rng_state(own["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda:{index}" in own:
-            torch.cuda.set_rng_state(own[f"cuda:{index}"], index)
+    if "cpu" not in own:
+        raise UserError(
+            f"{folder}: the run had fewer processes, or an older version wrote it; go on with as many as then"
+        )
+    torch.set_rng_state(own["cpu"])
+    if torch.cuda.is_available() and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"])
     return position

@@ -105,7 +105,7 @@ def train_tower(
         source: an EfficientNet-Lite.
         text_source: a BERT-family sentence encoder.
         start: the last hidden state that stays as published; what comes after it is trained.
-        epochs: passes over the pictures, one caption of each a pass.
+        epochs: passes over the pictures, one caption of each a pass; targets are smoothed as in BLIP-2's ITC.
         batch_size: pictures a step, each told from all others.
         learning_rate: of the pool and the projection; the tower's blocks learn at a fifth of it.
         seed: of weights and order.
@@ -118,6 +118,10 @@ def train_tower(
     Raises:
         UserError: the tower is another kind, or data cannot be read.
     """
+    if start < 0 or epochs < 1:
+        raise UserError(
+            f"start is {start} and epochs {epochs}: count hidden states from 0, and train for one epoch at least"
+        )
     trunk, whole = (load_image_encoder(source, layer=layer, offline=offline) for layer in (start, -1))
     if not isinstance(whole, EfficientNetLiteEncoder):
         raise UserError(f"{source}: {whole.architecture} cannot be trained further here; take an EfficientNet-Lite")
@@ -136,10 +140,10 @@ def train_tower(
     )
     scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
     heads = [*pool.parameters(), *project.parameters(), scale]
-    optimiser = torch.optim.AdamW(
-        [{"params": list(tail.parameters()), "peak": learning_rate / 5}, {"params": heads, "peak": learning_rate}],
+    groups = [(p, learning_rate / 5) for p in tail.parameters()] + [(p, learning_rate) for p in heads]
+    optimiser = torch.optim.AdamW(  # no decay on biases, norms and the scale, as CLIP
+        [{"params": [p], "peak": peak, "weight_decay": 0.05 if p.dim() > 1 else 0.0} for p, peak in groups],
         lr=learning_rate,
-        weight_decay=0.05,
     )
 
     def images_of(batch: Sequence[Captioned]) -> Tensor:

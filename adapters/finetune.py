@@ -9,9 +9,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,39 +23,19 @@ from adapters.assembly import Assembly, assemble
 from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
 from adapters.data.batches import Picture, Step, plan_epoch, plan_validation, tokenise
 from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
-from adapters.data.examples import DataSet, Example, merge, split_by_image
-from adapters.data.images import ImageRef
-from adapters.data.readers import read_data
+from adapters.data.examples import Example
 from adapters.evaluation.vqa import score
 from adapters.optimiser import build_optimiser, learning_rate
-from adapters.recipe import Recipe, Sources, SourceSection, TrainSection
+from adapters.recipe import Recipe, TrainSection
 from adapters.reporting import Reporter
+from adapters.run_data import Result, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
-from adapters.sight import Sight, default_device
-from adapters.starting import start_from_artefact
+from adapters.sight import default_device
+from adapters.starting import has_lora, start_from_artefact
 from adapters.stopping import interruptible
-from adapters.text_side import TextSideKeeper
+from adapters.text_side import TextSideKeeper, check_keeping
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    Attributes:
-        folder: the run's folder.
-        best: its best artefact.
-        steps: optimiser steps taken, over all sittings.
-        metrics: the best validation's figures, and peak_memory_gib of this sitting.
-        finished: False where Ctrl-C stopped it; `resume` goes on.
-    """
-
-    folder: Path
-    best: Path
-    steps: int
-    metrics: dict[str, float]
-    finished: bool
 
 
 def finetune(
@@ -88,24 +67,27 @@ def finetune(
     out = Path(out)
     accelerator = Accelerator(
         cpu=(device or default_device()) == "cpu",
+        device_placement=False,  # --device says where
         mixed_precision="no",  # precision is the LLM's
         # the text side, where the adapter keeps it, is in no answer's loss
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.bridge.text_branch)],
     )
-    main = accelerator.is_main_process
+    main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     state = check_run_folder(out, resume, recipe)
     train = recipe.train
 
     train_data, val_data = read_split(recipe, offline=offline)
+    if train.text_side_every:
+        check_keeping(recipe, train_data, processes=world)
     starting = start_from if state is None else None  # a resumed run already holds what it started from
     if starting is not None:
-        begun = read_facts(find_artefact(starting))  # a mistake here is told before anything is loaded
+        begun = find_artefact(starting)  # a mistake here is told before anything is loaded
     assembly = assemble(
         recipe,
         device=device or str(accelerator.device),
         dtype=dtype or (read_position(state).dtype if state is not None else None),  # a resumed run keeps its own
         offline=offline,
-        lora=starting is None or begun.kind == "representation",
+        lora=starting is None or not has_lora(begun),
     )
     position = Position(
         data=train_data.fingerprint,
@@ -116,32 +98,34 @@ def finetune(
         position.started_from = starting
         position.terms += start_from_artefact(assembly, starting)
         if not quiet:
-            print(f"starting from {starting}; terms: {'; '.join(begun.terms) or 'not stated'}", file=sys.stderr)
+            terms = "; ".join(read_facts(begun).terms) or "not stated"
+            print(f"starting from {starting}; terms: {terms}", file=sys.stderr)
     pictures = tokenise(train_data, assembly.prompts, max_tokens=train.micro_batch_tokens)
     row_tokens = train.row_tokens if _packs(assembly) else 0
     validation = plan_validation(
         tokenise(val_data, assembly.prompts, max_tokens=train.micro_batch_tokens), row_tokens=row_tokens
     )
     images = [image for data in (train_data, val_data) for example in data.examples for image in example.images]
-    fill_caches(assembly, images[accelerator.process_index :: accelerator.num_processes], quiet=quiet or not main)
+    fill_caches(assembly.caches, images, rank=rank, world=world, quiet=quiet or not main)
     accelerator.wait_for_everyone()
-    fill_caches(assembly, images, quiet=True)  # all there by now: the cache learns what must not be evicted
+    fill_caches(assembly.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
 
     model = assembly.model
     if state is None and starting is None:
-        model.feature_norm.standardise(assembly.features(_some_pictures(pictures)))
+        seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
+        model.feature_norm.standardise(assembly.features(spread(seen, 256)))
         if train.align_steps and not assembly.reads_instructions:
             _align(assembly, pictures, train, quiet=quiet or not main)
     optimiser = build_optimiser(assembly.model, train)
     if state is not None:
-        position = load_state(state, model, optimiser, rank=accelerator.process_index)
+        position = load_state(state, model, optimiser, rank=rank)
         if position.data != train_data.fingerprint:
             raise UserError(
                 f"{out}: the run was trained on other data than {recipe.data.train} is now; name another --out"
             )
+    elif rank:  # the same weights on every process, but chances of its own
+        torch.manual_seed(train.seed + 1000 * rank)
     keeper = TextSideKeeper(assembly, train_data.examples, train) if train.text_side_every else None
-    if keeper is not None and accelerator.num_processes > 1:
-        raise UserError("train.text_side_every: the text side is kept in a run of one process only; set it to 0")
     prepared = accelerator.prepare(model)
     answers = sum(len(picture.questions) for picture in pictures)
     steps_an_epoch = len(_plan(pictures, 0, train, row_tokens, accelerator.num_processes))
@@ -166,11 +150,7 @@ def finetune(
         interruptible() as stop,
     ):
         report.say(describe_trainable(assembly))
-        for data in (train_data, val_data):
-            for line in data.skipped[:3]:
-                report.say(f"left out: {line}")
-            if data.skipped:
-                report.say(f"{data.name}: {len(data.skipped)} bad rows left out")
+        tell_skipped(report, train_data, val_data)
         if position.step == 0:  # a broken evaluation fails now, not after an hour
             validate(assembly, Step(validation.rows[:2]), val_data.examples[:2], recipe)
         losses: list[float] = []
@@ -197,13 +177,14 @@ def finetune(
             if keeper is not None and position.step % train.text_side_every == 0:
                 kept = keeper.losses(position.step)
                 accelerator.backward(kept.total)
-                keeper.model.heads.clamp_temperature()
             loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device)))
             check_finite(loss, position.step + 1, recipe)
             norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm))
             check_finite(norm, position.step + 1, recipe, what="the gradient's norm")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+            if model.heads is not None:
+                model.heads.clamp_temperature()
             position.step += 1
             position.offset += 1
             losses.append(loss)
@@ -225,7 +206,7 @@ def finetune(
                 report.validation(position.step, metrics)
                 position.seconds = time.monotonic() - began
                 generators = generators_of_all()
-                improved = note_validation(position, metrics, train)  # on every process, so that all stop together
+                improved = note_validation(position, -metrics["val_loss"], metrics, train.patience)
                 if main:
                     measured = replace(facts, metrics=metrics, steps=position.step)
                     save_artefact(out / "last", assembly, measured)
@@ -248,48 +229,6 @@ def finetune(
             {**position.metrics, "peak_memory_gib": report.memory.peak_gib},
             finished,
         )
-
-
-def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataSet]:
-    """The training and the validation data of a recipe; without a validation set, whole pictures are held out."""
-    data = recipe.data
-
-    def read(sources: Sources, limit: int | None) -> DataSet:
-        task = None if recipe.task == "mixed" else recipe.task
-        listed = (SourceSection(file=sources, limit=limit),) if isinstance(sources, str) else sources
-        options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "offline": offline}
-        return merge(
-            [read_data(part.file, task=part.task or task, limit=part.limit or limit, **options) for part in listed]
-        )
-
-    train = read(data.train, data.limit)
-    if data.terms:
-        train = replace(train, terms="; ".join(filter(None, (train.terms, data.terms))))
-    if data.val is not None:
-        return train, read(data.val, data.val_limit)
-    train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not hang on the run's seed
-    return train, replace(val, examples=_spread(val.examples, data.val_limit))
-
-
-def _spread(examples: tuple[Example, ...], most: int | None) -> tuple[Example, ...]:
-    """At most so many examples, evenly over all: a mixture of files keeps its mixture."""
-    if most is None or len(examples) <= most:
-        return examples
-    return tuple(examples[index * len(examples) // most] for index in range(most))
-
-
-def fill_caches(assembly: Assembly | Sight, images: Sequence[ImageRef], *, quiet: bool = False) -> None:
-    """Encode every picture that is not in the cache yet."""
-    shown = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        if not quiet and (time.monotonic() - shown > 10 or done == total):
-            shown = time.monotonic()
-            print(f"encoding pictures: {done}/{total}", file=sys.stderr, flush=True)
-
-    for cache in assembly.caches:
-        cache.fill(images, on_progress=progress)
 
 
 def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:
@@ -345,29 +284,9 @@ def _plan(pictures: list[Picture], epoch: int, train: TrainSection, row_tokens: 
     )
 
 
-def _some_pictures(pictures: Sequence[Picture], most: int = 256) -> list[ImageRef]:
-    """Pictures spread evenly over the training data."""
-    images = list(dict.fromkeys(image for picture in pictures for image in picture.images))
-    return images[:: max(1, len(images) // most)][:most]
-
-
 def _packs(assembly: Assembly) -> bool:
     """Whether questions share a picture's sequence: not where the bridge reads each question beside the picture."""
     return assembly.model.language.can_pack and not assembly.reads_instructions
-
-
-def note_validation(position: Position, metrics: dict[str, float], train: TrainSection) -> bool:
-    """Keep the best validation's figures and count towards patience; returns whether this one is the best.
-
-    The loss decides: on some hundred questions exact match moves by several points from chance alone.
-    """
-    current = -metrics["val_loss"]
-    if position.best is None or current > position.best:
-        position.best, position.stale, position.metrics = current, 0, metrics
-        return True
-    position.stale += 1
-    position.stopped_early = train.patience is not None and position.stale >= train.patience
-    return False
 
 
 def _align(assembly: Assembly, pictures: Sequence[Picture], train: TrainSection, *, quiet: bool) -> None:

@@ -20,11 +20,11 @@ from adapters.assembly import chosen_dtype
 from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
 from adapters.data.captioned import Batch, Captioned, captioned, draw_captions
 from adapters.evaluation.retrieval import recalls
-from adapters.finetune import Result, fill_caches, read_split
 from adapters.optimiser import build_optimiser, learning_rate
 from adapters.recipe import Recipe, TrainSection
 from adapters.reporting import Reporter
 from adapters.retrieval import Retriever
+from adapters.run_data import Result, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.sight import Sight, default_device, load_sight
 from adapters.starting import start_from_artefact
@@ -66,30 +66,35 @@ def pretrain(
         raise UserError(
             "the first stage reads captions: set bridge.text_branch=true and bridge.start to a BERT's source"
         )
-    accelerator = Accelerator(cpu=(device or default_device()) == "cpu", mixed_precision="no")
+    on_cpu = (device or default_device()) == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, device_placement=False, mixed_precision="no")
     main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     state = check_run_folder(out, resume, recipe)
     train = recipe.train
     train_data, val_data = read_split(recipe, offline=offline)
     pictures, held_out = captioned(train_data.examples), captioned(val_data.examples)
-    if len(pictures) < 2 * world:
+    if min(train.batch_size, len(pictures)) < 2 * world:
         raise UserError(
-            f"{train_data.name} has {len(pictures)} pictures: telling them apart needs at least {2 * world}"
+            f"telling pictures apart needs two a step and process: {train_data.name} has {len(pictures)} with English"
+            f" captions, train.batch_size is {train.batch_size}"
         )
+    if not held_out:
+        raise UserError(f"{val_data.name} holds no pictures with English captions; name others with --set data.val")
     starting = start_from if state is None else None
     inherited = read_facts(find_artefact(starting)).terms if starting is not None else ()
     place = device or str(accelerator.device)
     compute_dtype = chosen_dtype(dtype or (read_position(state).dtype if state is not None else None))
-    compute_dtype = compute_dtype or default_compute_dtype(place)
+    # nothing is in 4-bit here, so what `default_compute_dtype` times on a CPU would say little
+    compute_dtype = compute_dtype or (torch.float32 if on_cpu else default_compute_dtype(place))
     sight = load_sight(recipe, device=place, offline=offline)
     images = [picture.image for picture in (*pictures, *held_out)]
-    fill_caches(sight, images[rank::world], quiet=quiet or not main)
+    fill_caches(sight.caches, images, rank=rank, world=world, quiet=quiet or not main)
     accelerator.wait_for_everyone()
-    fill_caches(sight, images, quiet=True)  # all there by now: the cache learns what must not be evicted
+    fill_caches(sight.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
     if starting is not None:
         start_from_artefact(sight, starting)
     elif state is None:
-        sight.feature_norm.standardise(sight.features([p.image for p in pictures[:: max(1, len(pictures) // 256)]]))
+        sight.feature_norm.standardise(sight.features([picture.image for picture in spread(pictures, 256)]))
     model = sight.representation(compute_dtype)
     optimiser = build_optimiser(model, train)
     position = Position(
@@ -99,11 +104,13 @@ def pretrain(
         started_from=starting,
     )
     if state is not None:
-        position = load_state(state, model, optimiser, rank=accelerator.process_index)
+        position = load_state(state, model, optimiser, rank=rank)
         if position.data != train_data.fingerprint:
             raise UserError(
                 f"{out}: the run was trained on other data than {recipe.data.train} is now; name another --out"
             )
+    elif rank:  # the same weights on every process, but chances of its own
+        torch.manual_seed(train.seed + 1000 * rank)
     prepared = accelerator.prepare(model)
     steps_an_epoch = max(1, len(pictures) // train.batch_size)
     total = train.max_steps or max(1, round(train.epochs * steps_an_epoch))
@@ -127,11 +134,7 @@ def pretrain(
         interruptible() as stop,
     ):
         report.say(_describe(sight, compute_dtype, len(pictures), len(held_out)))
-        for data in (train_data, val_data):
-            for line in data.skipped[:3]:
-                report.say(f"left out: {line}")
-            if data.skipped:
-                report.say(f"{data.name}: {len(data.skipped)} bad rows left out")
+        tell_skipped(report, train_data, val_data)
         if position.step == 0:  # a broken evaluation fails now, not after an hour
             evaluate_recall(sight, held_out[:2], compute_dtype)
         sums: dict[str, float] = {}
@@ -170,7 +173,7 @@ def pretrain(
                         "learning_rate": train.learning_rate * rate,
                         "gradient_norm": norm,
                         "temperature": model.heads.temperature.item(),
-                        "samples_per_second": counted * train.batch_size * train.captions / elapsed,
+                        "samples_per_second": counted * len(batch) * train.captions / elapsed,
                     },
                 )
                 sums, counted, timer = {}, 0, time.monotonic()
@@ -179,7 +182,7 @@ def pretrain(
                 report.validation(position.step, metrics)
                 position.seconds = time.monotonic() - began
                 generators = generators_of_all()
-                improved = _note(position, metrics, train)
+                improved = note_validation(position, metrics["mean_recall"], metrics, train.patience)
                 if main:
                     measured = replace(facts, metrics=metrics, steps=position.step)
                     save_artefact(out / "last", sight, measured)
@@ -200,7 +203,7 @@ def pretrain(
 
 
 def _batches_from(position: Position, pictures: Sequence[Captioned], train: TrainSection) -> Iterator[Batch]:
-    """Batches from where the run stands, epoch after epoch without end; what does not fill one waits for the next."""
+    """Batches from where the run stands, epoch after epoch; what does not fill one is passed over."""
     size = min(train.batch_size, len(pictures))
     while True:
         rng = random.Random(f"{train.seed}:{position.epoch}")
@@ -220,16 +223,6 @@ def evaluate_recall(sight: Sight, pictures: Sequence[Captioned], compute_dtype: 
     owners = [row for row, picture in enumerate(pictures) for _ in picture.captions]
     found = recalls(retriever.scores(images, texts), owners)
     return {**found, "mean_recall": sum(found.values()) / len(found)}
-
-
-def _note(position: Position, metrics: dict[str, float], train: TrainSection) -> bool:
-    """Keep the best validation's figures and count towards patience; returns whether this one is the best."""
-    if position.best is None or metrics["mean_recall"] > position.best:
-        position.best, position.stale, position.metrics = metrics["mean_recall"], 0, metrics
-        return True
-    position.stale += 1
-    position.stopped_early = train.patience is not None and position.stale >= train.patience
-    return False
 
 
 def _describe(sight: Sight, compute_dtype: torch.dtype, pictures: int, held_out: int) -> str:

@@ -39,8 +39,10 @@ class DataSection(_Section):
     val: Sources | None = Field(default=None, description="data to choose on; left out, images are held out of train")
     terms: str | None = Field(default=None, description="terms of the data; what is trained on it inherits them")
     val_fraction: float = Field(default=0.05, gt=0, lt=1)
-    val_limit: int | None = Field(default=None, ge=1, description="at most so many validation rows")
-    limit: int | None = Field(default=None, ge=1, description="only the first so many training rows")
+    val_limit: int | None = Field(
+        default=None, ge=1, description="at most so many validation rows, of each file where val names several"
+    )
+    limit: int | None = Field(default=None, ge=1, description="only the first so many training rows, of each file")
     skip_bad_rows: bool = False
 
 

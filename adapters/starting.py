@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from adapters.artefact import find_artefact, load_sight_weights, load_trained, read_facts, read_recipe
@@ -34,7 +35,7 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
     for part, differs in (
         ("vision", theirs.vision != ours.vision),
         ("bridge", not _fits(theirs.bridge, ours.bridge)),
-        ("language.lora", has_language and theirs.language.lora != ours.language.lora),
+        ("language.lora", has_language and theirs.language.lora not in (None, ours.language.lora)),
     ):
         if differs:
             raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
@@ -45,16 +46,25 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
             raise UserError(f"--start-from {name}: it was trained with other {role} weights than the recipe names")
     if has_language:
         assert isinstance(assembly, Assembly)
-        load_trained(assembly, folder)
+        load_trained(assembly, folder, drop_text_side=True, lora=theirs.language.lora is not None)
     else:
-        load_sight_weights(assembly.sight if isinstance(assembly, Assembly) else assembly, folder)
+        sight = assembly.sight if isinstance(assembly, Assembly) else assembly
+        load_sight_weights(sight, folder, drop_text_side=True)
     return list(facts.terms)
 
 
 def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:
-    """Equal but for dropout, and for a text branch that is left behind."""
-    free: dict[str, object] = {"dropout": None, "text_branch": ours.text_branch and theirs.text_branch}
-    return theirs.model_copy(update=free) == ours.model_copy(update=free | {"text_branch": ours.text_branch})
+    """Equal but for dropout; a text side may be left behind, or read instructions from now on, but not come fresh."""
+    reads, has = ours.text_branch or ours.instruction_aware, theirs.text_branch or theirs.instruction_aware
+    if (reads and not has) or (ours.text_branch and not theirs.text_branch):
+        return False
+    free = {"dropout": None, "text_branch": False, "instruction_aware": False}
+    return theirs.model_copy(update=free) == ours.model_copy(update=free)
+
+
+def has_lora(folder: Path) -> bool:
+    """Whether an artefact brings LoRA matrices; where not, a run that starts from it begins with fresh ones."""
+    return read_facts(folder).kind == "language" and read_recipe(folder).language.lora is not None
 
 
 def sections_of(name: str) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,8 @@ import torch
 
 from adapters.assembly import Assembly
 from adapters.data.captioned import Batch, captioned, draw_captions, image_numbers
-from adapters.data.examples import Example
-from adapters.recipe import TrainSection
+from adapters.data.examples import DataSet, Example
+from adapters.recipe import Recipe, TrainSection
 from adapters.sight import MAX_TEXT, Sight
 from qformer.errors import UserError
 from qformer.objectives import Losses
@@ -31,6 +31,23 @@ def model_inputs(sight: Sight, batch: Batch) -> tuple[object, ...]:
     return sight.features([picture.image for picture, _ in batch]), text, image_numbers(batch).to(device)
 
 
+def check_keeping(recipe: Recipe, data: DataSet, *, processes: int) -> None:
+    """Say at once, before anything is loaded, where a recipe's text side cannot be kept.
+
+    Raises:
+        UserError: the bridge has none, there are several processes, or no English captions.
+    """
+    problem = None
+    if not recipe.bridge.text_branch:
+        problem = "bridge.text_branch is off, so there is no text side to keep"
+    elif processes > 1:
+        problem = "the text side is kept in a run of one process only"
+    elif len(captioned(data.examples)) < 2:
+        problem = "there are no English captions to keep the text side with"
+    if problem is not None:
+        raise UserError(f"train.text_side_every: {problem}; set it to 0")
+
+
 class TextSideKeeper:
     """Steps of the first stage beside another loss.
 
@@ -38,18 +55,10 @@ class TextSideKeeper:
         assembly: with its text side; its modules are the ones that are trained.
         examples: training data; its English captions are learned from.
         train: batch size, captions and share of pairs, as in the first stage.
-
-    Raises:
-        UserError: the bridge has no text branch, or there are no English captions.
     """
 
     def __init__(self, assembly: Assembly, examples: Sequence[Example], train: TrainSection) -> None:
-        english = [e for e in examples if e.language == "en" and (e.task or assembly.recipe.task) == "caption"]
-        self.pictures = captioned(english)
-        if len(self.pictures) < 2:
-            raise UserError(
-                "train.text_side_every: there are no English captions to keep the text side with; set it to 0"
-            )
+        self.pictures = captioned(examples)
         self.sight = assembly.sight
         self.train = train
         self.model = assembly.sight.representation(assembly.model.language.compute_dtype)

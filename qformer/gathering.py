@@ -37,12 +37,13 @@ def gather_rows(rows: Tensor) -> Tensor:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(gathered, rows.contiguous())
+        own = rows.contiguous()
+        gathered = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(gathered, own)
         return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        summed = gradients[0].contiguous()
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)  # the reduction writes into it
         dist.all_reduce(summed)
         return summed.chunk(world_size())[rank()]

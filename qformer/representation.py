@@ -107,15 +107,19 @@ class RepresentationModel(nn.Module):
             own_texts = self.heads.text_embeddings(read.text)  # [T, E]
             text_of = image_ids[text.images]  # [T]
             all_images, all_texts = gather_rows(image_ids), gather_rows(text_of)
-            scores = similarity(gather_rows(own_images), gather_rows(own_texts)) / self.heads.temperature  # [I', T']
             first, first_text = rank() * len(image_ids), rank() * len(text_of)
-            contrastive = contrastive_loss(
-                scores,
-                all_images,
-                all_texts,
-                rows=slice(first, first + len(image_ids)),
-                text_rows=slice(first_text, first_text + len(text_of)),
-            )
+            with torch.autocast(
+                self.device.type, enabled=False
+            ):  # cosines lie close together, and 1 / temperature is big
+                near = similarity(gather_rows(own_images), gather_rows(own_texts))  # [I', T']
+                scores = near / self.heads.temperature
+                contrastive = contrastive_loss(
+                    scores,
+                    all_images,
+                    all_texts,
+                    rows=slice(first, first + len(image_ids)),
+                    text_rows=slice(first_text, first_text + len(text_of)),
+                )
             paired = len(image_ids) if paired is None else min(paired, len(image_ids))
             matching = self._matching(features, seen, text, scores.detach(), all_images, all_texts, paired, generator)
             generation = self._generation(alone.keys_values, text, paired)
@@ -145,8 +149,8 @@ class RepresentationModel(nn.Module):
             pool_ids, pool_mask = text.ids, text.mask
         else:  # negatives come from every process; texts may differ in length
             pool_ids, pool_mask = _gather_texts(text)
-            gathered = [gather_rows(tower.to(self.device))[wrong_image.clamp_min(0)] for tower in features]
-            others = self.bridge.image_keys_values(self.feature_norm(self._on_device(gathered)))
+            gathered = [gather_rows(tower)[wrong_image.clamp_min(0)] for tower in self._on_device(features)]
+            others = self.bridge.image_keys_values(self.feature_norm(gathered))
             seen = [
                 KeysValues(torch.cat((a.keys, b.keys)), torch.cat((a.values, b.values)))
                 for a, b in zip(seen, others, strict=True)

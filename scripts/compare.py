@@ -46,8 +46,18 @@ def main() -> int:
     from serve.cli import hush_libraries
 
     hush_libraries()
-    plan = yaml.safe_load(options.comparison.read_text(encoding="utf-8"))
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    try:
+        plan = yaml.safe_load(options.comparison.read_text(encoding="utf-8"))
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except OSError as error:
+        parser.error(f"{options.comparison}: cannot be read ({error.strerror})")
+    except ValueError:
+        parser.error(f"--seeds {options.seeds}: write whole numbers with commas between them")
+    for key in ("recipe", "stage", "columns", "settings"):
+        if key not in plan:
+            parser.error(f"{options.comparison}: '{key}' is missing")
+    if unknown := set(options.only) - plan["settings"].keys():
+        parser.error(f"--only {min(unknown)}: no such setting; known: {', '.join(plan['settings'])}")
     rows = {}
     for name, setting in plan["settings"].items():
         if options.only and name not in options.only:
@@ -61,7 +71,8 @@ def main() -> int:
 
 def folder_of(name: str, seed: int) -> str:
     """A folder's name for a setting and a seed."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+    words = re.sub(r"\W+", "-", name.lower()).strip("-")
+    return f"{words or 'setting'}-{seed}"
 
 
 def train(
@@ -72,11 +83,16 @@ def train(
     from adapters.finetune import finetune
     from adapters.pretrain import pretrain
     from adapters.recipe import load_recipe
+    from qformer.errors import UserError
 
+    recipe = load_recipe(plan["recipe"], [*overrides, f"train.seed={seed}"])
+    asked = {"recipe": recipe.model_dump(mode="json"), "start_from": start_from}
     done = out / "compared.json"
     if done.exists():
-        return dict(json.loads(done.read_text(encoding="utf-8")))
-    recipe = load_recipe(plan["recipe"], [*overrides, f"train.seed={seed}"])
+        found = json.loads(done.read_text(encoding="utf-8"))
+        if found.pop("asked") != asked:
+            raise UserError(f"{out}: it was trained by other settings than are asked now; move the folder away")
+        return dict(found)
     run = pretrain if plan["stage"] == 1 else finetune
     began = time.monotonic()
     resume = find_state(out / "state") is not None
@@ -84,9 +100,9 @@ def train(
     result = run(recipe, out, resume=resume, start_from=None if resume else start_from)
     if not result.finished:
         raise KeyboardInterrupt
-    found = {**result.metrics, "seconds": time.monotonic() - began}
-    done.write_text(json.dumps(found), encoding="utf-8")
-    return found
+    figures = {**result.metrics, "seconds": time.monotonic() - began}  # of the last sitting
+    done.write_text(json.dumps({**figures, "asked": asked}), encoding="utf-8")
+    return figures
 
 
 def table(columns: list[str], rows: Mapping[str, list[dict[str, float]]]) -> str:

@@ -71,12 +71,16 @@ def sources(data: Path, part: str) -> list[dict[str, Any]]:
 def train(run: Callable[..., Any], recipe: str, out: Path, overrides: list[str], **options: Any) -> None:
     """Train unless that is done; go on where it was stopped."""
     from adapters.checkpoint import find_state
-    from adapters.recipe import load_recipe
+    from adapters.recipe import differing_keys, load_recipe
+    from qformer.errors import UserError
 
+    wanted = load_recipe(recipe, overrides)
     if (out / "finished").exists():
+        if differing := differing_keys(load_recipe(out / "recipe.yaml"), wanted):
+            raise UserError(f"{out} was trained with another {', '.join(differing[:3])}; move the folder away")
         return
     resume = find_state(out / "state") is not None
-    result = run(load_recipe(recipe, overrides), out, resume=resume, **({} if resume else options))
+    result = run(wanted, out, resume=resume, **({} if resume else options))
     if not result.finished:
         raise KeyboardInterrupt
     (out / "finished").touch()

@@ -20,8 +20,8 @@ def cache_info() -> dict[str, Any]:
 
     Returns:
         `cache`: the folder; `models`: frozen models and packaged data, each with name, bytes and path; `features`: by
-        encoder, each with key, encoder, pictures, bytes and path; `bytes`: of both together. Models of the hub lie
-        in the hub's own cache and are not counted.
+        encoder, each with key, encoder, pictures, bytes and path; `indexes`: bytes of the indexes of searched folders;
+        `bytes`: of all together. Models of the hub lie in the hub's own cache and are not counted.
     """
     root = cache_root()
     models: list[dict[str, Any]] = [
@@ -38,7 +38,8 @@ def cache_info() -> dict[str, Any]:
         for found in features_info(root)
     ]
     total = sum(model["bytes"] for model in models) + sum(found["bytes"] for found in features)
-    return {"cache": str(root), "models": models, "features": features, "bytes": total}
+    indexes = sum(path.stat().st_size for path in _indexes(root))
+    return {"cache": str(root), "models": models, "features": features, "indexes": indexes, "bytes": total + indexes}
 
 
 def describe_cache(info: Mapping[str, Any]) -> str:
@@ -50,6 +51,7 @@ def describe_cache(info: Mapping[str, Any]) -> str:
         f"  {readable(found['bytes']):>10}  {found['pictures']:,} pictures  {found['encoder']}  ({found['key'][:8]})"
         for found in info["features"]
     ] or ["  none"]
+    lines += ["", f"Indexes of searched folders: {readable(info['indexes'])}"]
     return "\n".join(lines)
 
 
@@ -60,7 +62,7 @@ def clear_cache(*, models: bool = True, features: bool = True) -> dict[str, int]
 
     Args:
         models: remove frozen models and packaged data.
-        features: remove the features of all encoders.
+        features: remove the features of all encoders, and the indexes of searched folders.
 
     Returns:
         Bytes freed, by "models" and "features".
@@ -76,6 +78,9 @@ def clear_cache(*, models: bool = True, features: bool = True) -> dict[str, int]
             shutil.rmtree(folder)
         if features:
             freed["features"] = clear_features(root)
+            for path in _indexes(root):
+                freed["features"] += path.stat().st_size
+                path.unlink()
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot be removed ({error.strerror}); mend its rights") from error
     return freed
@@ -95,6 +100,12 @@ def _fetched(root: Path) -> list[Path]:
     """The folders of converted wheels: those that bear our manifest, of older versions too."""
     found = (folder for part in _FETCHED if (root / part).is_dir() for folder in (root / part).iterdir())
     return sorted(folder for folder in found if folder.is_dir() and read_manifest(folder) is not None)
+
+
+def _indexes(root: Path) -> list[Path]:
+    """Files of `serve.retrieval`: indexes, their locks, and what a killed process left half written."""
+    folder = root / "indexes"
+    return sorted(path for end in ("safetensors", "lock", "partial") for path in folder.glob(f"*.{end}"))
 
 
 def _name(folder: Path) -> str:

@@ -159,6 +159,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score an adapter on a data set, with what language alone would score beside it."""
+    if task not in ("vqa", "caption", "retrieval"):
+        raise UserError(f"--task {task}: take vqa, caption or retrieval")
     on_progress = None if quiet else progress("done")
     if task == "retrieval":
         from serve.evaluate import evaluate_retrieval

@@ -11,6 +11,8 @@ import typer
 from qformer.errors import UserError
 from serve.cli_common import AdapterOption, DeviceOption, JsonOption, OfflineOption, QuietOption, progress, report
 
+_LISTED = 10  # unreadable files that are named
+
 
 def search(
     folder: Annotated[Path, typer.Argument(help="A folder of pictures; folders in it are searched too.")],
@@ -27,20 +29,23 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find pictures in a folder by words, or by a picture."""
-    from adapters.data.images import ImageRef, open_image
-    from serve.retrieval import PictureIndex, load_retriever
+    from adapters.data.images import ImageRef, image_ref, open_image
+    from serve.retrieval import PictureIndex, find_folder, load_retriever
 
     if (text is None) == (image is None):
         raise UserError('search: write querybridge search FOLDER "TEXT", or querybridge search FOLDER --image PICTURE')
     query: str | ImageRef = text or ""
     if image is not None:
-        query = ImageRef(str(image), path=image)
-        open_image(query)  # a mistake is told before anything is loaded
+        query = image_ref(str(image))
+        open_image(query)  # mistakes are told before anything is loaded
+    find_folder(folder)
     retriever, key = load_retriever(adapter, device=device, offline=offline)
     index = PictureIndex(folder, retriever, key=key)
     found = index.update(on_progress=None if quiet else progress("encoded"))
-    for line in found.unreadable:
+    for line in found.unreadable[:_LISTED]:
         print(f"left out: {line}", file=sys.stderr)
+    if len(found.unreadable) > _LISTED:
+        print(f"left out: {len(found.unreadable)} files in all (--json lists them)", file=sys.stderr)
     hits = index.search(query, most=top, rerank=rerank)
     report(
         {"folder": str(folder), "index": vars(found), "hits": [vars(hit) for hit in hits]},
@@ -61,11 +66,11 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Name what a picture shows, among labels of your own."""
-    from adapters.data.images import ImageRef, open_image
+    from adapters.data.images import image_ref, open_image
     from serve.retrieval import TEMPLATES, load_retriever
     from serve.retrieval import classify as run
 
-    ref = ImageRef(str(image), path=image)
+    ref = image_ref(str(image))
     open_image(ref)
     retriever, _ = load_retriever(adapter, device=device, offline=offline)
     shares = run(retriever, ref, labels.split(","), templates=template or TEMPLATES)

@@ -80,7 +80,8 @@ def pretrain(
     if stage == 2 and start_from is None and not resume:
         raise UserError("--stage 2 goes on from the first stage: add --start-from RUN (finetune starts without one)")
     task = "caption" if stage == 1 else None
-    chosen, name = _recipe_for(recipe, _overrides(set_, task=task, seed=seed), offline=offline)
+    given = _overrides(set_, task=task, seed=seed)
+    chosen, name = _recipe_for(recipe, given, offline=offline, start_from=start_from if stage == 2 else None)
     folder = out or Path("runs") / name
     run = first if stage == 1 else second
     result = run(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from adapters.data.captioned import captioned
 from adapters.data.examples import DataSet
 from adapters.data.images import ImageRef, blank_image
 from adapters.data.readers import read_data
@@ -59,6 +60,9 @@ def evaluate(
         raise UserError(f"--task {task}: an LLM's answers are scored as vqa or caption")
     rows = read_data(data, task=task, skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
     examples = rows.examples
+    languages = {example.language for example in examples}
+    if task == "caption" and len(languages) > 1:
+        raise UserError(f"{data}: captions in {', '.join(sorted(languages))}; score one language a file")
     if task == "caption":
         examples = tuple(
             replace(examples[first], answers=texts) for first, texts in _captions_by_picture(rows).values()
@@ -72,9 +76,6 @@ def evaluate(
     said = engine.answer(asked, task, decoding=decoding, batch_size=batch_size, on_progress=on_progress)
     answers = [example.answers for example in examples]
     if task == "caption":
-        languages = {example.language for example in examples}
-        if len(languages) > 1:
-            raise UserError(f"{data}: captions in {', '.join(sorted(languages))}; score one language a file")
         language = languages.pop()
         by_java, _ = java_scores(said, answers, language=language)
         return {**score_captions(said, answers, language=language), **by_java, "skipped": len(rows.skipped)}
@@ -115,12 +116,12 @@ def evaluate_retrieval(
         UserError: the data cannot be read.
     """
     rows = read_data(data, task="caption", skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
-    grouped = _captions_by_picture(rows)
-    images: list[ImageRef] = [rows.examples[first].images[0] for first, _ in grouped.values()]
-    if blank_images:
-        images = [blank_image()] * len(images)
-    texts = [text for _, captions in grouped.values() for text in captions]
-    owners = [row for row, (_, captions) in enumerate(grouped.values()) for _ in captions]
+    pictures = captioned(rows.examples)
+    if not pictures:
+        raise UserError(f"{data}: no pictures with captions in English, which is what the text side reads")
+    images: list[ImageRef] = [blank_image() if blank_images else picture.image for picture in pictures]
+    texts = [text for picture in pictures for text in picture.captions]
+    owners = [row for row, picture in enumerate(pictures) for _ in picture.captions]
     scores = retriever.scores(retriever.embed_images(images), retriever.embed_texts(texts))
     found: dict[str, float] = {"n": len(images), "texts": len(texts), "skipped": len(rows.skipped)}
     plain = recalls(scores, owners)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from serve.engine import Picture, default_adapter, picture_ref
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEMPLATES = ("a photo of {label}", "a picture of {label}", "{label}")
 _FORMAT = 1
+_KEEP_EVERY = 30  # seconds between two writes while pictures are encoded
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ class _Entry:
     path: str  # relative to the folder
     size: int
     changed: int  # ns
-    digest: str
 
 
 class PictureIndex:
@@ -72,13 +73,9 @@ class PictureIndex:
     """
 
     def __init__(self, folder: str | Path, retriever: Retriever, *, key: str) -> None:
-        self.folder = Path(folder).expanduser().resolve()
-        if not self.folder.is_dir():
-            raise UserError(
-                f"FOLDER {folder}: {'this is a file' if self.folder.exists() else 'there is no such folder'}"
-            )
+        self.folder = find_folder(folder)
         self.retriever = retriever
-        name = hashlib.sha256(f"{_FORMAT}|{self.folder}|{key}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{_FORMAT}|{self.folder}|{key}".encode(errors="surrogateescape")).hexdigest()[:32]
         self._file = cache_root() / "indexes" / f"{name}.safetensors"
         self._entries: list[_Entry] = []
         self._embeddings = torch.empty(0)  # [N, Q, E] half precision
@@ -86,53 +83,65 @@ class PictureIndex:
     def update(self, on_progress: Callable[[int, int], None] | None = None) -> IndexReport:
         """Bring the index up to date: new and changed files are encoded, others kept, lost ones dropped.
 
-        Batches that were encoded stay when the rest is interrupted.
+        What was encoded stays when the rest is interrupted. Two processes wait for each other.
 
         Args:
             on_progress: called with (done, files to encode).
 
         Raises:
-            UserError: the index cannot be written.
+            UserError: the folder cannot be read, or the index not written.
         """
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self._file}.lock"):
-            known = self._read()
-            found = {str(path.relative_to(self.folder)): path for path in self._pictures()}
-            kept: list[tuple[_Entry, Tensor]] = []
-            waiting: list[tuple[str, os.stat_result]] = []
-            for name, path in found.items():
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._file.with_suffix(".lock")):
+                return self._update(on_progress)
+        except OSError as error:
+            named = error.filename or self.folder
+            raise UserError(f"{named}: cannot be read or written ({error.strerror}); mend its rights") from error
+
+    def _update(self, on_progress: Callable[[int, int], None] | None) -> IndexReport:
+        known = self._read()
+        found = {str(path.relative_to(self.folder)): path for path in self._pictures()}
+        kept: list[tuple[_Entry, Tensor]] = []
+        waiting: list[tuple[str, os.stat_result]] = []
+        for name, path in found.items():
+            try:
                 status = path.stat()
-                entry = known.get(name)
-                if entry and (entry[0].size, entry[0].changed) == (status.st_size, status.st_mtime_ns):
-                    kept.append(entry)
-                else:
-                    waiting.append((name, status))
-            unreadable: list[str] = []
-            encoded = 0
-            for start in range(0, len(waiting), 64):
-                good: list[tuple[_Entry, ImageRef]] = []
-                for name, status in waiting[start : start + 64]:
-                    ref = ImageRef(name, path=found[name])
-                    try:
-                        open_image(ref)
-                    except UserError as error:
-                        unreadable.append(str(error))
-                        continue
-                    good.append((_Entry(name, status.st_size, status.st_mtime_ns, ref.digest()), ref))
-                if good:
-                    vectors = self.retriever.embed_images([ref for _, ref in good]).half()
-                    kept += [(entry, vector) for (entry, _), vector in zip(good, vectors, strict=True)]
-                    encoded += len(good)
+            except FileNotFoundError:  # deleted since it was listed
+                continue
+            entry = known.get(name)
+            if entry and (entry[0].size, entry[0].changed) == (status.st_size, status.st_mtime_ns):
+                kept.append(entry)
+            else:
+                waiting.append((name, status))
+        unreadable: list[str] = []
+        encoded, written = 0, time.monotonic()
+        for start in range(0, len(waiting), 64):
+            good: list[tuple[_Entry, ImageRef]] = []
+            for name, status in waiting[start : start + 64]:
+                ref = ImageRef(name, path=found[name])
+                try:
+                    open_image(ref)
+                except UserError as error:
+                    unreadable.append(str(error))
+                    continue
+                good.append((_Entry(name, status.st_size, status.st_mtime_ns), ref))
+            if good:
+                vectors = self.retriever.embed_images([ref for _, ref in good]).half()
+                kept += [(entry, vector) for (entry, _), vector in zip(good, vectors, strict=True)]
+                encoded += len(good)
+                if time.monotonic() - written > _KEEP_EVERY:  # the features themselves are kept as they come
                     self._write(kept)
-                if on_progress:
-                    on_progress(min(start + 64, len(waiting)), len(waiting))
-            kept.sort(key=lambda pair: pair[0].path)
-            removed = len(known.keys() - found.keys())
-            if encoded or removed:
-                self._write(kept)
-            self._entries = [entry for entry, _ in kept]
-            self._embeddings = torch.stack([vector for _, vector in kept]) if kept else torch.empty(0)
-            return IndexReport(len(kept), encoded, removed, tuple(unreadable))
+                    written = time.monotonic()
+            if on_progress:
+                on_progress(min(start + 64, len(waiting)), len(waiting))
+        kept.sort(key=lambda pair: pair[0].path)
+        removed = len(known.keys() - found.keys())
+        if encoded or removed:
+            self._write(kept)
+        self._entries = [entry for entry, _ in kept]
+        self._embeddings = torch.stack([vector for _, vector in kept]) if kept else torch.empty(0)
+        return IndexReport(len(kept), encoded, removed, tuple(unreadable))
 
     def search(self, query: str | ImageRef, *, most: int = 5, rerank: bool = True) -> list[Hit]:
         """The best pictures for words or for a picture.
@@ -172,13 +181,16 @@ class PictureIndex:
         return ImageRef(self._entries[index].path, path=self.folder / self._entries[index].path)
 
     def _pictures(self) -> list[Path]:
-        return sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found: list[Path] = []
+        for folder, _, names in os.walk(self.folder, onerror=_refuse):
+            found += [Path(folder) / name for name in names if Path(name).suffix.lower() in SUFFIXES]
+        return sorted(path for path in found if path.is_file())
 
     def _read(self) -> dict[str, tuple[_Entry, Tensor]]:
         """What an earlier update left; a damaged index is made anew."""
         try:
             tensors = load_file(self._file)
-            listed = json.loads(bytes(tensors["entries"].tolist()))
+            listed = json.loads(tensors["entries"].numpy().tobytes())
             entries = [_Entry(**values) for values in listed]
             return {e.path: (e, vector) for e, vector in zip(entries, tensors["embeddings"], strict=True)}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
@@ -186,14 +198,31 @@ class PictureIndex:
 
     def _write(self, kept: Sequence[tuple[_Entry, Tensor]]) -> None:
         partial = self._file.with_suffix(f".{os.getpid()}.partial")
-        text = json.dumps([asdict(entry) for entry, _ in kept]).encode()
+        text = bytearray(json.dumps([asdict(entry) for entry, _ in kept]).encode())  # never empty: "[]" at the least
         vectors = torch.stack([vector for _, vector in kept]) if kept else torch.empty(0)
         try:
-            save_file({"entries": torch.tensor(list(text), dtype=torch.uint8), "embeddings": vectors}, partial)
+            save_file({"entries": torch.frombuffer(text, dtype=torch.uint8), "embeddings": vectors}, partial)
             os.replace(partial, self._file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise UserError(f"{self._file}: the index cannot be written ({error}); free space, then go on") from error
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed is told: its pictures would count as removed."""
+    raise error
+
+
+def find_folder(folder: str | Path) -> Path:
+    """A folder of pictures, made absolute.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = Path(folder).expanduser().resolve()
+    if not found.is_dir():
+        raise UserError(f"FOLDER {folder}: {'this is a file' if found.exists() else 'there is no such folder'}")
+    return found
 
 
 def load_retriever(

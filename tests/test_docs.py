@@ -60,9 +60,9 @@ def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def load_tiny(name: str | Path, overrides: Any = ()) -> Recipe:
         values = load_recipe(name, overrides).model_dump(mode="json")  # recipe and overrides are read for real
-        values |= {key: tiny[key] for key in ("vision", "bridge", "language", "train")}
-        if not isinstance(values["data"]["train"], str):
-            values["data"] |= {"train": [{"file": "captions_train.jsonl"}], "val": None, "val_fraction": 0.25}
+        kept = {key: values["train"][key] for key in ("text_side_every", "captions", "pair_share")}
+        values |= {key: tiny[key] for key in ("vision", "bridge", "language")} | {"train": tiny["train"] | kept}
+        values["data"]["val_fraction"] = 0.25
         return parse_recipe(values, str(name))
 
     monkeypatch.setattr(recipe_module, "load_recipe", load_tiny)

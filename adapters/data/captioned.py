@@ -26,10 +26,16 @@ Batch = list[tuple[Captioned, list[str]]]
 
 
 def captioned(examples: Sequence[Example]) -> list[Captioned]:
-    """The distinct pictures of caption rows, each with the captions of all its rows."""
+    """The distinct pictures of caption rows, each with the captions of all its rows.
+
+    Rows of other tasks, of several pictures, or in another language than the text side reads, English, are no captions
+    to compare pictures with, and are passed over.
+    """
     captions: dict[str, list[str]] = {}
     images: dict[str, ImageRef] = {}
     for example in examples:
+        if example.task not in (None, "caption") or len(example.images) != 1 or example.language != "en":
+            continue
         image = example.images[0]
         images.setdefault(image.digest(), image)
         captions.setdefault(image.digest(), []).extend(example.answers)

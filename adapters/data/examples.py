@@ -89,22 +89,23 @@ class DataSet:
 
 
 def merge(parts: Sequence[DataSet]) -> DataSet:
-    """Several data sets as one, in their order; one alone stays what it is.
+    """Several data sets as one, in their order; each example says its task from then on.
 
     Args:
         parts: at least one.
     """
+    stamped = tuple(
+        example if part.task == "mixed" else replace(example, task=part.task)
+        for part in parts
+        for example in part.examples
+    )
     if len(parts) == 1:
-        return parts[0]
+        return replace(parts[0], examples=stamped)
     tasks = {part.task for part in parts}
     return DataSet(
         name=" + ".join(part.name for part in parts),
         task=parts[0].task if len(tasks) == 1 else "mixed",
-        examples=tuple(
-            example if part.task == "mixed" else replace(example, task=part.task)
-            for part in parts
-            for example in part.examples
-        ),
+        examples=stamped,
         fingerprint="sha256:" + hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest(),
         terms="; ".join(dict.fromkeys(part.terms for part in parts if part.terms)) or None,
         faults=tuple(fault for part in parts for fault in part.faults),

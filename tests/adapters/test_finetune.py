@@ -15,8 +15,9 @@ from tiny import draw_data, tiny_values
 
 from adapters import finetune as finetune_module
 from adapters.artefact import load_artefact, read_facts
-from adapters.finetune import Result, finetune
+from adapters.finetune import finetune
 from adapters.recipe import Recipe, parse_recipe
+from adapters.run_data import Result
 from qformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache_here")

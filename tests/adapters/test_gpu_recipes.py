@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from adapters.estimate import estimate_memory
-from adapters.finetune import read_split
 from adapters.parts import Part, is_four_bit, model_parts
 from adapters.published import PUBLISHED
 from adapters.recipe import load_recipe, shipped_recipes
+from adapters.run_data import read_split
 from adapters.skeleton import build_skeleton
 from qformer.errors import UserError
 from qformer.model import TokenBatch, VisionLanguageModel

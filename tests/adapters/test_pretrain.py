@@ -23,6 +23,7 @@ from adapters.finetune import finetune
 from adapters.pretrain import pretrain
 from adapters.recipe import Recipe, parse_recipe
 from adapters.retrieval import Retriever
+from adapters.text_side import model_inputs
 from qformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache_here")
@@ -178,3 +179,65 @@ def test_reranking_by_hand(recipe_of: Any, tmp_path: Path) -> None:
         assert set(by_image[i].topk(2).indices.tolist()) == set(best)
     for t in range(5):
         assert set(by_text[:, t].topk(2).indices.tolist()) == set(scores[:, t].topk(2).indices.tolist())
+
+
+def test_the_text_side_is_kept_beside_an_llm(recipe_of: Any, tmp_path: Path) -> None:
+    """With a rate of almost nothing for the LLM's loss to use, the first stage's objectives still fall."""
+    out = tmp_path / "run"
+    recipe = recipe_of(max_steps=40, validate_every=40, learning_rate=5e-3, text_side_every=1, dropout=0.0)
+    finetune(recipe, out, device="cpu", dtype="float32", quiet=True)
+    kept, _ = load_sight_artefact(out / "last")
+    without = recipe_of(max_steps=40, validate_every=40, learning_rate=5e-3, dropout=0.0)
+    finetune(without, tmp_path / "without", device="cpu", dtype="float32", quiet=True)
+    fallen, _ = load_sight_artefact(tmp_path / "without" / "last")
+    pictures = captioned(read_data(tmp_path / "data" / "captions.jsonl").examples)
+    batch = [(picture, list(picture.captions)) for picture in pictures]
+    losses = []
+    for sight in (kept, fallen):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses.append(float(sight.representation().eval()(*model_inputs(sight, batch)).total))
+    assert losses[0] < 0.8 * losses[1]
+
+
+def test_keeping_the_text_side_is_refused_before_anything_is_loaded(recipe_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"text_branch is off.*set it to 0"):
+        finetune(recipe_of(text_branch=False, text_side_every=2), tmp_path / "run", device="cpu", quiet=True)
+    recipe = recipe_of(text_side_every=2)
+    rows = [{"image": "red0.png", "caption": "红色", "language": "zh"}] * 2
+    (tmp_path / "data" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "val.jsonl").write_text(json.dumps(rows[0]))
+    other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"val": str(tmp_path / "data/val.jsonl")})})
+    with pytest.raises(UserError, match="no English captions"):
+        finetune(other, tmp_path / "run", device="cpu", quiet=True)
+
+
+def test_lora_may_come_after_a_run_without_it(recipe_of: Any, tmp_path: Path) -> None:
+    bare = recipe_of(max_steps=2)
+    bare = bare.model_copy(update={"language": bare.language.model_copy(update={"lora": None})})
+    finetune(bare, tmp_path / "bare", device="cpu", dtype="float32", quiet=True)
+    assert not (tmp_path / "bare" / "last" / "lora").exists()
+    recipe = recipe_of(max_steps=1, learning_rate=1e-9)
+    start = str(tmp_path / "bare")
+    finetune(recipe, tmp_path / "with", start_from=start, device="cpu", dtype="float32", quiet=True)
+    before = load_file(tmp_path / "bare" / "best" / "bridge.safetensors")
+    after = load_file(tmp_path / "with" / "last" / "bridge.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "with" / "last" / "lora").is_dir()
+
+
+def test_a_bridge_reads_instructions_after_a_first_stage(recipe_of: Any, tmp_path: Path) -> None:
+    run(recipe_of(max_steps=2), tmp_path / "first")
+    recipe = recipe_of(max_steps=1, learning_rate=1e-9, text_branch=False)
+    recipe = recipe.model_copy(update={"bridge": recipe.bridge.model_copy(update={"instruction_aware": True})})
+    start = str(tmp_path / "first")
+    finetune(recipe, tmp_path / "aware", start_from=start, device="cpu", dtype="float32", quiet=True)
+    first = load_file(tmp_path / "first" / "best" / "bridge.safetensors")
+    aware = load_file(tmp_path / "aware" / "last" / "bridge.safetensors")
+    assert any("text_feed_forward" in name for name in aware) and not any(name.startswith("heads.") for name in aware)
+    assert all(torch.equal(aware[name], first[name]) for name in aware if not name.startswith("projection."))
+    fresh = recipe_of(max_steps=1, text_branch=True)
+    plain = fresh.model_copy(update={"bridge": fresh.bridge.model_copy(update={"text_branch": False})})
+    finetune(plain, tmp_path / "plain", device="cpu", dtype="float32", quiet=True)
+    with pytest.raises(UserError, match="'bridge' differs"):  # a text side cannot come out of nothing
+        finetune(fresh, tmp_path / "x", start_from=str(tmp_path / "plain"), device="cpu", dtype="float32", quiet=True)

@@ -1,0 +1,59 @@
+"""The scripts around the command: a comparison trains each setting once and prints what it measured."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import draw_captions, save_tiny_bert, tiny_values
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("cache_here")
+
+
+@pytest.fixture
+def plan(vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path) -> Path:
+    values: Any = tiny_values(vision_folder, language_folders["llama"], draw_captions(tmp_path / "data"), max_steps=2)
+    values["task"] = "caption"
+    values["bridge"] |= {"start": str(save_tiny_bert(tmp_path / "bert")), "text_branch": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    settings = {"3 queries": [], "2 queries": ["bridge.num_queries=2"]}
+    comparison = {"recipe": str(tmp_path / "recipe.yaml"), "stage": 1, "columns": ["i2t_R@1"], "settings": settings}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(comparison))
+    return tmp_path / "plan.yaml"
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["compare.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "scripts" / "compare.py"), run_name="__main__")
+    return int(stopped.value.code or 0)
+
+
+def test_each_setting_is_trained_once(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    assert compare(monkeypatch, str(plan), "--out", str(out), "--seeds", "0,1") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| setting | i2t_R@1 | minutes |" and len(table) == 4
+    done = sorted(out.glob("*/compared.json"))
+    assert [path.parent.name for path in done] == ["2-queries-0", "2-queries-1", "3-queries-0", "3-queries-1"]
+    values = [json.loads((out / f"3-queries-{seed}" / "compared.json").read_text())["i2t_R@1"] for seed in (0, 1)]
+    assert f"{sum(values) / 2:.3f} ({min(values):.3f}–{max(values):.3f})" in table[2]
+    times = {path: path.stat().st_mtime_ns for path in done}
+    assert compare(monkeypatch, str(plan), "--out", str(out), "--seeds", "0,1") == 0
+    assert {path: path.stat().st_mtime_ns for path in done} == times
+    assert (
+        compare(monkeypatch, str(plan), "--out", str(out), "--set", "train.max_steps=3") == 2
+    )  # not what stands there
+
+
+@pytest.mark.parametrize("words", [["--seeds", "one"], ["--only", "5 queries"]])
+def test_mistakes_are_told(words: list[str], plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compare(monkeypatch, str(plan), "--out", str(tmp_path / "runs"), *words) == 2
+    assert not (tmp_path / "runs").exists()
