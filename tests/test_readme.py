@@ -61,7 +61,7 @@ def in_workplace(
     def load_tiny(name: str | Path, overrides: Any = ()) -> Any:
         recipe = load(name, overrides)  # the recipe and the overrides are read for real
         values = recipe.model_dump(mode="json") | {key: tiny[key] for key in ("vision", "bridge", "language", "train")}
-        if recipe.data.train.startswith("easy-vqa"):
+        if not isinstance(recipe.data.train, str) or recipe.data.train.startswith("easy-vqa"):
             values["data"] = tiny["data"]
         return parse_recipe(values, str(name))
 
