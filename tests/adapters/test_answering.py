@@ -59,7 +59,7 @@ def assembly(
         for module, factor in (
             (assembly.model.language, 6),
             (assembly.model.bridge, 8),
-            (assembly.model.projection, 8),
+            (assembly.model.projection, 40),
         ):
             for parameter in module.parameters():
                 if parameter.dim() > 1:

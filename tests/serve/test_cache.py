@@ -63,7 +63,7 @@ def test_what_is_there_is_listed_with_its_size(cache: Path) -> None:
 
 
 def test_an_empty_cache_is_no_mistake(cache_here: Path) -> None:
-    assert cache_info() == {"cache": str(cache_here), "models": [], "features": [], "bytes": 0}
+    assert cache_info() == {"cache": str(cache_here), "models": [], "features": [], "indexes": 0, "bytes": 0}
     assert describe_cache(cache_info()).count("none") == 2
     assert clear_cache() == {"models": 0, "features": 0}
 
