@@ -2,22 +2,210 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from adapters.assembly import Assembly
 from adapters.data.batches import prompt_for
-from adapters.data.collate import collate_prompts
+from adapters.data.collate import Branch, Row, collate_encoder_decoder, collate_prompts, collate_rows
 from adapters.data.examples import Example
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt
 from qformer.decoding import Decoding
+from qformer.language import Beginning
+
+_ONE_LOOP = 64 * 2**20  # bytes of beginnings that a loop over many questions keeps from batch to batch
 
 
-@torch.no_grad()
+_Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt with its pictures.
+
+    Attributes:
+        prompt: tokenised.
+        images: its pictures, in order.
+        instruction: what the bridge reads beside them, where it does.
+    """
+
+    prompt: Prompt
+    images: tuple[ImageRef, ...]
+    instruction: str = ""
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer.
+
+    Attributes:
+        text: in words.
+        tokens: how many tokens were written, the end token included.
+        ended: it came to its end; False where it was cut off.
+        log_prob: mean log-probability of its tokens, so that long and short answers compare; None for beam search.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    log_prob: float | None
+
+    @property
+    def confidence(self) -> float | None:
+        """The geometric mean of its tokens' probabilities, between 0 and 1."""
+        return None if self.log_prob is None else math.exp(self.log_prob)
+
+
+class Answerer:
+    """Generates from prompts with one adapter; what a picture became is kept for the next question about it.
+
+    Args:
+        assembly: the loaded adapter.
+        keep_bytes: memory for kept pictures: their vectors and, where the LLM can continue, its keys and values over
+            them. The ones not asked about for longest go first; what one batch needs always stays.
+    """
+
+    def __init__(self, assembly: Assembly, *, keep_bytes: int = _ONE_LOOP) -> None:
+        self.assembly = assembly
+        self.keep_bytes = keep_bytes
+        self._kept: OrderedDict[_Key, Tensor | Beginning] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        asked: Sequence[Asked],
+        decoding: Decoding,
+        *,
+        on_step: Callable[[list[Said]], Sequence[bool]] | None = None,
+    ) -> list[Said]:
+        """Answer a batch.
+
+        Args:
+            asked: at least one prompt; an answer does not depend on the others.
+            decoding: how tokens are chosen.
+            on_step: called after each token with what every row said so far; True ends a row. Not in beam search.
+        """
+        assembly, language = self.assembly, self.assembly.model.language
+        assembly.model.eval()
+        language.activate()
+        pad, device = assembly.prompts.tokenizer.pad_token_id, assembly.model.device
+
+        def step(ids: Tensor, log_probs: Tensor) -> Tensor:
+            assert on_step is not None
+            return torch.tensor(on_step(self._said(ids, log_probs)), dtype=torch.bool, device=ids.device)
+
+        if language.can_continue:
+            beginnings = self._beginnings(asked)
+            prompts = [Prompt((), one.prompt.own, 0) for one in asked]
+            vectors = self._none()
+        else:
+            beginnings, prompts, vectors = None, [one.prompt for one in asked], self._vectors(asked)
+        side = "right" if language.is_encoder_decoder else "left"
+        batch = collate_prompts(prompts, pad, side=side).to(device)
+        made = assembly.model.generate(
+            batch, vectors, decoding, beginnings=beginnings, on_step=step if on_step is not None else None
+        )
+        self._forget()
+        return self._said(made.ids, made.log_probs)
+
+    def _said(self, ids: Tensor, log_probs: Tensor | None) -> list[Said]:
+        """Rows of token ids [B, N] in words; `log_probs` is of the same shape."""
+        stops = set(self.assembly.model.language.stop_ids)
+        said = []
+        for row, tokens in enumerate(ids.tolist()):
+            # What stands behind a stop is filling, and its kind depends on the rows beside it
+            written = list(takewhile(lambda token: token not in stops, tokens))
+            ended = len(written) < len(tokens)
+            count = len(written) + ended
+            log_prob = log_probs[row, :count].mean().item() if log_probs is not None and count else None
+            said.append(Said(self.assembly.prompts.decode(written), count, ended, log_prob))
+        return said
+
+    @torch.no_grad()
+    def choose(self, asked: Asked, choices: Sequence[str]) -> list[float]:
+        """The probability of each choice, if one of them must be the answer.
+
+        A choice weighs by its whole probability as an answer, its end token included: a softmax over the sums of
+        log-probabilities.
+        """
+        assembly, language = self.assembly, self.assembly.model.language
+        assembly.model.eval()
+        language.activate()
+        answers = [tuple(assembly.prompts.answer_ids(choice)) for choice in choices]
+        prompt, pad = asked.prompt, assembly.prompts.tokenizer.pad_token_id
+        rows = [Row(asked.images, prompt.shared, (Branch(prompt.own, answer),)) for answer in answers]
+        collate = collate_encoder_decoder if language.is_encoder_decoder else collate_rows
+        batch = collate(rows, pad).to(assembly.model.device)
+        assert batch.labels is not None
+        vectors = self._vectors([asked] * len(choices))
+        self._forget()
+        sums = language.answer_log_probs(assembly.model.place(batch, vectors), batch.attention_mask, batch.labels)
+        return [float(share) for share in sums.softmax(dim=0)]
+
+    def _beginnings(self, asked: Sequence[Asked]) -> list[Beginning | None]:
+        """Keys and values over each prompt's shared part; None for a prompt without pictures."""
+        keys = [self._key(one) for one in asked]
+        waiting = {
+            key: one for key, one in zip(keys, asked, strict=True) if one.images and not self._touch(key)
+        }  # each once
+        by_length: dict[int, list[tuple[_Key, Asked]]] = {}
+        for key, one in waiting.items():
+            by_length.setdefault(len(one.prompt.shared), []).append((key, one))
+        pad, device = self.assembly.prompts.tokenizer.pad_token_id, self.assembly.model.device
+        for alike in by_length.values():
+            prompts = [Prompt(one.prompt.shared, (), one.prompt.num_images) for _, one in alike]
+            vectors = self._vectors([one for _, one in alike])
+            read = self.assembly.model.read(collate_prompts(prompts, pad).to(device), vectors)
+            self._kept |= zip([key for key, _ in alike], read, strict=True)
+        return [cast(Beginning, self._kept[key]) if key in self._kept else None for key in keys]
+
+    def _vectors(self, asked: Sequence[Asked]) -> Tensor:
+        """Vectors of all the pictures of a batch, [I, Q, D_l] in reading order; each is computed once."""
+        wanted = [
+            (("vectors", image.digest(), self._read_with(one)), image, one.instruction)
+            for one in asked
+            for image in one.images
+        ]
+        waiting = {key: (image, text) for key, image, text in wanted if not self._touch(key)}
+        if waiting:
+            images, texts = zip(*waiting.values(), strict=True)
+            self._kept |= zip(waiting, self.assembly.image_embeddings(images, texts), strict=True)
+        return torch.stack([cast(Tensor, self._kept[key]) for key, _, _ in wanted]) if wanted else self._none()
+
+    def _none(self) -> Tensor:
+        model = self.assembly.model
+        return torch.empty(0, model.num_queries, model.language.width, device=model.device)
+
+    def _key(self, asked: Asked) -> _Key:
+        digests = tuple(image.digest() for image in asked.images)
+        return ("beginning", digests, self._read_with(asked), asked.prompt.shared)
+
+    def _read_with(self, asked: Asked) -> str:
+        """What the bridge reads beside a picture."""
+        return asked.instruction if self.assembly.reads_instructions else ""
+
+    def _touch(self, key: _Key) -> bool:
+        """Whether something is kept; it counts as used now."""
+        if key not in self._kept:
+            return False
+        self._kept.move_to_end(key)
+        return True
+
+    def _forget(self) -> None:
+        """Let go of what has not been used for longest, until the rest fits."""
+        held = sum(entry.nbytes for entry in self._kept.values())
+        while held > self.keep_bytes and self._kept:
+            held -= self._kept.popitem(last=False)[1].nbytes
+
+
 def answer_examples(
     assembly: Assembly,
     examples: Sequence[Example],
@@ -29,8 +217,8 @@ def answer_examples(
 ) -> list[str]:
     """Answer questions about pictures.
 
-    A question asked twice about one picture is answered once, and a picture goes through the bridge once a batch,
-    however many questions it has there. Batches hold prompts of like length; an answer does not depend on its batch.
+    A question asked twice about one picture is answered once, and a picture goes through the bridge and the first part
+    of the prompt through the LLM once, however many questions there are about it.
 
     Args:
         assembly: the loaded model.
@@ -43,57 +231,37 @@ def answer_examples(
     Returns:
         One text an example, in their order.
     """
-    prompts = [prompt_for(example, task, assembly.prompts) for example in examples]
-    keys = [
-        (tuple(image.digest() for image in example.images), prompt.ids)
-        for example, prompt in zip(examples, prompts, strict=True)
+    asked = [
+        Asked(prompt_for(example, task, assembly.prompts), example.images, example.question) for example in examples
     ]
+    return [said.text for said in answer_all(assembly, asked, decoding, batch_size=batch_size, on_progress=on_progress)]
+
+
+def answer_all(
+    assembly: Assembly,
+    asked: Sequence[Asked],
+    decoding: Decoding,
+    *,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Said]:
+    """As `answer_examples`, from prompts, and with what is known of each answer."""
+    keys = [(tuple(image.digest() for image in one.images), one.prompt.ids) for one in asked]
     first: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
     for index, key in enumerate(keys):
         first.setdefault(key, index)
-    order = sorted(first.values(), key=lambda index: (len(prompts[index].ids), keys[index]))
-    texts: dict[int, str] = {}
-    assembly.model.eval()
+    # Questions about one picture follow each other, so that it is read once; pictures with questions of like length too
+    longest: dict[tuple[str, ...], int] = {}
+    for pictures, ids in first:
+        longest[pictures] = max(longest.get(pictures, 0), len(ids))
+    order = sorted(
+        first.values(), key=lambda index: (longest[keys[index][0]], keys[index][0], len(keys[index][1]), keys[index][1])
+    )
+    answerer = Answerer(assembly)
+    found: dict[int, Said] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = [prompts[index] for index in chosen]
-        embeddings = _embeddings(assembly, [examples[index] for index in chosen])
-        for index, text in zip(chosen, generate_texts(assembly, batch, embeddings, decoding), strict=True):
-            texts[index] = text
+        found |= zip(chosen, answerer([asked[index] for index in chosen], decoding), strict=True)
         if on_progress:
             on_progress(min(start + batch_size, len(order)), len(order))
-    return [texts[first[key]] for key in keys]
-
-
-def generate_texts(
-    assembly: Assembly, prompts: Sequence[Prompt], image_embeddings: Tensor, decoding: Decoding
-) -> list[str]:
-    """Generate from prompts whose images' vectors are at hand, [I, Q, D_l] in reading order."""
-    side = "right" if assembly.model.language.is_encoder_decoder else "left"
-    batch = collate_prompts(prompts, assembly.prompts.tokenizer.pad_token_id, side=side).to(assembly.model.device)
-    ids = assembly.model.generate(batch, image_embeddings, decoding)
-    # What stands behind a stop is filling, and its kind depends on the rows beside it
-    stops = set(assembly.model.language.stop_ids)
-    rows = [list(takewhile(lambda token: token not in stops, row)) for row in ids.tolist()]
-    return [assembly.prompts.decode(row) for row in rows]
-
-
-def _embeddings(assembly: Assembly, examples: Sequence[Example]) -> Tensor:
-    """Vectors of all the pictures of a batch, [I, Q, D_l]; each distinct (picture, instruction) is computed once."""
-    reads_question = assembly.reads_instructions
-    places: dict[tuple[str, str], int] = {}
-    images: list[ImageRef] = []
-    instructions: list[str] = []
-    wanted: list[int] = []
-    for example in examples:
-        instruction = example.question if reads_question else ""
-        for image in example.images:
-            key = (image.digest(), instruction)
-            if key not in places:
-                places[key] = len(images)
-                images.append(image)
-                instructions.append(instruction)
-            wanted.append(places[key])
-    if not images:
-        return torch.empty(0, assembly.model.num_queries, assembly.model.language.width, device=assembly.model.device)
-    return assembly.image_embeddings(images, instructions)[wanted]
+    return [found[first[key]] for key in keys]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from adapters.assembly import Assembly, assemble
 from adapters.recipe import Recipe, load_recipe, parse_recipe
-from adapters.sight import Sight, load_sight
+from adapters.sight import FrozenModels, Sight, load_sight
 from qformer.errors import UserError
 from qformer.strict import describe_differences
 
@@ -179,8 +179,7 @@ def _save_lora(folder: Path, assembly: Assembly) -> None:
     folder.mkdir()
     state = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in language.lora_state().items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = language.model.peft_config["default"]
-    values = config.to_dict()
+    values = language.lora_config.to_dict()
     values["base_model_name_or_path"] = assembly.recipe.language.source
     values["inference_mode"] = True
     (folder / "adapter_config.json").write_text(json.dumps(values, indent=2, default=_plain, sort_keys=True))
@@ -251,9 +250,21 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def load_artefact(
-    name: str | Path, *, device: str = "cpu", dtype: str | None = None, offline: bool = False
+    name: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    offline: bool = False,
+    frozen: FrozenModels | None = None,
 ) -> tuple[Assembly, Facts]:
     """Load the frozen parts an artefact names, check that they are the very ones, and put its weights in.
+
+    Args:
+        name: as `find_artefact` takes it.
+        device: where the model runs.
+        dtype: "float32" or "bfloat16" for the LLM's computation.
+        offline: take frozen weights from the cache only.
+        frozen: what is loaded already; what this adapter shares with others is taken from there.
 
     Raises:
         UserError: no artefact there; another base model; a missing, extra or misshapen tensor.
@@ -266,7 +277,7 @@ def load_artefact(
             f"--adapter {name}: this is the first stage, which can search and classify; no language model can read it"
             f" yet: querybridge pretrain RECIPE --stage 2 --start-from {name}"
         )
-    assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False)
+    assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False, frozen=frozen)
     _check_fingerprints(folder, recipe, facts.fingerprints, assembly.fingerprints)
     load_trained(assembly, folder)
     return assembly, facts

@@ -12,7 +12,7 @@ from adapters.data.images import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features import FeatureCache
 from adapters.recipe import LoraSection, Recipe
-from adapters.sight import MAX_INSTRUCTION, Sight, load_sight
+from adapters.sight import MAX_INSTRUCTION, FrozenModels, Sight, load_sight
 from qformer.errors import UserError
 from qformer.language import LanguageModel, LoraSettings, load_language_model
 from qformer.model import VisionLanguageModel
@@ -82,6 +82,7 @@ def assemble(
     dtype: str | None = None,
     offline: bool = False,
     lora: bool = True,
+    frozen: FrozenModels | None = None,
 ) -> Assembly:
     """Load the frozen parts a recipe names and build the trainable ones.
 
@@ -91,16 +92,23 @@ def assemble(
         dtype: "float32" or "bfloat16" for the LLM's computation; left out, what suits the device.
         offline: take frozen weights from the cache only.
         lora: put fresh LoRA matrices on the LLM; False where they come from an artefact.
+        frozen: models that are loaded already, for an adapter that serves beside others; new ones join them.
 
     Raises:
         UserError: weights cannot be had, or parts do not fit.
     """
     compute_dtype = chosen_dtype(dtype)
-    sight = load_sight(recipe, device=device, offline=offline)
+    frozen = frozen or FrozenModels()
+    sight = load_sight(recipe, device=device, offline=offline, frozen=frozen)
     language_folder = resolve(recipe.language.source, offline=offline)
-    language = load_language_model(
-        language_folder, quantize=recipe.language.quantize, compute_dtype=compute_dtype, device=device
-    )
+    key = (recipe.language.source, recipe.language.quantize, compute_dtype, device)
+    if key in frozen.languages:
+        language = frozen.languages[key].sibling()
+    else:
+        language = load_language_model(
+            language_folder, quantize=recipe.language.quantize, compute_dtype=compute_dtype, device=device
+        )
+        frozen.languages[key] = language
     torch.manual_seed(recipe.train.seed + 1)  # fresh weights depend on the seed and on nothing before
     projection = word_sized_projection(sight.bridge.config.hidden_size, language)
     if lora and recipe.language.lora is not None:

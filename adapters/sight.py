@@ -6,7 +6,7 @@ Enough by itself for BLIP-2's first stage and for retrieval; `adapters.assembly`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qformer.bridge import QFormer
 from qformer.config import BridgeConfig
 from qformer.errors import UserError
 from qformer.interchange import start_from_bert
+from qformer.language import LanguageModel
 from qformer.objectives import Heads
 from qformer.precision import limit_kernel_cache
 from qformer.representation import RepresentationModel
@@ -111,8 +112,29 @@ class Sight:
         )
 
 
-def load_sight(recipe: Recipe, *, device: str = "cpu", offline: bool = False) -> Sight:
+@dataclass
+class FrozenModels:
+    """Towers and LLMs that are loaded already, so that several adapters stand on the same ones.
+
+    Attributes:
+        towers: with its feature cache, by what the recipe says of it.
+        languages: by source, quantisation, dtype and device; each further adapter gets a sibling.
+    """
+
+    towers: dict[tuple[object, ...], tuple[ImageEncoder, FeatureCache]] = field(default_factory=dict)
+    languages: dict[tuple[object, ...], LanguageModel] = field(default_factory=dict)
+
+
+def load_sight(
+    recipe: Recipe, *, device: str = "cpu", offline: bool = False, frozen: FrozenModels | None = None
+) -> Sight:
     """Load the towers a recipe names and build norm, bridge and heads, with fresh weights drawn from the recipe's seed.
+
+    Args:
+        recipe: what to build.
+        device: where it runs.
+        offline: take frozen weights from the cache only.
+        frozen: towers that are loaded already; new ones join them.
 
     Raises:
         UserError: weights cannot be had, or parts do not fit.
@@ -120,26 +142,30 @@ def load_sight(recipe: Recipe, *, device: str = "cpu", offline: bool = False) ->
     limit_kernel_cache()
     check_device(device)
     fingerprints: dict[str, str] = {}
-    encoders = []
+    frozen = frozen or FrozenModels()
+    towers: list[tuple[ImageEncoder, FeatureCache]] = []
     for index, tower in enumerate(recipe.vision.towers):
-        encoder = load_image_encoder(
-            tower.source,
-            layer=tower.layer,
-            class_token=tower.class_token,
-            image_size=tower.image_size,
-            difference=find_difference(tower.difference) if tower.difference else None,
-            device=device,
-            dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
-            offline=offline,
-        )
-        encoders.append(encoder)
-        fingerprints[f"vision.{index}"] = str(encoder.identity()["fingerprint"])
+        key = (*tower.model_dump().values(), device)
+        if key not in frozen.towers:
+            encoder = load_image_encoder(
+                tower.source,
+                layer=tower.layer,
+                class_token=tower.class_token,
+                image_size=tower.image_size,
+                difference=find_difference(tower.difference) if tower.difference else None,
+                device=device,
+                dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
+                offline=offline,
+            )
+            frozen.towers[key] = (encoder, FeatureCache(encoder))
+        towers.append(frozen.towers[key])
+        fingerprints[f"vision.{index}"] = str(towers[-1][0].identity()["fingerprint"])
+    encoders, caches = [encoder for encoder, _ in towers], [cache for _, cache in towers]
     torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
     feature_norm = FeatureNorm(encoders)
     bridge = build_bridge(recipe.bridge, feature_norm)
     tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
     heads = Heads(bridge.config).to(device) if recipe.bridge.text_branch else None
-    caches = [FeatureCache(encoder) for encoder in encoders]
     return Sight(recipe, encoders, caches, feature_norm.to(device), bridge.to(device), heads, tokenizer, fingerprints)
 
 

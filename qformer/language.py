@@ -7,7 +7,7 @@ Only LoRA's matrices are ever trainable here (QLoRA, arXiv 2305.14314).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -48,6 +52,10 @@ _DROPOUT_NAMES = (
 )
 
 
+OnStep = Callable[[Tensor, Tensor], Tensor | None]
+"""Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """LoRA on the LLM (arXiv 2106.09685).
@@ -63,6 +71,38 @@ class LoraSettings:
     alpha: int = 32
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Keys and values of a prompt's first part: read once, continued as often as one likes.
+
+    Attributes:
+        layers: (keys, values) of each layer, each [H, T, D].
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def __len__(self) -> int:
+        return int(self.layers[0][0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was generated.
+
+    Attributes:
+        ids: [B, N] new tokens, padded on the right with the padding token; an end token that was written is there.
+        log_probs: [B, N] of each token under the model, before penalties and temperature; None for beam search.
+    """
+
+    ids: Tensor
+    log_probs: Tensor | None
 
 
 class LanguageModel(nn.Module):
@@ -85,6 +125,8 @@ class LanguageModel(nn.Module):
         self.tokenizer: Any = tokenizer
         self.compute_dtype = compute_dtype
         self.checkpointing = False
+        self._lora: str | None = None  # the name PEFT knows this one's matrices by
+        self._family: list[LanguageModel] = [self]  # all that stand on the same weights; the first is active
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.requires_grad_(False)
@@ -119,6 +161,13 @@ class LanguageModel(nn.Module):
         return not self.is_encoder_decoder and "position_ids" in inspect.signature(self.base.forward).parameters
 
     @property
+    def can_continue(self) -> bool:
+        """Whether a prompt's first part can be read once and continued: a causal model of full attention only."""
+        if self.is_encoder_decoder or "past_key_values" not in inspect.signature(self.base.forward).parameters:
+            return False
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
+
+    @property
     def device(self) -> torch.device:
         """Where the token embeddings lie."""
         return cast(torch.device, self.base.get_input_embeddings().weight.device)
@@ -126,7 +175,37 @@ class LanguageModel(nn.Module):
     @property
     def has_lora(self) -> bool:
         """Whether LoRA matrices are in place."""
-        return self.model is not self.base
+        return self._lora is not None
+
+    @property
+    def lora_config(self) -> Any:
+        """PEFT's configuration of the LoRA in place."""
+        return self.model.peft_config[self._lora]
+
+    def sibling(self) -> LanguageModel:
+        """Another adapter's language model over the very same frozen weights, without LoRA yet.
+
+        Of all siblings one is active at a time: `activate` switches. They are for serving, not for training.
+        """
+        other = LanguageModel.__new__(LanguageModel)
+        nn.Module.__init__(other)
+        other.model, other.tokenizer, other.compute_dtype = self.model, self.tokenizer, self.compute_dtype
+        other.checkpointing, other._lora, other._family = False, None, self._family
+        self._family.append(other)
+        return other.train(False)
+
+    def activate(self) -> None:
+        """Put this one's LoRA to work, and that of its siblings to rest; nothing is loaded."""
+        if self._family[0] is self:
+            return
+        if self.model is not self.base:  # else none of them has LoRA
+            if self._lora is None:
+                self.model.base_model.disable_adapter_layers()
+            else:
+                self.model.base_model.enable_adapter_layers()
+                self.model.set_adapter(self._lora, inference_mode=True)
+        self._family.remove(self)
+        self._family.insert(0, self)
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Set LoRA's dropout; the frozen LLM itself only trains where gradient checkpointing asks for the flag."""
@@ -167,6 +246,23 @@ class LanguageModel(nn.Module):
         Returns:
             The summed loss (a float32 scalar) and the number of positions it sums over.
         """
+        logits, targets = self._supervised(inputs_embeds, attention_mask, labels, position_ids)
+        wanted = targets[targets != IGNORED]
+        return F.cross_entropy(logits, wanted, reduction="sum"), len(wanted)
+
+    @torch.no_grad()
+    def answer_log_probs(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability of each row's whole answer, [B]; arguments as in `supervised_loss`, one answer a row."""
+        logits, targets = self._supervised(inputs_embeds, attention_mask, labels, None)
+        supervised = targets != IGNORED
+        sums = torch.zeros(len(targets), device=logits.device)
+        rows = supervised.nonzero()[:, 0]  # [N]
+        return sums.index_add_(0, rows, -F.cross_entropy(logits, targets[supervised], reduction="none"))
+
+    def _supervised(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] in float32 at the N supervised positions, and what each position [B, T] should predict."""
         if attention_mask.dim() == 4:  # transformers wants what is added to the scores, in the scores' dtype
             dtype = self.compute_dtype
             attention_mask = torch.zeros_like(attention_mask, dtype=dtype).masked_fill_(
@@ -183,23 +279,42 @@ class LanguageModel(nn.Module):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
             if position_ids is not None:
                 inputs["position_ids"] = position_ids
-        supervised = targets != IGNORED
-        with self.autocast(), _head_sees(self.base, supervised):
-            logits = self.model(**inputs, use_cache=False).logits  # [N, V]: N supervised positions
-        loss = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        return loss, int(supervised.sum())
+        with self.autocast(), _head_sees(self.base, targets != IGNORED):
+            logits = self.model(**inputs, use_cache=False).logits  # [N, V]
+        return logits.float(), targets
 
     @torch.no_grad()
-    def generate(self, inputs_embeds: Tensor, attention_mask: Tensor, decoding: Decoding) -> Tensor:
+    def read(self, inputs_embeds: Tensor) -> list[Beginning]:
+        """Read the first parts of prompts, all of one length and without padding, [B, T, D_l], where `can_continue`."""
+        was_training = self.training
+        self.eval()  # checkpointing would switch the cache off
+        with self.autocast(), _head_sees(self.base, (slice(None), slice(-1, None))):
+            cache = self.model(inputs_embeds=inputs_embeds.to(self.compute_dtype), use_cache=True).past_key_values
+        self.train(was_training)
+        return [
+            Beginning(tuple((layer.keys[row].clone(), layer.values[row].clone()) for layer in cache.layers))
+            for row in range(len(inputs_embeds))
+        ]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        decoding: Decoding,
+        *,
+        beginnings: Sequence[Beginning | None] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Generated:
         """Continue prompts that are padded on the left (on the right for an encoder-decoder).
 
         Args:
-            inputs_embeds: [B, T, D_l].
+            inputs_embeds: [B, T, D_l]; what comes after the beginnings.
             attention_mask: [B, T].
             decoding: how tokens are chosen.
-
-        Returns:
-            New token ids [B, N], padded on the right with the padding token.
+            beginnings: what `read` gave for each row; None for a row that starts with `inputs_embeds`.
+            on_step: called after each token with all new ones, [B, N], and their log-probabilities; what it returns,
+                bool [B], ends rows. Not in beam search, which may still change its mind.
         """
         sampling = decoding.temperature > 0 and decoding.num_beams == 1
         options: dict[str, Any] = {
@@ -215,14 +330,30 @@ class LanguageModel(nn.Module):
             options["length_penalty"] = decoding.length_penalty
         if sampling:
             options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        if beginnings is not None and any(beginnings):
+            cache, read = _stacked(beginnings, self.config, repeats=decoding.num_beams)
+            options["past_key_values"] = cache
+            attention_mask = torch.cat([read, attention_mask], dim=1)
+            # transformers wants the whole prompt, and cuts off what the cache holds
+            inputs_embeds = F.pad(inputs_embeds, (0, 0, read.shape[1], 0))
+        # a decoder starts from a start token, which is no answer's
+        watch = _Watch(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
+        if watch is not None:
+            options["stopping_criteria"] = StoppingCriteriaList([watch])
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
-        with self.autocast(), _head_sees(self.base, (slice(None), slice(-1, None))):
+        with (
+            self.autocast(),
+            _head_sees(self.base, (slice(None), slice(-1, None))),
+            watch.over(self.base) if watch else nullcontext(),
+        ):
             ids = self.model.generate(
                 inputs_embeds=inputs_embeds.to(self.compute_dtype), attention_mask=attention_mask, **options
             )
         self.train(was_training)
-        return cast(Tensor, ids[:, 1:] if self.is_encoder_decoder else ids)  # a decoder starts from its start token
+        if self.is_encoder_decoder:
+            ids = ids[:, 1:]
+        return Generated(ids, torch.cat(watch.log_probs, dim=1) if watch else None)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -242,7 +373,7 @@ class LanguageModel(nn.Module):
 
     def add_lora(self, settings: LoraSettings) -> None:
         """Put fresh LoRA matrices (B is zero, so nothing changes yet) on the LLM; they are trained in float32."""
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
         config = LoraConfig(
@@ -254,7 +385,7 @@ class LanguageModel(nn.Module):
             task_type="SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM",
         )
         try:
-            self.model = get_peft_model(self.base, config)
+            self._wrap(config)
         except ValueError as error:
             raise UserError(f"lora.targets: {targets} names no layer of {self.config.model_type}: {error}") from error
         self.train(self.training)
@@ -265,7 +396,7 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: the folder is damaged, or its matrices do not fit this LLM.
         """
-        from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+        from peft import PeftConfig, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
@@ -281,19 +412,41 @@ class LanguageModel(nn.Module):
             raise UserError(f"{settings}: cannot be read ({first_line(error)}); fetch a fresh copy") from error
         config.inference_mode = False
         try:
-            self.model = get_peft_model(self.base, config)
+            self._wrap(config)
         except ValueError as error:
             raise UserError(f"{folder}: its LoRA names layers {self.config.model_type} does not have") from error
         if differences := describe_differences(state, self.lora_state()):
             raise UserError(f"{folder}: the LoRA matrices do not fit {self.config.model_type}: {differences}")
-        set_peft_model_state_dict(self.model, {name: tensor.float() for name, tensor in state.items()})
+        set_peft_model_state_dict(
+            self.model, {name: tensor.float() for name, tensor in state.items()}, adapter_name=self._lora
+        )
         self.train(self.training)
 
     def lora_state(self) -> dict[str, Tensor]:
         """LoRA's matrices under the names PEFT stores them by."""
         from peft import get_peft_model_state_dict
 
-        return cast(dict[str, Tensor], get_peft_model_state_dict(self.model)) if self.has_lora else {}
+        if self._lora is None:
+            return {}
+        return cast(dict[str, Tensor], get_peft_model_state_dict(self.model, adapter_name=self._lora))
+
+    def _wrap(self, config: Any) -> None:
+        """Put fresh matrices on the frozen model, beside those of siblings, and make them the active ones."""
+        from peft import get_peft_model
+
+        alone = self.model is self.base
+        name = "default" if alone else f"adapter{len(self.model.peft_config)}"
+        if alone:
+            wrapped = get_peft_model(self.base, config, adapter_name=name)
+            for one in self._family:
+                one.model = wrapped
+        else:
+            self.model.add_adapter(name, config)
+        self._lora = name
+        if len(self._family) > 1:
+            self._family.remove(self)
+            self._family.append(self)  # so that it is switched to
+            self.activate()
 
 
 @contextmanager
@@ -310,6 +463,73 @@ def _head_sees(model: Any, positions: Tensor | tuple[slice, slice]) -> Iterator[
         yield
     finally:
         hook.remove()
+
+
+class _Watch(StoppingCriteria):
+    """Looks on while transformers generates: the probability of each token, and a caller that may end rows.
+
+    Args:
+        on_step: as `LanguageModel.generate` takes it.
+        skip: tokens that stand before the first new one.
+    """
+
+    def __init__(self, on_step: OnStep | None, *, skip: int) -> None:
+        self.on_step = on_step
+        self.skip = skip
+        self.log_probs: list[Tensor] = []  # [B, 1] a token
+        self._logits = torch.empty(0)
+
+    @contextmanager
+    def over(self, model: Any) -> Iterator[None]:
+        """Look at what the model's head computes."""
+
+        def keep(_module: nn.Module, _args: Any, logits: Tensor) -> None:
+            self._logits = logits[:, -1]
+
+        hook = model.get_output_embeddings().register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Called by transformers after each token, with what was written so far."""
+        last = self._logits.float().log_softmax(dim=-1)
+        self.log_probs.append(last.gather(1, input_ids[:, -1:].to(last.device)))
+        ended = None
+        if self.on_step is not None:
+            ended = self.on_step(input_ids[:, self.skip :], torch.cat(self.log_probs, dim=1))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device) if ended is None else ended
+
+
+def _stacked(
+    beginnings: Sequence[Beginning | None], config: PretrainedConfig, *, repeats: int
+) -> tuple[DynamicCache, Tensor]:
+    """Beginnings as one cache, shorter ones padded on the left, and their mask [B, T] long.
+
+    Args:
+        beginnings: one a row, at least one of them there.
+        config: the LLM's.
+        repeats: copies of each row in the cache (beams).
+    """
+    some = next(beginning for beginning in beginnings if beginning)
+    length = max(len(beginning) if beginning else 0 for beginning in beginnings)
+    mask = torch.zeros(len(beginnings), length, dtype=torch.long, device=some.layers[0][0].device)
+    layers = []
+    for number, pair in enumerate(some.layers):
+        shapes = [(len(beginnings), part.shape[0], length, part.shape[2]) for part in pair]
+        stacked = [part.new_zeros(shape) for part, shape in zip(pair, shapes, strict=True)]
+        for row, beginning in enumerate(beginnings):
+            if beginning:
+                for whole, part in zip(stacked, beginning.layers[number], strict=True):
+                    whole[row, :, length - len(beginning) :] = part
+        layers.append((stacked[0], stacked[1]))
+    for row, beginning in enumerate(beginnings):
+        mask[row, length - (len(beginning) if beginning else 0) :] = 1
+    cache = DynamicCache(layers, config=config)
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
+    return cache, mask
 
 
 def load_language_model(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qformer.bridge import QFormer
 from qformer.decoding import Decoding
-from qformer.language import LanguageModel
+from qformer.language import Beginning, Generated, LanguageModel, OnStep
 from qformer.objectives import Heads
 from qformer.simple_bridges import SimpleBridge
 from qformer.vision import FeatureNorm, ImageEncoder
@@ -129,9 +129,28 @@ class VisionLanguageModel(nn.Module):
         )
 
     @torch.no_grad()
-    def generate(self, batch: TokenBatch, image_embeddings: Tensor, decoding: Decoding) -> Tensor:
-        """Answers to prompts, as token ids [B, N] padded on the right."""
-        return self.language.generate(self.place(batch, image_embeddings), batch.attention_mask, decoding)
+    def read(self, batch: TokenBatch, image_embeddings: Tensor) -> list[Beginning]:
+        """Read the first parts of prompts, all of one length; images' vectors [I, Q, D_l] in reading order."""
+        return self.language.read(self.place(batch, image_embeddings))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: TokenBatch,
+        image_embeddings: Tensor,
+        decoding: Decoding,
+        *,
+        beginnings: Sequence[Beginning | None] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Generated:
+        """Answers to prompts, or to what comes after their beginnings; see `LanguageModel.generate`."""
+        return self.language.generate(
+            self.place(batch, image_embeddings),
+            batch.attention_mask,
+            decoding,
+            beginnings=beginnings,
+            on_step=on_step,
+        )
 
     def trainable_parts(self) -> dict[str, nn.Module]:
         """What an artefact holds besides LoRA: module by name."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from serve.engine import Engine
+    from serve.engine import LoadedAdapter
 
 RUN = Path("runs") / "quickstart"
 TEST_QUESTIONS = 1000
@@ -69,7 +69,7 @@ def train(*, offline: bool) -> None:
     (RUN / "finished").touch()
 
 
-def show_scores(engine: Engine, *, offline: bool) -> None:
+def show_scores(engine: LoadedAdapter, *, offline: bool) -> None:
     """Exact match on fixed test questions, beside the same model on a blank picture and the commonest answers."""
     from serve.evaluate import evaluate
 
@@ -93,7 +93,7 @@ def show_scores(engine: Engine, *, offline: bool) -> None:
     print(f"  the commonest answer to each question  {scores['commonest_answer']:7.1%}")
 
 
-def show_answers(engine: Engine, *, offline: bool) -> None:
+def show_answers(engine: LoadedAdapter, *, offline: bool) -> None:
     """Ask three of the test set's questions; pictures and questions are left in the run's folder to try things with."""
     from adapters.data.readers import read_data
 

@@ -16,7 +16,7 @@ from adapters.data.readers import read_data
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.batch_job import BatchJob, check_same_job, digest_of, read_job, write_job
-from serve.engine import Engine, load_adapter, picture_ref
+from serve.engine import LoadedAdapter, load_adapter, picture_ref
 
 PRESETS = {"vqa": "greedy", "caption": "caption"}
 """The decoding a task gets where none is named."""
@@ -45,7 +45,7 @@ class VQAPredictor:
         batch_size: int = 16,
         **options: Any,
     ) -> None:
-        self.engine: Engine = load_adapter(adapter, **options)
+        self.engine: LoadedAdapter = load_adapter(adapter, **options)
         self.decoding = decoding
         self.batch_size = batch_size
 

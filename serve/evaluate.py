@@ -17,11 +17,11 @@ from adapters.evaluation.vqa import commonest_answer_score, score
 from adapters.retrieval import RERANKED, Retriever
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import Engine
+from serve.engine import LoadedAdapter
 
 
 def evaluate(
-    engine: Engine,
+    engine: LoadedAdapter,
     data: str | Path,
     *,
     task: str = "vqa",

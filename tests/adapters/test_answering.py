@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-import adapters.answering
-from adapters.answering import answer_examples
+from adapters.answering import Answerer, Asked, answer_examples
 from adapters.assembly import Assembly, assemble
 from adapters.data.examples import Example
 from adapters.data.images import ImageRef
 from adapters.recipe import parse_recipe
-from qformer.language import Decoding
+from qformer.decoding import Decoding
+from qformer.language import Generated
+from qformer.model import TokenBatch
 
 GREEDY = Decoding(max_new_tokens=8)
 
@@ -110,23 +111,63 @@ def test_the_logits_of_a_batch_are_those_of_each_alone(assembly: Assembly, examp
     head = assembly.model.language.base.get_output_embeddings()
     hook = head.register_forward_hook(lambda _, __, logits: recorded.append(logits[:, -1]))
     one = replace(GREEDY, max_new_tokens=1)
+    prompts = [assembly.prompts.vqa(example.question, len(example.images)) for example in examples]
+    asked = [Asked(prompt, example.images) for prompt, example in zip(prompts, examples, strict=True)]
     try:
-        by_length = sorted(examples, key=lambda e: len(_prompt_ids(assembly, e)))
-        answer_examples(assembly, by_length, "vqa", decoding=one, batch_size=len(by_length))
+        Answerer(assembly)(asked, one)
         together = recorded.pop()
-        for example in by_length:
-            answer_examples(assembly, [example], "vqa", decoding=one)
+        alone = []
+        for prompt in asked:
+            Answerer(assembly)([prompt], one)
+            alone.append(recorded.pop())
     finally:
         hook.remove()
-    alone = torch.cat(recorded)
+    expected = torch.cat(alone)
 
     # In fp32, sums in another order: about 1e-6 of the values.
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4 * alone.abs().max().item())
-    assert (alone[0] - alone[1]).abs().max() > 0.1 * alone.abs().max()
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert (expected[0] - expected[1]).abs().max() > 0.1 * expected.abs().max()
 
 
-def _prompt_ids(assembly: Assembly, example: Example) -> tuple[int, ...]:
-    return assembly.prompts.vqa(example.question, len(example.images)).ids
+def test_a_second_question_reads_only_itself(assembly: Assembly, pictures: list[ImageRef]) -> None:
+    """What a picture became is kept, within the memory allowed; answers are the same with and without."""
+    read: list[int] = []
+    encoded: list[int] = []
+    real_read, real_vectors = assembly.model.language.read, assembly.image_embeddings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly.model.language, "read", lambda embeds: read.append(len(embeds)) or real_read(embeds))
+        patch.setattr(
+            assembly,
+            "image_embeddings",
+            lambda images, *rest: encoded.append(len(images)) or real_vectors(images, *rest),
+        )
+
+        def ask(answerer: Answerer, question: str, *shown: ImageRef) -> str:
+            return answerer([Asked(assembly.prompts.vqa(question, len(shown)), shown)], GREEDY)[0].text
+
+        keeping, forgetting = Answerer(assembly), Answerer(assembly, keep_bytes=0)
+        first = ask(keeping, "what is it?", pictures[0])
+        second = ask(keeping, "who is it?", pictures[0])
+        both = ask(keeping, "who is it?", pictures[0], pictures[1])
+        assert encoded == [1, 1], "a picture went through the bridge again"
+        assert len(read) == (2 if assembly.model.language.can_continue else 0)
+        assert ask(forgetting, "what is it?", pictures[0]) == first
+        assert ask(forgetting, "who is it?", pictures[0]) == second
+        assert ask(forgetting, "who is it?", pictures[0], pictures[1]) == both
+        assert sum(encoded) == 2 + 4
+
+
+def test_choices_share_one_probability(assembly: Assembly, pictures: list[ImageRef]) -> None:
+    """A softmax over whole answers' log-probabilities, computed here from generation's own numbers."""
+    answerer = Answerer(assembly)
+    asked = Asked(assembly.prompts.vqa("what is it?"), (pictures[0],))
+    said = answerer([asked], GREEDY)[0]
+    shares = answerer.choose(asked, [said.text or "a", "zq", "qz"])
+
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    reordered = answerer.choose(asked, ["qz", "zq"])
+    assert reordered[0] / reordered[1] == pytest.approx(shares[2] / shares[1], rel=1e-3)
+    assert shares != answerer.choose(Asked(asked.prompt, (pictures[1],)), [said.text or "a", "zq", "qz"])
 
 
 def test_the_picture_changes_the_answer(assembly: Assembly, pictures: list[ImageRef]) -> None:
@@ -161,17 +202,17 @@ def test_a_question_asked_twice_is_generated_once(
 ) -> None:
     generated: list[int] = []
     encoded: list[int] = []
-    real_texts, real_vectors = adapters.answering.generate_texts, assembly.image_embeddings
+    real_generate, real_vectors = assembly.model.generate, assembly.image_embeddings
 
-    def texts(part: Assembly, prompts: list, *rest: object) -> list[str]:
-        generated.append(len(prompts))
-        return real_texts(part, prompts, *rest)  # type: ignore[arg-type]
+    def generate(batch: TokenBatch, *rest: object, **options: object) -> Generated:
+        generated.append(len(batch.ids))
+        return real_generate(batch, *rest, **options)  # type: ignore[arg-type]
 
     def vectors(images: list, *rest: object) -> torch.Tensor:
         encoded.append(len(images))
         return real_vectors(images, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(adapters.answering, "generate_texts", texts)
+    monkeypatch.setattr(assembly.model, "generate", generate)
     monkeypatch.setattr(assembly, "image_embeddings", vectors)
     assert pictures[0].path is not None
     copy = ImageRef("copy", data=pictures[0].path.read_bytes())  # the same bytes under another name

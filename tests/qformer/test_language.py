@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import pytest
@@ -201,6 +202,19 @@ def test_checkpointing_keeps_less_and_computes_the_same(language_folders: dict[s
     assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
 
 
+class Padded(NamedTuple):
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def pad_left(rows: list[torch.Tensor]) -> Padded:
+    padded = [
+        torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=0, padding_side="left")
+        for part in (rows, [torch.ones_like(row) for row in rows])
+    ]
+    return Padded(*padded)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=6), Decoding.preset("paper-vqa")])
 def test_generation_is_that_of_transformers(language_folders: dict[str, Path], kind: str, decoding: Decoding) -> None:
@@ -213,7 +227,7 @@ def test_generation_is_that_of_transformers(language_folders: dict[str, Path], k
     mask = torch.nn.utils.rnn.pad_sequence(
         [torch.ones_like(p) for p in prompts], batch_first=True, padding_value=0, padding_side=side
     )
-    found = language.generate(language.embed(ids), mask, decoding)
+    found = language.generate(language.embed(ids), mask, decoding).ids
     loader = AutoModelForSeq2SeqLM if language.is_encoder_decoder else AutoModelForCausalLM
     reference = loader.from_pretrained(language_folders[kind]).eval()
     extra = {"length_penalty": decoding.length_penalty} if decoding.num_beams > 1 else {}
@@ -225,6 +239,77 @@ def test_generation_is_that_of_transformers(language_folders: dict[str, Path], k
         )[0]  # fmt: skip
         expected = expected[1:] if language.is_encoder_decoder else expected[len(prompt) :]
         assert row[: len(expected)].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_prompt_goes_on_from_its_beginning(language_folders: dict[str, Path], kind: str, beams: int) -> None:
+    """Beginnings of several lengths, one row without: the same tokens and numbers as from the whole prompts."""
+    language = load(language_folders[kind])
+    assert language.can_continue
+    torch.manual_seed(6)
+    decoding = Decoding(max_new_tokens=6, num_beams=beams)
+    firsts = [torch.randint(5, 100, (length,)) for length in (7, 4, 0)]
+    rests = [torch.randint(5, 100, (length,)) for length in (2, 5, 3)]
+    beginnings = [language.read(language.embed(first[None]))[0] if len(first) else None for first in firsts]
+
+    own = pad_left(rests)
+    found = language.generate(language.embed(own.ids), own.mask, decoding, beginnings=beginnings)
+    whole = pad_left([torch.cat(pair) for pair in zip(firsts, rests, strict=True)])
+    expected = language.generate(language.embed(whole.ids), whole.mask, decoding)
+
+    assert found.ids.tolist() == expected.ids.tolist()
+    if beams == 1:
+        assert found.log_probs is not None and expected.log_probs is not None
+        torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+    again = language.generate(language.embed(own.ids), own.mask, decoding, beginnings=beginnings)
+    assert again.ids.tolist() == found.ids.tolist(), "going on changed the beginning"
+
+
+def test_beginnings_of_a_sliding_window_are_not_reused(language_folders: dict[str, Path]) -> None:
+    assert not load(language_folders["t5"]).can_continue
+    language = load(language_folders["qwen2"])
+    language.config.layer_types = ["sliding_attention"] * language.config.num_hidden_layers
+    language.config.sliding_window = 4
+    assert not language.can_continue
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_of_what_was_written(language_folders: dict[str, Path], kind: str) -> None:
+    """Beside the tokens stand their log-probabilities: those of a pass over the finished text."""
+    language = load(language_folders[kind])
+    torch.manual_seed(4)
+    ids = torch.randint(5, 100, (1, 6))
+    made = language.generate(language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=4))
+    assert made.log_probs is not None
+    if language.is_encoder_decoder:
+        logits = language.base(
+            input_ids=ids, decoder_input_ids=torch.cat([torch.zeros(1, 1, dtype=torch.long), made.ids[:, :-1]], dim=1)
+        ).logits
+    else:
+        logits = language.base(torch.cat([ids, made.ids[:, :-1]], dim=1)).logits[:, ids.shape[1] - 1 :]
+    expected = logits.log_softmax(dim=-1).gather(2, made.ids.unsqueeze(2))[..., 0]
+    torch.testing.assert_close(made.log_probs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caller_looks_on_and_ends_rows(language_folders: dict[str, Path], kind: str) -> None:
+    language = load(language_folders[kind])
+    torch.manual_seed(4)
+    ids = torch.randint(5, 100, (2, 6))
+    seen: list[list[list[int]]] = []
+
+    def on_step(new: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        assert log_probs.shape == new.shape
+        seen.append(new.tolist())
+        return torch.tensor([new.shape[1] >= 2, False])
+
+    free = language.generate(language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=5)).ids
+    made = language.generate(language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=5), on_step=on_step).ids
+    assert [len(rows[0]) for rows in seen] == [1, 2, 3, 4, 5]
+    assert made[0, :2].tolist() == free[0, :2].tolist()
+    assert set(made[0, 2:].tolist()) == {language.tokenizer.pad_token_id}
+    assert made[1].tolist() == free[1].tolist()
 
 
 def test_no_preset_of_that_name() -> None:

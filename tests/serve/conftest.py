@@ -21,7 +21,7 @@ from adapters.recipe import load_recipe
 from qformer.decoding import Decoding
 from serve.batch import VQAPredictor
 from serve.cli import main
-from serve.engine import Engine, load_adapter
+from serve.engine import LoadedAdapter, load_adapter
 
 QUESTIONS = ["what colour is it?", "is it a circle?", "is it red?"]
 COLOURS = {"red": (220, 20, 60), "green": (46, 139, 87), "blue": (65, 105, 225)}
@@ -95,14 +95,14 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, recipe_file: Path, cach
 
 
 @pytest.fixture(scope="session")
-def engine(run_folder: Path, cache_folder: Path) -> Iterator[Engine]:
+def engine(run_folder: Path, cache_folder: Path) -> Iterator[LoadedAdapter]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUERYBRIDGE_CACHE", str(cache_folder))
         yield load_adapter(run_folder, device="cpu", dtype="float32", offline=True)
 
 
 @pytest.fixture
-def predictor(engine: Engine) -> VQAPredictor:
+def predictor(engine: LoadedAdapter) -> VQAPredictor:
     """A predictor over the session's engine, so that the models are loaded once."""
     predictor = object.__new__(VQAPredictor)
     predictor.engine, predictor.decoding, predictor.batch_size = engine, Decoding(max_new_tokens=5), 4

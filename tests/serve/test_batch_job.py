@@ -19,7 +19,7 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.batch import BatchReport, VQAPredictor, run_batch
 from serve.batch_job import job_file
-from serve.engine import Engine, load_adapter
+from serve.engine import LoadedAdapter, load_adapter
 
 
 @pytest.fixture
@@ -100,14 +100,14 @@ def test_another_decoding_is_refused(begun: Path, source: Path, predictor: VQAPr
 
 
 def test_another_adapter_is_refused_whatever_it_is_called(
-    begun: Path, source: Path, predictor: VQAPredictor, engine: Engine
+    begun: Path, source: Path, predictor: VQAPredictor, engine: LoadedAdapter
 ) -> None:
     model = engine.assembly.model
     lora = next(p for name, p in model.language.model.named_parameters() if "lora_B" in name)
     for parameter in (model.projection.bias, lora):
         with changed(parameter):
             assert f"the adapter is {engine.name}, was another of this name" in refusal(source, begun, predictor)
-            predictor.engine = Engine(engine.assembly, engine.facts, "other")
+            predictor.engine = LoadedAdapter(engine.assembly, engine.facts, "other")
             assert f"the adapter is other, was {engine.name}" in refusal(source, begun, predictor)
             predictor.engine = engine
     assert run_batch(source, begun, predictor) == BatchReport(6, 4, 0)
@@ -123,7 +123,7 @@ def test_the_same_adapter_in_another_place_goes_on(
 
 
 def test_other_words_around_the_question_are_another_adapter(
-    begun: Path, source: Path, predictor: VQAPredictor, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    begun: Path, source: Path, predictor: VQAPredictor, engine: LoadedAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = engine.assembly.recipe
     prompt = recipe.prompt.model_copy(update={"question": "Tell me: {question}"})

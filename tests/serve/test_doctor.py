@@ -12,7 +12,7 @@ from qformer.errors import UserError
 from qformer.precision import linear_memory
 from serve import doctor
 from serve.doctor import describe, examine
-from serve.engine import Engine
+from serve.engine import LoadedAdapter
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_recipes_modules(recipe_file: Path) -> None:
     assert (found["device"], found["compute_dtype"]) == ("cpu", "float32")
 
 
-def test_an_adapters_modules_are_counted_as_torch_counts_them(run_folder: Path, engine: Engine) -> None:
+def test_an_adapters_modules_are_counted_as_torch_counts_them(run_folder: Path, engine: LoadedAdapter) -> None:
     found = examine(str(run_folder), device="cpu", dtype="float32", offline=True)
     model = engine.assembly.model
     plain = sum(p.numel() for p in model.parameters() if type(p).__name__ != "Params4bit")

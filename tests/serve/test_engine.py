@@ -13,7 +13,7 @@ from adapters.data.examples import Example
 from adapters.data.images import ImageRef, image_ref
 from qformer.errors import UserError
 from qformer.language import Decoding
-from serve.engine import Engine, Picture, default_adapter, load_adapter, picture_ref
+from serve.engine import LoadedAdapter, Picture, default_adapter, load_adapter, picture_ref
 
 SHORT = Decoding(max_new_tokens=6)
 
@@ -23,7 +23,7 @@ def picture(data_file: Path) -> Path:
     return data_file.parent / "1.png"
 
 
-def test_a_loaded_adapter_knows_its_name_and_its_facts(engine: Engine, run_folder: Path) -> None:
+def test_a_loaded_adapter_knows_its_name_and_its_facts(engine: LoadedAdapter, run_folder: Path) -> None:
     assert engine.name == str(run_folder)
     assert engine.facts.steps == 3
     assert engine.facts.data["pictures"] == 10  # of 12, 2 were held out
@@ -32,13 +32,13 @@ def test_a_loaded_adapter_knows_its_name_and_its_facts(engine: Engine, run_folde
     assert not engine.assembly.model.training
 
 
-def vectors(engine: Engine, picture: Picture) -> torch.Tensor:
+def vectors(engine: LoadedAdapter, picture: Picture) -> torch.Tensor:
     with torch.no_grad():
         return engine.assembly.image_embeddings([picture_ref(picture)])
 
 
 def test_every_way_to_give_a_picture_gives_one_answer(
-    engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+    engine: LoadedAdapter, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(picture.parent)
     uri = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
@@ -67,14 +67,14 @@ def draw(kind: str) -> tuple[Image.Image, dict[str, object]]:
 
 
 @pytest.mark.parametrize("kind", ["transparent", "16 bit", "on its side"])
-def test_a_pillow_image_is_seen_as_its_file_is(engine: Engine, tmp_path: Path, kind: str) -> None:
+def test_a_pillow_image_is_seen_as_its_file_is(engine: LoadedAdapter, tmp_path: Path, kind: str) -> None:
     picture, options = draw(kind)
     picture.save(tmp_path / "saved.png", **options)
 
     assert torch.equal(vectors(engine, picture), vectors(engine, tmp_path / "saved.png"))
 
 
-def test_asking_through_the_engine_is_asking_the_model(engine: Engine, picture: Path) -> None:
+def test_asking_through_the_engine_is_asking_the_model(engine: LoadedAdapter, picture: Path) -> None:
     """The reference takes the walk by hand: features, bridge, placing, generation."""
     assembly = engine.assembly
     prompt = assembly.prompts.vqa("what colour is it?")
@@ -96,14 +96,14 @@ def test_asking_through_the_engine_is_asking_the_model(engine: Engine, picture: 
     assert engine.ask(picture, "what colour is it?", decoding=SHORT) == assembly.prompts.decode(words)
 
 
-def test_a_caption_is_asked_for_in_its_language(engine: Engine, picture: Path) -> None:
+def test_a_caption_is_asked_for_in_its_language(engine: LoadedAdapter, picture: Path) -> None:
     assert isinstance(engine.caption(picture, decoding=SHORT), str)
     assert isinstance(engine.caption(picture, language="zh", decoding=SHORT), str)
     with pytest.raises(UserError, match="--language: 'xx' is not known"):
         engine.caption(picture, language="xx")
 
 
-def test_several_pictures_stand_where_the_question_marks_them(engine: Engine, data_file: Path) -> None:
+def test_several_pictures_stand_where_the_question_marks_them(engine: LoadedAdapter, data_file: Path) -> None:
     two = [data_file.parent / "0.png", data_file.parent / "1.png"]
     question = "first <image> then <image>?"
 
@@ -124,13 +124,13 @@ def test_several_pictures_stand_where_the_question_marks_them(engine: Engine, da
     ],
 )
 def test_marks_that_do_not_fit_and_an_empty_question_are_told(
-    engine: Engine, picture: Path, pictures: int, question: str, says: str
+    engine: LoadedAdapter, picture: Path, pictures: int, question: str, says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
         engine.ask([picture] * pictures, question)
 
 
-def test_a_picture_that_cannot_be_read_is_named(engine: Engine, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_read_is_named(engine: LoadedAdapter, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.png' is not there"):
         engine.ask(tmp_path / "nowhere.png", "what is it?")
     with pytest.raises(UserError, match="is not a picture"):
@@ -139,7 +139,7 @@ def test_a_picture_that_cannot_be_read_is_named(engine: Engine, tmp_path: Path) 
         engine.ask("https://example.org/a.png", "what is it?")
 
 
-def test_many_examples_report_their_progress(engine: Engine, data_file: Path) -> None:
+def test_many_examples_report_their_progress(engine: LoadedAdapter, data_file: Path) -> None:
     examples = [
         Example((ImageRef(f"{n}.png", path=data_file.parent / f"{n}.png"),), "is it a circle?", (), "", str(n))
         for n in range(5)
