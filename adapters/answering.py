@@ -231,10 +231,26 @@ def answer_examples(
     Returns:
         One text an example, in their order.
     """
+    said = reply_to_examples(
+        assembly, examples, task, decoding=decoding, batch_size=batch_size, on_progress=on_progress
+    )
+    return [one.text for one in said]
+
+
+def reply_to_examples(
+    assembly: Assembly,
+    examples: Sequence[Example],
+    task: str,
+    *,
+    decoding: Decoding,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Said]:
+    """As `answer_examples`, with what is known of each answer."""
     asked = [
         Asked(prompt_for(example, task, assembly.prompts), example.images, example.question) for example in examples
     ]
-    return [said.text for said in answer_all(assembly, asked, decoding, batch_size=batch_size, on_progress=on_progress)]
+    return answer_all(assembly, asked, decoding, batch_size=batch_size, on_progress=on_progress)
 
 
 def answer_all(
@@ -245,7 +261,7 @@ def answer_all(
     batch_size: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Said]:
-    """As `answer_examples`, from prompts, and with what is known of each answer."""
+    """As `reply_to_examples`, from prompts that are made already."""
     keys = [(tuple(image.digest() for image in one.images), one.prompt.ids) for one in asked]
     first: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
     for index, key in enumerate(keys):

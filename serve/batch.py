@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from adapters.answering import Said
 from adapters.data.batches import prompt_for
 from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.images import open_image
@@ -50,7 +51,9 @@ class VQAPredictor:
         self.batch_size = batch_size
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Columns "image" (path, bytes or data URI, or a list of them) and "question" in; these and "answer" out.
+        """Columns "image" (path, bytes or data URI, or a list of them) and "question" in.
+
+        Out come these and "answer" and "confidence".
 
         Raises:
             UserError: a column is missing, or a picture cannot be read.
@@ -63,11 +66,12 @@ class VQAPredictor:
             chosen = image if isinstance(image, list | tuple) else [image]
             pictures = tuple(replace(picture_ref(picture), where=f"row {row}") for picture in chosen)
             examples.append(Example(pictures, str(question), (), where=f"row {row}", id=str(row)))
-        return {**batch, "answer": self.predict(examples)}
+        said = self.predict(examples)
+        return {**batch, "answer": [one.text for one in said], "confidence": [one.confidence for one in said]}
 
-    def predict(self, examples: Sequence[Example], task: str = "vqa") -> list[str]:
+    def predict(self, examples: Sequence[Example], task: str = "vqa") -> list[Said]:
         """Answers to examples, in their order."""
-        return self.engine.answer(examples, task, decoding=self.decoding_for(task), batch_size=self.batch_size)
+        return self.engine.reply(examples, task, decoding=self.decoding_for(task), batch_size=self.batch_size)
 
     def decoding_for(self, task: str) -> Decoding:
         """How tokens are chosen for "vqa" or "caption"."""
@@ -106,9 +110,10 @@ def run_batch(
     """Answer every row of a file into a JSONL file; a job that was stopped goes on where it stopped.
 
     Each line of `out` has "row" (the row's number in the input, from 1; neither a header nor blank lines count), "id",
-    "image" (or "images", a list, where the row has several), "question" and "answer"; "reference" where the row held
-    an answer. With `skip_bad_rows` a bad row's line has "row" and "error", and what could be read of the rest. Beside
-    `out` a small `.job.json` file says what the answers were made by; the input may grow at its end between sittings.
+    "image" (or "images", a list, where the row has several), "question", "answer" and its "confidence" (null for beam
+    search); "reference" where the row held an answer. With `skip_bad_rows` a bad row's line has "row" and "error", and
+    what could be read of the rest. Beside `out` a small `.job.json` file says what the answers were made by; the input
+    may grow at its end between sittings.
 
     Args:
         source: JSONL, JSON or CSV with "image" and "question" columns, or a packaged set.
@@ -211,9 +216,10 @@ def _answer_part(
     written = []
     for row in part:
         if row.row in answers:
-            _write(file, row, "answer", answers[row.row])
+            said = answers[row.row]
+            _write(file, row, {"answer": said.text, "confidence": said.confidence})
         elif row.row in faults:
-            _write(file, row, "error", faults[row.row])
+            _write(file, row, {"error": faults[row.row]})
         else:
             break  # the row to stop at
         written.append("answer" if row.row in answers else "error")
@@ -223,7 +229,7 @@ def _answer_part(
     return written
 
 
-def _answers(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> dict[int, str]:
+def _answers(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> dict[int, Said]:
     """Answers by row. The pictures of all are encoded together, before any is answered."""
     images = [image for example in examples for image in example.images]
     if not images:
@@ -246,13 +252,13 @@ def _blamed(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> 
     return faults
 
 
-def _write(file: IO[str], row: Row, kind: str, text: str) -> None:
+def _write(file: IO[str], row: Row, found: Mapping[str, str | float | None]) -> None:
     line: dict[str, Any] = {"row": row.row}
     if isinstance(row, Example):
         line |= {"id": row.id, **_pictures(row)}
         if row.question:
             line["question"] = row.question
-    line[kind] = text
+    line |= {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
     if isinstance(row, Example) and row.answers:
         line["reference"] = list(row.answers)
     file.write(json.dumps(line, ensure_ascii=False) + "\n")

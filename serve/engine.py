@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
-from adapters.answering import Answerer, Asked, Said, answer_examples
+from adapters.answering import Answerer, Asked, Said, reply_to_examples
 from adapters.artefact import Facts, adapter_fingerprint, find_artefact, load_artefact, shipped_adapters
 from adapters.assembly import Assembly
 from adapters.data.examples import Example
@@ -74,7 +74,11 @@ class LoadedAdapter:
         Raises:
             UserError: a picture cannot be read, or the question is empty.
         """
-        return self.answerer([self.asked([user_turn(pictures, question)])], decoding or Decoding())[0].text
+        return self.say(pictures, question, decoding=decoding).text
+
+    def say(self, pictures: Picture | Sequence[Picture], question: str, *, decoding: Decoding | None = None) -> Said:
+        """As `ask`, with the answer's confidence."""
+        return self.answerer([self.asked([user_turn(pictures, question)])], decoding or Decoding())[0]
 
     def choose(self, pictures: Picture | Sequence[Picture], question: str, choices: Sequence[str]) -> dict[str, float]:
         """The probability of each choice as the answer, the likeliest first; they add up to 1.
@@ -102,7 +106,20 @@ class LoadedAdapter:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Answer many examples, in batches; an answer does not depend on its batch."""
-        return answer_examples(
+        said = self.reply(examples, task, decoding=decoding, batch_size=batch_size, on_progress=on_progress)
+        return [one.text for one in said]
+
+    def reply(
+        self,
+        examples: Sequence[Example],
+        task: str = "vqa",
+        *,
+        decoding: Decoding | None = None,
+        batch_size: int = 16,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Said]:
+        """As `answer`, with the confidence of each."""
+        return reply_to_examples(
             self.assembly,
             examples,
             task,
@@ -537,17 +554,17 @@ def user_turn(pictures: Picture | Sequence[Picture], text: str) -> Turn:
     return Turn("user", text, tuple(picture_ref(picture) for picture in chosen))
 
 
-def checked_choices(choices: Sequence[str]) -> tuple[str, ...]:
-    """Choices without blanks around them.
+def checked_choices(choices: Sequence[str], *, where: str = "choices") -> tuple[str, ...]:
+    """Choices without blanks around them; `where` names them in errors.
 
     Raises:
         UserError: there are fewer than two, or one twice.
     """
     names = tuple(choice.strip() for choice in choices if choice.strip())
     if len(names) < 2:
-        raise UserError(f"choices: {len(names)} given; name at least two")
+        raise UserError(f"{where}: {len(names)} given; name at least two")
     if len(set(names)) < len(names):
-        raise UserError("choices: one stands there twice; name each once")
+        raise UserError(f"{where}: one stands there twice; name each once")
     return names
 
 

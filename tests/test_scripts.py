@@ -11,6 +11,9 @@ import pytest
 import yaml
 from tiny import draw_captions, save_tiny_bert, tiny_values
 
+from adapters.finetune import finetune
+from adapters.recipe import parse_recipe
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("cache_here")
 
@@ -27,11 +30,15 @@ def plan(vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path)
     return tmp_path / "plan.yaml"
 
 
-def compare(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr("sys.argv", ["compare.py", *words])
+def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", [name, *words])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "scripts" / "compare.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
     return int(stopped.value.code or 0)
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    return run_script("compare.py", monkeypatch, *words)
 
 
 def test_each_setting_is_trained_once(
@@ -57,3 +64,32 @@ def test_each_setting_is_trained_once(
 def test_mistakes_are_told(words: list[str], plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare(monkeypatch, str(plan), "--out", str(tmp_path / "runs"), *words) == 2
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_first_stage_is_measured(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (str(tmp_path / "recipe.yaml"), "--set", "train.batch_size=4", "--steps", "2")
+    assert run_script("bench_pretraining.py", monkeypatch, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples_a_step"] == 8
+    assert found["samples_per_second"] == pytest.approx(8 / found["seconds_a_step"], rel=0.05)
+    assert found["share_of_peak"] == pytest.approx(found["gflop_per_second"] / found["peak_gflop_per_second"], abs=1e-3)
+
+
+def test_the_engine_is_measured(
+    vision_folder: Path,
+    language_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values: Any = tiny_values(vision_folder, language_folders["llama"], draw_captions(tmp_path / "data"), max_steps=1)
+    values["task"] = "caption"
+    for name in ("one", "other"):
+        finetune(parse_recipe(values, "test"), tmp_path / name, device="cpu", dtype="float32", quiet=True)
+    folders = (str(tmp_path / "one"), str(tmp_path / "other"))
+    assert run_script("bench_engine.py", monkeypatch, *folders, "--pictures", "3", "--dtype", "float32") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["frozen language model shared"] is True
+    assert 0 < found["second against first"] < 2

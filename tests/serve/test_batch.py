@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from data_rows import read_jsonl, write_jsonl
 
+from adapters.answering import Said
 from adapters.data.examples import Example
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -34,6 +35,8 @@ def test_rows_in_rows_out(predictor: VQAPredictor, source: Path, rows: list[dict
         predictor.engine.ask(row["image"], row["question"], decoding=predictor.decoding) for row in rows
     ]
     assert "reference" not in found[0]
+    said = [predictor.engine.say(row["image"], row["question"], decoding=predictor.decoding) for row in rows]
+    assert [line["confidence"] for line in found] == pytest.approx([one.confidence for one in said], abs=1e-3)
 
 
 def test_given_answers_are_kept_as_references_and_ids_too(
@@ -67,11 +70,11 @@ def test_captions_told_from_the_rows_are_decoded_as_captions(
 ) -> None:
     used: list[Decoding] = []
 
-    def answer(examples: Sequence[Example], task: str, *, decoding: Decoding, batch_size: int) -> list[str]:
+    def reply(examples: Sequence[Example], task: str, *, decoding: Decoding, batch_size: int) -> list[Said]:
         used.append(decoding)
-        return ["x"] * len(examples)
+        return [Said("x", 1, True, None)] * len(examples)
 
-    monkeypatch.setattr(predictor.engine, "answer", answer)
+    monkeypatch.setattr(predictor.engine, "reply", reply)
     captions = write_jsonl(tmp_path / "captions.jsonl", [{"image": str(data_file.parent / "0.png")}])
     beams = {"vqa": Decoding(num_beams=2), "caption": Decoding(num_beams=3)}
     for number, chosen in enumerate((None, beams, Decoding(num_beams=4))):
@@ -130,7 +133,7 @@ def test_a_job_that_was_cut_goes_on_where_it_was(
     asked: list[str] = []
     real = predictor.predict
 
-    def predict(examples: Sequence[Example], task: str = "vqa") -> list[str]:
+    def predict(examples: Sequence[Example], task: str = "vqa") -> list[Said]:
         asked.extend(example.id for example in examples)
         return real(examples, task)
 

@@ -34,7 +34,19 @@ def test_ask_prints_the_answer_alone(call: Call, run_folder: Path, picture: Path
 
     assert plain.code == 0
     assert plain.out == found["answer"] + "\n"
+    assert 0 < found.pop("confidence") <= 1
     assert found == {"images": [str(picture)], "question": "what colour is it?", "answer": found["answer"]}
+
+
+def test_ask_with_choices_prints_their_probabilities(call: Call, run_folder: Path, picture: Path) -> None:
+    asked = ("ask", picture, "what colour is it?", "--adapter", run_folder, "--choices", "red,green, blue")
+    plain, found = call(*asked, *FAST), call(*asked, "--json", *FAST).values
+
+    assert set(found["choices"]) == {"red", "green", "blue"}
+    assert sum(found["choices"].values()) == pytest.approx(1, abs=1e-5)
+    assert found["answer"] == max(found["choices"], key=found["choices"].__getitem__)
+    assert [line.split()[-1] for line in plain.out.splitlines()] == list(found["choices"])
+    assert "--choices: 1 given" in call(*asked[:-1], "red", *FAST).err
 
 
 def test_ask_takes_several_pictures_and_settings(call: Call, run_folder: Path, data_file: Path) -> None:

@@ -1,0 +1,96 @@
+"""Measure the first stage: samples a second with cached features, and its share of the machine's matrix-multiply peak.
+
+    .venv/bin/python scripts/bench_pretraining.py photo_stage1 --set data.train=captions_train.jsonl
+
+Operations are counted by torch over one whole step, forward and backward; the peak is that of a plain product of two
+2048 × 2048 matrices, measured between the steps. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+
+
+def main() -> int:
+    """Read the flags and measure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", help="a recipe of the first stage: file or shipped name")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's key")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=9, help="steps that count; two more warm up (default %(default)s)")
+    options = parser.parse_args()
+    from serve.cli import hush_libraries
+
+    hush_libraries()
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from adapters.assembly import DTYPES
+    from adapters.data.captioned import captioned, draw_captions
+    from adapters.optimiser import build_optimiser
+    from adapters.recipe import load_recipe
+    from adapters.run_data import fill_caches, read_split
+    from adapters.sight import load_sight
+    from adapters.text_side import model_inputs
+
+    recipe = load_recipe(options.recipe, options.set)
+    train, dtype = recipe.train, DTYPES[options.dtype]
+    sight = load_sight(recipe)
+    rng = random.Random(0)
+    pictures = captioned(read_split(recipe)[0].examples)
+    batches = [
+        [(picture, draw_captions(picture, train.captions, rng)) for picture in rng.sample(pictures, train.batch_size)]
+        for _ in range(options.steps + 2)
+    ]
+    fill_caches(sight.caches, [picture.image for batch in batches for picture, _ in batch])
+    model = sight.representation(dtype).train()
+    optimiser = build_optimiser(model, train)
+    paired = max(1, round(train.pair_share * train.batch_size))
+    square = torch.randn(2048, 2048, dtype=dtype)
+    seconds, peaks, counter = [], [], FlopCounterMode(display=False)
+    for number, batch in enumerate(batches):
+        began = time.perf_counter()
+        _ = square @ square
+        peaks.append(2 * 2048**3 / (time.perf_counter() - began))
+        began = time.perf_counter()
+        if number == 0:
+            with counter:
+                model(*model_inputs(sight, batch), paired=paired).total.backward()
+        else:
+            model(*model_inputs(sight, batch), paired=paired).total.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+    step, peak = statistics.median(seconds[2:]), statistics.median(peaks[2:])
+    samples, operations = train.batch_size * train.captions, counter.get_total_flops()
+    found = {
+        "recipe": recipe.description,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "samples_a_step": samples,
+        "seconds_a_step": step,
+        "samples_per_second": samples / step,
+        "gflop_a_sample": operations / samples / 1e9,
+        "gflop_per_second": operations / step / 1e9,
+        "peak_gflop_per_second": peak / 1e9,
+        "share_of_peak": operations / step / peak,
+    }
+    print(json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in found.items()}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    from qformer.errors import UserError
+
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"bench_pretraining: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
