@@ -19,7 +19,7 @@ from adapters.data.examples import Example
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt
 from qformer.decoding import Decoding
-from qformer.language import Beginning
+from qformer.generation import Beginning
 
 _ONE_LOOP = 64 * 2**20  # bytes of beginnings that a loop over many questions keeps from batch to batch
 

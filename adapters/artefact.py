@@ -283,8 +283,16 @@ def load_artefact(
     return assembly, facts
 
 
-def load_sight_artefact(name: str | Path, *, device: str = "cpu", offline: bool = False) -> tuple[Sight, Facts]:
+def load_sight_artefact(
+    name: str | Path, *, device: str = "cpu", offline: bool = False, need_text: bool = True
+) -> tuple[Sight, Facts]:
     """Load what stands up to the bridge, text side included, of an artefact of either kind: all that search needs.
+
+    Args:
+        name: as `find_artefact` takes it.
+        device: where it runs.
+        offline: take frozen weights from the cache only.
+        need_text: whether the text side has to be there.
 
     Raises:
         UserError: as in `load_artefact`; or the adapter was trained without its text side.
@@ -292,7 +300,7 @@ def load_sight_artefact(name: str | Path, *, device: str = "cpu", offline: bool 
     folder = find_artefact(name)
     facts = read_facts(folder)
     recipe = read_recipe(folder)
-    if not recipe.bridge.text_branch:
+    if need_text and not recipe.bridge.text_branch:
         raise UserError(f"--adapter {name}: it has no text side (bridge.text_branch), so it cannot compare words")
     sight = load_sight(recipe, device=device, offline=offline)
     theirs = {role: value for role, value in facts.fingerprints.items() if role != "language"}

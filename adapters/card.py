@@ -53,7 +53,7 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
         "## Use",
         "",
         "```",
-        'querybridge ask PICTURE "QUESTION" --adapter THIS_FOLDER'
+        f'querybridge {"reason" if recipe.task == "reason" else "ask"} PICTURE "QUESTION" --adapter THIS_FOLDER'
         if facts.kind == "language"
         else 'querybridge search FOLDER "TEXT" --adapter THIS_FOLDER',
         "```",

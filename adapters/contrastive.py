@@ -93,6 +93,7 @@ def train_tower(
     batch_size: int = 128,
     learning_rate: float = 2e-4,
     seed: int = 0,
+    terms: str | None = None,
     offline: bool = False,
     quiet: bool = False,
 ) -> dict[str, float]:
@@ -109,6 +110,7 @@ def train_tower(
         batch_size: pictures a step, each told from all others.
         learning_rate: of the pool and the projection; the tower's blocks learn at a fifth of it.
         seed: of weights and order.
+        terms: of the pictures; kept with the difference.
         offline: take frozen weights from the cache only.
         quiet: print nothing.
 
@@ -198,6 +200,7 @@ def train_tower(
                 "source": source,
                 "trained": f"hidden states after {start}, contrastively with {Path(train).name} against {text_source}",
                 "metrics": best,
+                "terms": terms,
             }
             save_difference(Path(out), whole.model, published.model, facts)
     return best

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
 from adapters.data.examples import Example
 from adapters.evaluation.vqa import score
 from adapters.optimiser import build_optimiser, learning_rate
+from adapters.reasoning import validate_reasons
 from adapters.recipe import Recipe, TrainSection
 from adapters.reporting import Reporter
 from adapters.run_data import Result, fill_caches, note_validation, read_split, spread, tell_skipped
@@ -100,11 +102,10 @@ def finetune(
         if not quiet:
             terms = "; ".join(read_facts(begun).terms) or "not stated"
             print(f"starting from {starting}; terms: {terms}", file=sys.stderr)
-    pictures = tokenise(train_data, assembly.prompts, max_tokens=train.micro_batch_tokens)
+    how: Any = {"max_tokens": train.micro_batch_tokens, "stages": recipe.reason.stages}
+    pictures = tokenise(train_data, assembly.prompts, **how)
     row_tokens = train.row_tokens if _packs(assembly) else 0
-    validation = plan_validation(
-        tokenise(val_data, assembly.prompts, max_tokens=train.micro_batch_tokens), row_tokens=row_tokens
-    )
+    validation = plan_validation(tokenise(val_data, assembly.prompts, **how), row_tokens=row_tokens)
     images = [image for data in (train_data, val_data) for example in data.examples for image in example.images]
     fill_caches(assembly.caches, images, rank=rank, world=world, quiet=quiet or not main)
     accelerator.wait_for_everyone()
@@ -242,7 +243,8 @@ def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:
 
 @torch.no_grad()
 def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], recipe: Recipe) -> dict[str, float]:
-    """Loss per supervised token over the validation rows, and for questions the exact match of greedy answers."""
+    """Loss per supervised token over the validation rows; for questions the exact match of greedy answers, and for
+    rows with reasons the scores of `adapters.reasoning.validate_reasons`."""
     assembly.model.eval()
     summed = 0.0
     for rows in validation.micro_batches(recipe.train.micro_batch_tokens):
@@ -253,6 +255,8 @@ def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], 
     if asked:
         said = answer_examples(assembly, asked, "vqa", decoding=Decoding(max_new_tokens=10))
         metrics["val_exact_match"] = score(said, [example.answers for example in asked])["exact_match"]
+    if reasoned := [example for example in examples if (example.task or recipe.task) == "reason"]:
+        metrics |= {f"val_{name}": value for name, value in validate_reasons(assembly, reasoned).items()}
     return metrics
 
 

@@ -25,7 +25,7 @@ class SourceSection(_Section):
     """One of several data files, where one is not enough to say it all."""
 
     file: str
-    task: Literal["vqa", "caption"] | None = Field(default=None, description="left out, told from the rows")
+    task: Literal["vqa", "caption", "reason"] | None = Field(default=None, description="left out, told from the rows")
     limit: int | None = Field(default=None, ge=1, description="only the first so many rows")
 
 
@@ -101,6 +101,18 @@ class PromptSection(_Section):
     system: str | None = None
     question: str | None = None
     caption: str | None = None
+    letters: bool = Field(default=False, description="choices have letters and are answered by them, as ScienceQA's")
+
+
+class ReasonSection(_Section):
+    """Rows with reasons: what is learned from them, and how long a thought may be."""
+
+    stages: tuple[Literal["rationale", "answer", "direct"], ...] = Field(
+        default=("rationale", "answer"),
+        min_length=1,
+        description="rationale: give the reasons; answer: from given reasons; direct: without any",
+    )
+    rationale_tokens: int = Field(default=128, ge=1, description="the longest rationale that is written, in tokens")
 
 
 class TrainSection(_Section):
@@ -135,13 +147,14 @@ class TrainSection(_Section):
 class Recipe(_Section):
     """Everything a run depends on."""
 
-    task: Literal["vqa", "caption", "mixed"] = "vqa"
+    task: Literal["vqa", "caption", "reason", "mixed"] = "vqa"
     description: str = ""
     data: DataSection = DataSection()
     vision: VisionSection
     bridge: BridgeSection = BridgeSection()
     language: LanguageSection
     prompt: PromptSection = PromptSection()
+    reason: ReasonSection = ReasonSection()
     train: TrainSection = TrainSection()
 
     def dump(self) -> str:

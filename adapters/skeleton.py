@@ -19,8 +19,9 @@ from adapters.published import find_config
 from adapters.recipe import LanguageSection, Recipe, TowerSection
 from adapters.sight import build_bridge
 from qformer.efficientnet import MODEL_TYPE, EfficientNetLiteConfig
-from qformer.errors import UserError
-from qformer.language import LanguageModel, first_line, without_dropout
+from qformer.errors import UserError, first_line
+from qformer.language import LanguageModel
+from qformer.language_loading import without_dropout
 from qformer.model import VisionLanguageModel
 from qformer.objectives import Heads
 from qformer.precision import nf4_config

@@ -9,3 +9,8 @@ class UserError(Exception):
     The message is one line that names the flag, file or row, the value found and the fix. The command
     prints it without a traceback and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one-line reports."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,8 +7,8 @@ Only LoRA's matrices are ever trainable here (QLoRA, arXiv 2305.14314).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,42 +18,22 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer
 
 from qformer.decoding import Decoding
-from qformer.errors import UserError
-from qformer.precision import default_compute_dtype, keep_four_bit_trainable, nf4_config
+from qformer.errors import UserError, first_line
+from qformer.generation import Beginning, Generated, OnStep, Watch, stacked
+from qformer.head import head_sees
+from qformer.precision import keep_four_bit_trainable
 from qformer.strict import describe_differences
 
 IGNORED = -100  # label of a position that carries no loss, as torch's cross-entropy has it
-
-# Names under which the configurations of transformers keep their dropout rates. Frozen means no dropout.
-_DROPOUT_NAMES = (
-    "dropout",
-    "dropout_rate",
-    "attention_dropout",
-    "activation_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "layerdrop",
-)
-
-
-OnStep = Callable[[Tensor, Tensor], Tensor | None]
-"""Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
 
 
 @dataclass(frozen=True)
@@ -71,38 +51,6 @@ class LoraSettings:
     alpha: int = 32
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Keys and values of a prompt's first part: read once, continued as often as one likes.
-
-    Attributes:
-        layers: (keys, values) of each layer, each [H, T, D].
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-
-    def __len__(self) -> int:
-        return int(self.layers[0][0].shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it takes."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What was generated.
-
-    Attributes:
-        ids: [B, N] new tokens, padded on the right with the padding token; an end token that was written is there.
-        log_probs: [B, N] of each token under the model, before penalties and temperature; None for beam search.
-    """
-
-    ids: Tensor
-    log_probs: Tensor | None
 
 
 class LanguageModel(nn.Module):
@@ -279,7 +227,7 @@ class LanguageModel(nn.Module):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
             if position_ids is not None:
                 inputs["position_ids"] = position_ids
-        with self.autocast(), _head_sees(self.base, targets != IGNORED):
+        with self.autocast(), head_sees(self.base, targets != IGNORED):
             logits = self.model(**inputs, use_cache=False).logits  # [N, V]
         return logits.float(), targets
 
@@ -288,7 +236,7 @@ class LanguageModel(nn.Module):
         """Read the first parts of prompts, all of one length and without padding, [B, T, D_l], where `can_continue`."""
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
-        with self.autocast(), _head_sees(self.base, (slice(None), slice(-1, None))):
+        with self.autocast(), head_sees(self.base, (slice(None), slice(-1, None))):
             cache = self.model(inputs_embeds=inputs_embeds.to(self.compute_dtype), use_cache=True).past_key_values
         self.train(was_training)
         return [
@@ -331,20 +279,20 @@ class LanguageModel(nn.Module):
         if sampling:
             options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         if beginnings is not None and any(beginnings):
-            cache, read = _stacked(beginnings, self.config, repeats=decoding.num_beams)
+            cache, read = stacked(beginnings, self.config, repeats=decoding.num_beams)
             options["past_key_values"] = cache
             attention_mask = torch.cat([read, attention_mask], dim=1)
             # transformers wants the whole prompt, and cuts off what the cache holds
             inputs_embeds = F.pad(inputs_embeds, (0, 0, read.shape[1], 0))
         # a decoder starts from a start token, which is no answer's
-        watch = _Watch(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
+        watch = Watch(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
         if watch is not None:
             options["stopping_criteria"] = StoppingCriteriaList([watch])
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
         with (
             self.autocast(),
-            _head_sees(self.base, (slice(None), slice(-1, None))),
+            head_sees(self.base, (slice(None), slice(-1, None))),
             watch.over(self.base) if watch else nullcontext(),
         ):
             ids = self.model.generate(
@@ -447,160 +395,3 @@ class LanguageModel(nn.Module):
             self._family.remove(self)
             self._family.append(self)  # so that it is switched to
             self.activate()
-
-
-@contextmanager
-def _head_sees(model: Any, positions: Tensor | tuple[slice, slice]) -> Iterator[None]:
-    """Hand the LM head only the hidden states [B, T, D] that `positions` picks: a mask [B, T] gives [N, D].
-
-    Training wants the supervised positions, generation the last; logits of a whole batch of prompts take gigabytes.
-
-    A hook on the head, rather than a call of the parts below it, keeps whatever a model does before its head (T5's
-    scaling) and after it (Gemma's soft cap), and works through PEFT's wrapper.
-    """
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][positions],))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-class _Watch(StoppingCriteria):
-    """Looks on while transformers generates: the probability of each token, and a caller that may end rows.
-
-    Args:
-        on_step: as `LanguageModel.generate` takes it.
-        skip: tokens that stand before the first new one.
-    """
-
-    def __init__(self, on_step: OnStep | None, *, skip: int) -> None:
-        self.on_step = on_step
-        self.skip = skip
-        self.log_probs: list[Tensor] = []  # [B, 1] a token
-        self._logits = torch.empty(0)
-
-    @contextmanager
-    def over(self, model: Any) -> Iterator[None]:
-        """Look at what the model's head computes."""
-
-        def keep(_module: nn.Module, _args: Any, logits: Tensor) -> None:
-            self._logits = logits[:, -1]
-
-        hook = model.get_output_embeddings().register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Called by transformers after each token, with what was written so far."""
-        last = self._logits.float().log_softmax(dim=-1)
-        self.log_probs.append(last.gather(1, input_ids[:, -1:].to(last.device)))
-        ended = None
-        if self.on_step is not None:
-            ended = self.on_step(input_ids[:, self.skip :], torch.cat(self.log_probs, dim=1))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device) if ended is None else ended
-
-
-def _stacked(
-    beginnings: Sequence[Beginning | None], config: PretrainedConfig, *, repeats: int
-) -> tuple[DynamicCache, Tensor]:
-    """Beginnings as one cache, shorter ones padded on the left, and their mask [B, T] long.
-
-    Args:
-        beginnings: one a row, at least one of them there.
-        config: the LLM's.
-        repeats: copies of each row in the cache (beams).
-    """
-    some = next(beginning for beginning in beginnings if beginning)
-    length = max(len(beginning) if beginning else 0 for beginning in beginnings)
-    mask = torch.zeros(len(beginnings), length, dtype=torch.long, device=some.layers[0][0].device)
-    layers = []
-    for number, pair in enumerate(some.layers):
-        shapes = [(len(beginnings), part.shape[0], length, part.shape[2]) for part in pair]
-        stacked = [part.new_zeros(shape) for part, shape in zip(pair, shapes, strict=True)]
-        for row, beginning in enumerate(beginnings):
-            if beginning:
-                for whole, part in zip(stacked, beginning.layers[number], strict=True):
-                    whole[row, :, length - len(beginning) :] = part
-        layers.append((stacked[0], stacked[1]))
-    for row, beginning in enumerate(beginnings):
-        mask[row, length - (len(beginning) if beginning else 0) :] = 1
-    cache = DynamicCache(layers, config=config)
-    if repeats > 1:
-        cache.batch_repeat_interleave(repeats)
-    return cache, mask
-
-
-def load_language_model(
-    folder: str | Path,
-    *,
-    quantize: str = "nf4",
-    compute_dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-) -> LanguageModel:
-    """Load a frozen LLM from a local folder in transformers' layout.
-
-    Args:
-        folder: what `qformer.sources.resolve` returned.
-        quantize: "nf4" (4-bit with double quantisation, linear layers only; the LM head stays as it is) or "none".
-        compute_dtype: dtype of the computation; `default_compute_dtype` of the device where left out.
-        device: "cpu", "cuda", "cuda:1", "mps".
-
-    Raises:
-        UserError: no tokenizer or no model there, or 4-bit is asked for where it cannot run.
-    """
-    if quantize not in ("nf4", "none"):
-        raise UserError(f"language.quantize: '{quantize}' is not known; take nf4 or none")
-    dtype = compute_dtype or default_compute_dtype(device)
-    try:
-        config = without_dropout(AutoConfig.from_pretrained(str(folder)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no language model is described there ({first_line(error)})") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer can be read there ({first_line(error)})") from error
-    loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    options: dict[str, Any] = {}
-    if quantize == "nf4":
-        options["quantization_config"] = nf4_config(dtype)
-    try:
-        model, report = loader.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            device_map={"": str(device)},
-            attn_implementation=_attention_for(device),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{folder}: the language model cannot be loaded ({first_line(error)})") from error
-    if report["missing_keys"]:  # transformers would draw them at random
-        missing = sorted(report["missing_keys"])
-        raise UserError(f"{folder}: {len(missing)} tensors of the LLM are missing, such as {missing[0]}; fetch it anew")
-    return LanguageModel(model, tokenizer, dtype)
-
-
-def _attention_for(device: str | torch.device) -> str:
-    """The attention of transformers that is fastest there.
-
-    On the CPU plain matrix products beat the fused kernel: 8.0 against 18.4 ms for a forward and backward pass over
-    4 rows of 200 tokens, 9 heads, bfloat16, two cores.
-    """
-    return "eager" if torch.device(device).type == "cpu" else "sdpa"
-
-
-def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Set every dropout rate of a configuration to 0: a frozen model has none, whatever its training flag says."""
-    for name in _DROPOUT_NAMES:
-        if isinstance(getattr(config, name, None), int | float):
-            setattr(config, name, 0.0)
-    return config
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for one-line reports."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qformer.bridge import QFormer
 from qformer.decoding import Decoding
-from qformer.language import Beginning, Generated, LanguageModel, OnStep
+from qformer.generation import Beginning, Generated, OnStep
+from qformer.language import LanguageModel
 from qformer.objectives import Heads
 from qformer.simple_bridges import SimpleBridge
 from qformer.vision import FeatureNorm, ImageEncoder

@@ -13,6 +13,8 @@ overrides; or, where some start from a trained first stage, `set` and `start_fro
       16 queries: []
       8 queries: [bridge.num_queries=8]
       from a trained one: {set: [], start_from: runs/stage1}
+    evaluate: {task: reason, data: test.jsonl, controls: true}   # if the best adapter's scores are wanted; controls
+                                                                 # go with reason, other tasks are vqa and caption
 
 A run that is finished is not run again; one that was stopped goes on.
 """
@@ -36,6 +38,7 @@ def main() -> int:
     parser.add_argument("comparison", type=Path, help="the YAML file that names recipe and settings")
     parser.add_argument("--out", type=Path, required=True, help="the folder of all runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in every run")
+    parser.add_argument("--test", metavar="FILE", help="the data to evaluate on, in place of the one in the YAML")
     parser.add_argument("--seeds", default="0", help="seeds with commas between them (default 0)")
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="only this setting; may be repeated"
@@ -58,6 +61,11 @@ def main() -> int:
             parser.error(f"{options.comparison}: '{key}' is missing")
     if unknown := set(options.only) - plan["settings"].keys():
         parser.error(f"--only {min(unknown)}: no such setting; known: {', '.join(plan['settings'])}")
+    if options.test and "evaluate" not in plan:
+        parser.error(f"--test {options.test}: {options.comparison} has no 'evaluate' section")
+    if options.test:
+        plan["evaluate"]["data"] = options.test
+    check_evaluation(plan)
     rows = {}
     for name, setting in plan["settings"].items():
         if options.only and name not in options.only:
@@ -87,6 +95,8 @@ def train(
 
     recipe = load_recipe(plan["recipe"], [*overrides, f"train.seed={seed}"])
     asked = {"recipe": recipe.model_dump(mode="json"), "start_from": start_from}
+    if "evaluate" in plan:
+        asked["evaluate"] = plan["evaluate"]
     done = out / "compared.json"
     if done.exists():
         found = json.loads(done.read_text(encoding="utf-8"))
@@ -101,8 +111,33 @@ def train(
     if not result.finished:
         raise KeyboardInterrupt
     figures = {**result.metrics, "seconds": time.monotonic() - began}  # of the last sitting
+    figures |= evaluation(plan, result.best)
     done.write_text(json.dumps({**figures, "asked": asked}), encoding="utf-8")
     return figures
+
+
+def check_evaluation(plan: Mapping[str, Any]) -> None:
+    """Read what is evaluated on before anything is trained: a mistake in it is told at once."""
+    from adapters.data.readers import read_data
+
+    if "evaluate" in plan:
+        read_data(plan["evaluate"]["data"], task=plan["evaluate"]["task"])
+
+
+def evaluation(plan: Mapping[str, Any], best: Path) -> dict[str, float]:
+    """Scores of an adapter on the plan's test data; none where the plan has no such data."""
+    from serve.engine import load_adapter
+    from serve.evaluate import evaluate
+    from serve.evaluate_reasons import evaluate_reasons
+
+    if "evaluate" not in plan:
+        return {}
+    task, data = plan["evaluate"]["task"], plan["evaluate"]["data"]
+    print(f"scoring {best} on {data}", file=sys.stderr, flush=True)
+    adapter = load_adapter(best)
+    if task == "reason":
+        return evaluate_reasons(adapter, data, controls=plan["evaluate"].get("controls", False))
+    return evaluate(adapter, data, task=task)
 
 
 def table(columns: list[str], rows: Mapping[str, list[dict[str, float]]]) -> str:

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=12, help="passes over the pictures (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the heads; the blocks learn at a fifth")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")
+    parser.add_argument("--terms", help="what the pictures may be used for; kept with the difference")
     parser.add_argument("--offline", action="store_true", help="take frozen weights from the cache only")
     options = parser.parse_args()
     from serve.cli import hush_libraries
@@ -42,6 +43,7 @@ def main() -> int:
         epochs=options.epochs,
         learning_rate=options.learning_rate,
         seed=options.seed,
+        terms=options.terms,
         offline=options.offline,
     )
     print(json.dumps(best, indent=2))

@@ -135,6 +135,8 @@ def run_batch(
     # What was read in an earlier sitting is read again, however few rows are asked for now: to compare it.
     reach = max(limit, before.rows if before else 0) if limit is not None else None
     data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=reach, offline=offline)
+    if data.task not in PRESETS:
+        raise UserError(f"{source}: rows with reasons; --task vqa answers their questions, without reasons")
     job = _job(data, predictor)
     if before is not None:
         check_same_job(out, before, job, data.row_digests)

@@ -9,17 +9,16 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from qformer.errors import UserError
-from serve import cli_cache, cli_data, cli_retrieval, cli_training
+from serve import cli_cache, cli_data, cli_demo, cli_look, cli_reasoning, cli_retrieval, cli_serving, cli_training
 from serve.cli_common import (
     AdapterOption,
+    AnswerAdapterOption,
     BeamsOption,
     DeviceOption,
     DtypeOption,
@@ -29,13 +28,13 @@ from serve.cli_common import (
     OfflineOption,
     PresetOption,
     QuietOption,
+    RationaleTokensOption,
     SkipOption,
+    check_pictures,
+    decoding_of,
     progress,
     report,
 )
-
-if TYPE_CHECKING:
-    from qformer.decoding import Decoding
 
 app = typer.Typer(
     help="A Q-Former bridges a frozen image encoder and a frozen 4-bit LLM: train it, ask it, serve it.",
@@ -46,8 +45,12 @@ app = typer.Typer(
 
 app.command()(cli_training.finetune)
 app.command()(cli_training.pretrain)
+app.command()(cli_reasoning.reason)
 app.command()(cli_retrieval.search)
 app.command()(cli_retrieval.classify)
+app.command()(cli_look.look)
+app.command()(cli_demo.demo)
+app.command()(cli_serving.serve)
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_cache.app, name="cache")
 
@@ -56,6 +59,10 @@ app.add_typer(cli_cache.app, name="cache")
 def ask(
     pictures: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then one question.")],
     adapter: AdapterOption = None,
+    choices: Annotated[
+        str | None,
+        typer.Option("--choices", help="Answers to choose from, with commas between; each gets its probability."),
+    ] = None,
     decoding: PresetOption = None,
     beams: BeamsOption = None,
     max_new_tokens: MaxTokensOption = None,
@@ -65,15 +72,22 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a question about one or several pictures."""
-    from serve.engine import load_adapter
+    from serve.engine import checked_choices, load_adapter
 
     *images, question = pictures
     if not images:
         raise UserError(f'ask: only "{question}" was given; write querybridge ask IMAGE "QUESTION"')
-    _check_pictures(images)
+    check_pictures(images)
+    asked = {"images": images, "question": question}
+    if choices is not None:
+        named = checked_choices(choices.split(","), where="--choices")
+        shares = load_adapter(adapter, device=device, dtype=dtype, offline=offline).choose(images, question, named)
+        lines = "\n".join(f"{share:6.1%}  {choice}" for choice, share in shares.items())
+        report({**asked, "answer": next(iter(shares)), "choices": shares}, as_json, lines)
+        return
     engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    answer = engine.ask(images, question, decoding=_decoding(decoding or "greedy", beams, max_new_tokens))
-    report({"images": images, "question": question, "answer": answer}, as_json, answer)
+    said = engine.say(images, question, decoding=decoding_of(decoding or "greedy", beams, max_new_tokens))
+    report({**asked, "answer": said.text, "confidence": said.confidence}, as_json, said.text)
 
 
 @app.command()
@@ -92,9 +106,9 @@ def caption(
     """Describe pictures."""
     from serve.engine import load_adapter
 
-    _check_pictures(pictures)
+    check_pictures(pictures)
     engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    settings = _decoding(decoding or "caption", beams, max_new_tokens)
+    settings = decoding_of(decoding or "caption", beams, max_new_tokens)
     captions = {picture: engine.caption(picture, language=language, decoding=settings) for picture in pictures}
     lines = list(captions.values()) if len(captions) == 1 else [f"{name}: {text}" for name, text in captions.items()]
     report({"captions": captions, "language": language}, as_json, "\n".join(lines))
@@ -123,7 +137,7 @@ def batch(
     """Answer a file of questions: rows in, rows out, each kept as it comes."""
     from serve.batch import PRESETS, VQAPredictor, run_batch
 
-    settings = {kind: _decoding(decoding or preset, beams, max_new_tokens) for kind, preset in PRESETS.items()}
+    settings = {kind: decoding_of(decoding or preset, beams, max_new_tokens) for kind, preset in PRESETS.items()}
     predictor = VQAPredictor(
         adapter, decoding=settings, batch_size=batch_size, device=device, dtype=dtype, offline=offline
     )
@@ -140,9 +154,13 @@ def batch(
 
 @app.command()
 def evaluate(
-    data: Annotated[str, typer.Argument(help="A data file with answers, or easy-vqa:test.")],
+    data: Annotated[str, typer.Argument(help="A data file with answers, easy-vqa:test, or FOLDER:SPLIT of ScienceQA.")],
     adapter: AdapterOption = None,
-    task: Annotated[str, typer.Option("--task", help="What to score: vqa, caption or retrieval.")] = "vqa",
+    task: Annotated[str, typer.Option("--task", help="What to score: vqa, caption, reason or retrieval.")] = "vqa",
+    answer_adapter: AnswerAdapterOption = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="For reason: also without reasons, with given ones, without the picture.")
+    ] = False,
     blank_images: Annotated[
         bool, typer.Option("--blank-images", help="The control: every picture is replaced by a grey one.")
     ] = False,
@@ -152,6 +170,7 @@ def evaluate(
     decoding: PresetOption = None,
     beams: BeamsOption = None,
     max_new_tokens: MaxTokensOption = None,
+    rationale_tokens: RationaleTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
@@ -159,10 +178,22 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score an adapter on a data set, with what language alone would score beside it."""
-    if task not in ("vqa", "caption", "retrieval"):
-        raise UserError(f"--task {task}: take vqa, caption or retrieval")
+    if task not in ("vqa", "caption", "reason", "retrieval"):
+        raise UserError(f"--task {task}: take vqa, caption, reason or retrieval")
+    if task != "reason" and (controls or answer_adapter is not None or rationale_tokens is not None):
+        raise UserError(f"--controls, --answer-adapter and --rationale-tokens go with --task reason, not {task}")
     on_progress = None if quiet else progress("done")
-    if task == "retrieval":
+    if task == "reason":
+        from serve.evaluate_reasons import evaluate_reasons
+        from serve.reasoning import load_pair
+
+        first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
+        scores = evaluate_reasons(
+            first, data, answerer=second, controls=controls, blank_images=blank_images, limit=limit,
+            skip_bad_rows=skip_bad_rows, offline=offline, batch_size=batch_size, rationale_tokens=rationale_tokens,
+            decoding=decoding_of(decoding or "greedy", beams, max_new_tokens), on_progress=on_progress,
+        )  # fmt: skip
+    elif task == "retrieval":
         from serve.evaluate import evaluate_retrieval
         from serve.retrieval import load_retriever
 
@@ -177,30 +208,14 @@ def evaluate(
 
         preset = decoding or ("caption" if task == "caption" else "greedy")
         longest = 16 if decoding is None and task != "caption" else None
-        settings = _decoding(preset, beams, max_new_tokens or longest)
+        settings = decoding_of(preset, beams, max_new_tokens or longest)
         engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
         scores = run(
             engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
             offline=offline, batch_size=batch_size, decoding=settings, on_progress=on_progress,
         )  # fmt: skip
-    report(scores, as_json, "\n".join(f"{key:<28}{value:.4g}" for key, value in scores.items()))
-
-
-@app.command()
-def demo(
-    adapter: AdapterOption = None,
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
-    ] = 7860,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    offline: OfflineOption = False,
-) -> None:
-    """Open the web page on 127.0.0.1."""
-    from serve.demo import launch
-    from serve.engine import load_adapter
-
-    launch(load_adapter(adapter, device=device, dtype=dtype, offline=offline), port=port)
+    width = max(28, 2 + max(map(len, scores)))
+    report(scores, as_json, "\n".join(f"{key:<{width}}{value:.4g}" for key, value in scores.items()))
 
 
 @app.command()
@@ -241,23 +256,6 @@ def estimate(
 
     found = estimate_memory(load_recipe(recipe, set_ or []))
     report(found, as_json, describe_estimate(found))
-
-
-def _decoding(preset: str, beams: int | None, max_new_tokens: int | None) -> Decoding:
-    from qformer.decoding import Decoding
-
-    chosen = Decoding.preset(preset)
-    if beams is not None:
-        chosen = replace(chosen, num_beams=beams)
-    return replace(chosen, max_new_tokens=max_new_tokens) if max_new_tokens is not None else chosen
-
-
-def _check_pictures(names: Sequence[str]) -> None:
-    """Open every picture before the models are loaded: a mistake is told at once."""
-    from adapters.data.images import image_ref, open_image
-
-    for name in names:
-        open_image(image_ref(name))
 
 
 def hush_libraries() -> None:

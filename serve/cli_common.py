@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from qformer.decoding import Decoding
 
 AdapterOption = Annotated[
     str | None, typer.Option("--adapter", help="A run's folder, an artefact's folder, or a shipped adapter's name.")
@@ -24,6 +28,14 @@ PresetOption = Annotated[
     str | None, typer.Option("--decoding", help="A preset: greedy, paper-vqa (beam 5, length penalty -1) or caption.")
 ]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
+AnswerAdapterOption = Annotated[
+    str | None,
+    typer.Option("--answer-adapter", help="Another adapter that answers, from the reasons that --adapter gives."),
+]
+RationaleTokensOption = Annotated[
+    int | None,
+    typer.Option("--rationale-tokens", min=1, help="The longest thought, in tokens; left out, the recipe's."),
+]
 SkipOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, count and report them, instead of stopping.")
 ]
@@ -45,3 +57,21 @@ def progress(verb: str) -> Callable[[int, int], None]:
 def report(values: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a result: one JSON object for programs, or the text for people."""
     print(json.dumps(values, ensure_ascii=False, default=str) if as_json else text)
+
+
+def decoding_of(preset: str, beams: int | None, max_new_tokens: int | None) -> Decoding:
+    """How tokens are chosen, from the flags that say so."""
+    from qformer.decoding import Decoding
+
+    chosen = Decoding.preset(preset)
+    if beams is not None:
+        chosen = replace(chosen, num_beams=beams)
+    return replace(chosen, max_new_tokens=max_new_tokens) if max_new_tokens is not None else chosen
+
+
+def check_pictures(names: Sequence[str]) -> None:
+    """Open every picture before the models are loaded: a mistake is told at once."""
+    from adapters.data.images import image_ref, open_image
+
+    for name in names:
+        open_image(image_ref(name))

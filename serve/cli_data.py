@@ -22,7 +22,9 @@ app = typer.Typer(
 )
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A data file, or easy-vqa:train or easy-vqa:test.")]
-TaskOption = Annotated[str | None, typer.Option("--task", help="vqa or caption; told from the rows where left out.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="vqa, caption or reason; told from the rows where left out.")
+]
 
 
 @app.command()

@@ -26,7 +26,7 @@ def finetune(
     recipe: Annotated[str, typer.Argument(help="A recipe (file or shipped name), or a data file to learn from.")],
     out: OutOption = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="vqa or caption; the recipe's, or told from the data.")
+        str | None, typer.Option("--task", help="vqa, caption or reason; the recipe's, or told from the data.")
     ] = None,
     start_from: StartOption = None,
     set_: SetOption = None,
@@ -49,11 +49,12 @@ def finetune(
     )
     if not result.finished:
         raise KeyboardInterrupt
+    verb = "reason" if chosen.task == "reason" else "ask"
     report(
         {"out": str(folder), "best": str(result.best), "steps": result.steps, **result.metrics},
         as_json,
         f"done: {result.steps} steps; the adapter is {result.best}\n"
-        f'ask it: querybridge ask PICTURE "QUESTION" --adapter {folder}',
+        f'ask it: querybridge {verb} PICTURE "QUESTION" --adapter {folder}',
     )
 
 
@@ -116,22 +117,27 @@ def _recipe_for(
 ) -> tuple[Any, str]:
     """A recipe and the name of its run.
 
-    A data file is learned from by the default recipe, for the task of its rows, and on the models of the adapter that
-    the run starts from, where there is one.
+    A data file is learned from by the default recipe of its rows' task, and on the models of the adapter that the run
+    starts from, where there is one. ScienceQA has its own rows to choose on, and is answered by letters.
     """
     from adapters.data.readers import read_data
+    from adapters.data.scienceqa import scienceqa_folder
     from adapters.recipe import find_recipe, load_recipe
     from adapters.starting import sections_of
 
     path = Path(name)
-    packaged = name.startswith("easy-vqa:")
-    if not packaged and path.suffix.lower() not in (".jsonl", ".json", ".csv"):
+    packaged, science = name.startswith("easy-vqa:"), scienceqa_folder(name)
+    if not packaged and science is None and path.suffix.lower() not in (".jsonl", ".json", ".csv"):
         return load_recipe(name, overrides), find_recipe(name).stem
     source = name if packaged else str(path.resolve())
-    given = {override.partition("=")[0] for override in overrides}
+    given = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
     skips = load_recipe("domain_cpu", overrides).data.skip_bad_rows
-    task = [] if "task" in given else [f"task={read_data(source, skip_bad_rows=skips, offline=offline).task}"]
+    task = given.get("task") or read_data(source, skip_bad_rows=skips, offline=offline).task
+    held_out = None if science is None else f"{science[0].resolve()}:val"
+    data = [f"data.train={json.dumps(source)}", f"data.val={json.dumps(held_out)}", f"task={task}"]
+    if science is not None:
+        data.append("prompt.letters=true")
     theirs = sections_of(start_from) if start_from is not None else {}
     sections = [f"{key}={json.dumps(section)}" for key, section in theirs.items()]
-    chosen = [f"data.train={json.dumps(source)}", *sections, *task, *overrides]
-    return load_recipe("domain_cpu", chosen), path.stem.replace(":", "-")
+    base = "reason_cpu" if task == "reason" else "domain_cpu"
+    return load_recipe(base, [*data, *sections, *overrides]), path.stem.replace(":", "-")

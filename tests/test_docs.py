@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -11,27 +12,39 @@ from typing import Any
 
 import pytest
 import yaml
+from reason_data import draw_reasons, write_scienceqa
 from tiny import draw_captions, save_tiny_bert, tiny_values
 
 from adapters import recipe as recipe_module
+from adapters.data.scene_files import write_scenes
 from adapters.finetune import finetune
 from adapters.pretrain import pretrain
 from adapters.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-COMMANDS = [
-    line
-    for page in PAGES
-    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
+# Their commands need a server: tests/serve/test_http_docs.py and test_demo_docs.py
+ELSEWHERE = {"serving.md", "demo.md"}
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in ELSEWHERE]
+COMMANDS = list(
+    dict.fromkeys(
+        line
+        for page in PAGES
+        for block in re.findall(
+            r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+        )
+        for line in block.splitlines()
+        if line.strip()
+    )
+)
+
+
+REASONING = {"task": "reason", "prompt": {"system": "Answer questions about the picture."}}
+LONG = {"row_tokens": 1200, "micro_batch_tokens": 4000}  # a token is a character
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, vision_folder: Path, language_folders: dict[str, Path]) -> Path:
-    """A folder with captions and photos, and a run of each stage on tiny models."""
+    """A folder with captions, photos, scenes and reasons, and a run of each kind on tiny models."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("captions_train.jsonl", "captions_val.jsonl"):
         draw_captions(folder, name)
@@ -48,7 +61,37 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, vision_folder: Path, lan
         recipe = parse_recipe(values, "test")
         pretrain(recipe, folder / "runs" / "stage1", device="cpu", dtype="float32", quiet=True)
         finetune(recipe, folder / "runs" / "stage2", device="cpu", dtype="float32", quiet=True)
+        draw_questions(folder)
+        vqa = values | {"task": "vqa", "data": {"train": str(folder / "my_data.jsonl"), "val_fraction": 0.25}}
+        recipe = parse_recipe(vqa, "test")
+        finetune(recipe, folder / "runs" / "mine", device="cpu", dtype="float32", quiet=True)
+        draw_reasons(folder, "my_reasons.jsonl")
+        write_scenes(folder / "data" / "scenes", train=3, val=2, test=2)
+        write_scienceqa(folder / "scienceqa")
+        for name, stages in (("scenes", ["rationale", "answer"]), ("thinks", ["rationale"]), ("concludes", ["answer"])):
+            reasons = values | REASONING | {"reason": {"stages": stages, "rationale_tokens": 8}}
+            reasons["data"] = {"train": str(folder / "my_reasons.jsonl"), "val_fraction": 0.25}
+            reasons["train"] = values["train"] | LONG
+            finetune(
+                parse_recipe(reasons, "test"), folder / "runs" / name, device="cpu", dtype="float32", quiet=True
+            )  # fmt: skip
+        shutil.copytree(folder / "runs" / "scenes", folder / "runs" / "scienceqa")
     return folder
+
+
+def draw_questions(folder: Path) -> None:
+    """Questions about pictures that are there, and pictures to be described."""
+    rows = [
+        {"image": f"{name}.jpg", "question": question, "answer": "red"}
+        for name in ("photo", "like_this", "third", "fourth")
+        for question in ("which colour is it?", "which part is worn?")
+    ]
+    for name in ("third", "fourth"):
+        shutil.copy(folder / "blue1.png", folder / f"{name}.jpg")
+        with (folder / f"{name}.jpg").open("ab") as file:
+            file.write(name.encode())  # pictures are told apart by their bytes
+    (folder / "my_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "captions.csv").write_text("image\nphoto.jpg\nthird.jpg\n")
 
 
 @pytest.fixture
@@ -63,6 +106,9 @@ def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         kept = {key: values["train"][key] for key in ("text_side_every", "captions", "pair_share")}
         values |= {key: tiny[key] for key in ("vision", "bridge", "language")} | {"train": tiny["train"] | kept}
         values["data"]["val_fraction"] = 0.25
+        if values["task"] == "reason":
+            values["reason"]["rationale_tokens"] = 8
+            values["train"] |= LONG
         return parse_recipe(values, str(name))
 
     monkeypatch.setattr(recipe_module, "load_recipe", load_tiny)
@@ -71,9 +117,10 @@ def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs(command: str, in_workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(in_workplace / "made", ignore_errors=True)
+    (in_workplace / "made").mkdir()
     if out := re.search(r"--out (\S+)", command):
         command = command.replace(out[0], f"--out made/{Path(out[1]).name}")  # the runs that other commands name stay
-        shutil.rmtree(in_workplace / "made", ignore_errors=True)
     words = shlex.split(command)
     monkeypatch.setattr("sys.argv", words)
     if words[0] == "python":
@@ -84,16 +131,43 @@ def test_every_command_runs(command: str, in_workplace: Path, monkeypatch: pytes
             return {}
 
         monkeypatch.setattr("adapters.contrastive.train_tower", train_tower)  # it has tests of its own
-        monkeypatch.setattr("sys.argv", words[1:])
+        if words[1] == "scripts/make_scenes.py":
+            words[2:] = ["made/scenes", "--train", "2", "--val", "1", "--test", "1"]
+        monkeypatch.setattr("sys.argv", [str(ROOT / word) if word.startswith("docs/") else word for word in words[1:]])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-        assert stopped.value.code == 0 and len(asked) == 1
+        assert stopped.value.code == 0 and len(asked) == (words[1] == "scripts/make_image_encoder.py")
         return
     from serve import cli
 
+    if "--resume" in words:  # there is something to go on from
+        monkeypatch.setattr("sys.argv", [word for word in words if word != "--resume"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert not stopped.value.code
+
+
+EXAMPLES = [
+    (page.name, example)
+    for page in PAGES
+    for example in re.findall(
+        r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+]
+
+
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_python_examples_run(page: str, example: str, in_workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_workplace / "answers_from_python.jsonl").unlink(missing_ok=True)
+    exec(compile(example, page, "exec"), {})
+    if page == "chain-of-thought.md":
+        thought, score = capsys.readouterr().out.splitlines()[-2:]
+        assert thought and 0 <= float(score) <= 1
+    if page == "batch.md":
+        assert len((in_workplace / "answers_from_python.jsonl").read_text().splitlines()) == 8
 
 
 def test_comparisons_name_recipes_and_keys_that_are_there() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from reason_data import draw_reasons
 from tiny import draw_captions, save_tiny_bert, tiny_values
 
+from adapters.artefact import read_facts
 from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
 
@@ -58,6 +60,39 @@ def test_each_setting_is_trained_once(
     assert (
         compare(monkeypatch, str(plan), "--out", str(out), "--set", "train.max_steps=3") == 2
     )  # not what stands there
+
+
+def test_settings_are_scored_on_test_data(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Direct answers against two stages, a row being one answer to learn or two: equally many steps."""
+    file = draw_reasons(tmp_path / "data")
+    recipe: Any = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"task": "reason"}
+    recipe["data"]["train"] = str(file)
+    recipe["train"] |= {"max_steps": None, "epochs": 1, "row_tokens": 16, "micro_batch_tokens": 1000}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    settings = {
+        "direct": ["reason.stages=[direct]", "train.batch_size=3"],
+        "two-stage": ["train.batch_size=6", "reason.rationale_tokens=9"],
+    }
+    comparison = yaml.safe_load(plan.read_text()) | {"stage": 2, "settings": settings}
+    comparison["columns"] = ["accuracy_multi_step", "ROUGE-L", "blank_images_accuracy"]
+    comparison["evaluate"] = {"task": "reason", "data": "gone.jsonl", "controls": True}
+    plan.write_text(yaml.safe_dump(comparison))
+    out = tmp_path / "runs"
+    assert compare(monkeypatch, str(plan), "--out", str(out)) == 2
+    assert "gone.jsonl" in capsys.readouterr().err and not out.exists()  # told before anything is trained
+    assert compare(monkeypatch, str(plan), "--out", str(out), "--test", str(file)) == 0
+    direct, both = capsys.readouterr().out.splitlines()[-2:]
+    found = {name: json.loads((out / f"{name}-0" / "compared.json").read_text()) for name in ("direct", "two-stage")}
+    assert f"| direct | {found['direct']['accuracy_multi_step']:.3f} | – |" in direct
+    assert f"| {found['two-stage']['ROUGE-L']:.3f} |" in both
+    steps = [read_facts(out / f"{name}-0" / "last").steps for name in found]
+    assert steps[0] == steps[1] > 1
+
+
+def test_test_data_need_a_section(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compare(monkeypatch, str(plan), "--out", str(tmp_path / "runs"), "--test", "x.jsonl") == 2
 
 
 @pytest.mark.parametrize("words", [["--seeds", "one"], ["--only", "5 queries"]])

@@ -7,11 +7,12 @@ where it stopped and every process of a distributed run knows its share without 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from adapters.data.collate import Branch, Row, padded_length
-from adapters.data.examples import DataSet, Example
+from adapters.data.examples import DataSet, Example, Stage
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt, PromptBuilder
 from qformer.errors import UserError
@@ -72,25 +73,35 @@ class Step:
         return [*cut, tuple(current)] if current else cut
 
 
-def tokenise(data: DataSet, prompts: PromptBuilder, *, max_tokens: int) -> list[Picture]:
+def tokenise(
+    data: DataSet, prompts: PromptBuilder, *, max_tokens: int, stages: Sequence[Stage] = ("rationale", "answer")
+) -> list[Picture]:
     """Turn a data set into tokenised questions, grouped by picture in the order of first appearance.
 
+    Args:
+        data: the rows.
+        prompts: words and tokenises.
+        max_tokens: the longest prompt with its answer.
+        stages: of a row with reasons; each is a question about its picture: what the reasons are, what the answer is
+            with the reasons given, and what it is asked directly.
+
     Raises:
-        UserError: an example has no answer, or is longer than `max_tokens`.
+        UserError: an example has no answer, or is longer than `max_tokens`; or no row has the reasons to learn.
     """
     grouped: dict[tuple[object, ...], tuple[tuple[ImageRef, ...], tuple[int, ...], list[Question]]] = {}
-    for example in data.examples:
-        if not example.answers:
-            raise UserError(f"{example.where}: there is no answer to learn; add one, or leave the row out")
-        prompt = prompt_for(example, data.task, prompts)
-        counted = tuple(tuple(prompts.answer_ids(answer)) for answer in example.answers)
+    _check_rationales(data, stages)
+    for example, task, answers in (
+        part for row in data.examples for part in _to_learn(row, data.task, stages, prompts)
+    ):
+        prompt = prompt_for(example, task, prompts)
+        counted = tuple(tuple(prompts.answer_ids(answer)) for answer in answers)
         longest = len(prompt.ids) + max(len(answer) for answer in counted)
         if longest > max_tokens:
             raise UserError(
                 f"{example.where}: prompt and answer are {longest} tokens, more than train.micro_batch_tokens"
                 f" ({max_tokens}); shorten the text or raise it with --set train.micro_batch_tokens={longest}"
             )
-        if (example.task or data.task) == "caption":  # every caption is learned from
+        if task == "caption":  # every caption is learned from
             end = prompts.closing_tokens if prompts.is_encoder_decoder else None
             questions = [Question(prompt.own, (answer,), example.question, end) for answer in counted]
         else:  # one of the answers people gave is drawn each epoch, so each counts by its share
@@ -100,17 +111,51 @@ def tokenise(data: DataSet, prompts: PromptBuilder, *, max_tokens: int) -> list[
     return [Picture(images, shared, tuple(questions)) for images, shared, questions in grouped.values()]
 
 
+def _check_rationales(data: DataSet, stages: Sequence[Stage]) -> None:
+    reasons = [example for example in data.examples if (example.task or data.task) == "reason"]
+    if reasons and set(stages) != {"direct"} and not any(example.rationale for example in reasons):
+        raise UserError(
+            f"{data.name}: no row has a rationale to learn; fill them in, or learn answers alone with"
+            " --set reason.stages=[direct]"
+        )
+
+
+def _to_learn(
+    example: Example, task: str, stages: Sequence[Stage], prompts: PromptBuilder
+) -> Iterator[tuple[Example, str, Sequence[str]]]:
+    """What a row teaches: what is asked, as which task or stage, and what is answered."""
+    task = example.task or task
+    if not example.answers:
+        raise UserError(f"{example.where}: there is no answer to learn; add one, or leave the row out")
+    if task != "reason":
+        yield example, task, example.answers
+        return
+    asked, answers = replace(example, task=None), [prompts.choice(text, example.choices) for text in example.answers]
+    for stage in stages:  # a row without reasons teaches that there are none to give
+        if stage == "rationale":
+            yield asked, stage, [example.rationale]
+        else:
+            yield replace(asked, rationale="") if stage == "direct" else asked, "answer", answers
+
+
 def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
     """The prompt of an example: its question, or the request for a caption in its language.
 
     Args:
         example: what is asked; its own task counts where it has one.
-        task: "vqa" or "caption", of the examples that have none.
+        task: of the examples that have none: "vqa" or "caption"; or a stage of reasoning, "rationale" (which "reason"
+            begins with) or "answer", for which the example's rationale is given where it has one.
         prompts: words and tokenises.
     """
-    if (example.task or task) == "caption":
+    task = example.task or task
+    if task == "caption":
         return prompts.caption(example.language, len(example.images), where=example.where)
-    return prompts.vqa(example.question, len(example.images), where=example.where)
+    if task == "vqa":
+        return prompts.vqa(example.question, len(example.images), where=example.where)
+    asked: Any = {"context": example.context, "choices": example.choices, "where": example.where}
+    if task == "answer":
+        return prompts.answer(example.question, len(example.images), rationale=example.rationale, **asked)
+    return prompts.rationale(example.question, len(example.images), **asked)
 
 
 def plan_epoch(

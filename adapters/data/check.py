@@ -59,7 +59,7 @@ def check_data(
 
     Args:
         source: as `adapters.data.readers.read_data` takes it.
-        task: "vqa" or "caption"; told from the rows where left out.
+        task: "vqa", "caption" or "reason"; told from the rows where left out.
         need_answers: False for rows that are to be answered, as batch jobs take them.
         offline: do not fetch a packaged set.
         on_progress: called with (pictures opened, pictures in all), ten times or fewer.

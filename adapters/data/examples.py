@@ -10,8 +10,10 @@ from typing import Literal
 from adapters.data.images import ImageRef
 from qformer.errors import UserError
 
-Task = Literal["vqa", "caption"]
+Task = Literal["vqa", "caption", "reason"]
 Mixed = Literal["mixed"]
+Stage = Literal["rationale", "answer", "direct"]
+"""What a row with reasons is asked: for them; for the answer, with them; for the answer without them."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Example:
         language: the language of the answers ("en" where the row does not say).
         row: the row's number in its file, counted from 1; 0 where it comes from none.
         task: set where rows of several tasks are learned from together; else the data set's.
+        context: of a row with reasons: what is told beside the picture; "" where nothing is.
+        choices: of such a row: what may be answered; empty where anything may.
+        rationale: of such a row: the reasons for the answer; "" where there are none.
+        kind: of such a row: what kind of question it is, where it says so.
+        steps: of such a row: how many steps its reasoning has, where it says so.
     """
 
     images: tuple[ImageRef, ...]
@@ -37,6 +44,16 @@ class Example:
     language: str = "en"
     row: int = 0
     task: Task | None = None
+    context: str = ""
+    choices: tuple[str, ...] = ()
+    rationale: str = ""
+    kind: str | None = None
+    steps: int | None = None
+
+    @property
+    def answer(self) -> str:
+        """The first answer; "" where there is none."""
+        return self.answers[0] if self.answers else ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ class DataSet:
 
     Args:
         name: the file's name, or the packaged set's.
-        task: "vqa" or "caption"; "mixed" where each example says its own.
+        task: "vqa", "caption" or "reason"; "mixed" where each example says its own.
         examples: the good rows in the order of the file.
         fingerprint: "sha256:…" over the rows and their pictures' names and sizes.
         terms: the licence of a packaged set; None for a user's file.

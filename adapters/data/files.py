@@ -137,7 +137,7 @@ def _csv_row(header: list[str], cells: list[str], where: str, number: int) -> Ra
         problem = f"{len(cells)} cells under a header of {len(header)}: put cells that hold commas in quotes"
         return RawRow(where, number, {}, problem)
     fields: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell.strip()}
-    for name in ("answers", "captions", "images", "image"):
+    for name in ("answers", "captions", "choices", "images", "image"):
         if fields.get(name, "").lstrip().startswith("["):
             try:
                 fields[name] = json.loads(fields[name])

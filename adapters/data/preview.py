@@ -60,7 +60,7 @@ def preview_data(
         out: the PNG to write. An earlier sheet is replaced, any other file is not.
         rows: how many, the first of the file.
         sample: draw them by lot instead, with this seed; the whole file is read.
-        task: "vqa" or "caption"; told from the rows where left out.
+        task: "vqa", "caption" or "reason"; told from the rows where left out.
         offline: do not fetch a packaged set.
 
     Raises:

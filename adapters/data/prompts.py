@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from adapters.data.images import ImageRef
 from qformer.errors import UserError
 
 IMAGE_MARK = "<image>"
 IMAGE_SLOT = -1  # stands in a list of token ids where one vector of an image goes
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+REASON_REQUEST = "Think step by step."
+ANSWER_REQUEST = "So what is the answer?"
 CAPTION_REQUEST = {"en": "Describe the picture.", "zh": "用中文描述这张图片。"}
 
 
@@ -39,6 +43,21 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        role: who speaks; "system" only at the beginning.
+        text: in words; `<image>` marks say where pictures belong, else they come first.
+        images: pictures shown in this turn, in order.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    images: tuple[ImageRef, ...] = ()
+
+
+@dataclass(frozen=True)
 class PromptStyle:
     """How questions are worded.
 
@@ -46,11 +65,13 @@ class PromptStyle:
         system: system message of the chat template; None leaves the template's own default.
         question: wording around a question, with `{question}`; None takes the default of the model's kind.
         caption: wording of a request for a caption; None takes the default of the model's kind and the language.
+        letters: choices are listed with letters, "(A) red (B) blue", and answered by them, "(A)", as ScienceQA's are.
     """
 
     system: str | None = None
     question: str | None = None
     caption: str | None = None
+    letters: bool = False
 
 
 class PromptBuilder:
@@ -89,15 +110,72 @@ class PromptBuilder:
 
     def vqa(self, question: str, num_images: int = 1, *, where: str = "question") -> Prompt:
         """The prompt of a question about pictures."""
-        if self.style.question is not None:
-            wording = self.style.question
-        elif self.has_template:
-            wording = "{question}"
-        else:
-            wording = (
-                "Question: {question} Short answer:" if self.is_encoder_decoder else "Question: {question} Answer:"
-            )
-        return self._encode(wording.replace("{question}", question.strip()), num_images, where)
+        return self._encode(self._question(question), num_images, where)
+
+    def chat(self, turns: Sequence[Turn]) -> Prompt:
+        """The prompt of a conversation that ends with the user's turn; of one such turn, that of a question.
+
+        A tokenizer without a chat template gets questions and answers one after the other, as BLIP-2 does
+        (arXiv 2301.12597, section 4.1).
+
+        Raises:
+            UserError: the last turn is not the user's, a system turn is not the first, or marks and pictures differ.
+        """
+        if not turns or turns[-1].role != "user":
+            raise UserError("messages: the last one must be the user's")
+        if any(turn.role == "system" for turn in turns[1:]):
+            raise UserError("messages: only the first may be the system's")
+        said: list[dict[str, str]] = []
+        for number, turn in enumerate(turns, start=1):
+            text = self._question(turn.text) if turn.role == "user" else turn.text.strip()
+            said.append({"role": turn.role, "content": _marked(text, len(turn.images), f"message {number}")})
+        count = sum(len(turn.images) for turn in turns)
+        if not self.has_template:
+            around = {"system": "{}\n", "user": "{}", "assistant": " {}\n"}
+            return self._split("".join(around[one["role"]].format(one["content"]) for one in said), count)
+        if self.style.system is not None and turns[0].role != "system":
+            said.insert(0, {"role": "system", "content": self.style.system})
+        return self._split(self._render(said, add_generation_prompt=True), count)
+
+    def rationale(
+        self,
+        question: str,
+        num_images: int = 1,
+        *,
+        context: str = "",
+        choices: Sequence[str] = (),
+        where: str = "question",
+    ) -> Prompt:
+        """The first stage of a chain of thought (arXiv 2302.00923, section 4): a question that asks for the reasons."""
+        asked = self._asked(question, context, choices, where)
+        text = f"{asked}\n{REASON_REQUEST}" if self.has_template else f"Question: {asked} Reasoning:"
+        return self._encode(text, num_images, where)
+
+    def answer(
+        self,
+        question: str,
+        num_images: int = 1,
+        *,
+        context: str = "",
+        choices: Sequence[str] = (),
+        rationale: str = "",
+        where: str = "question",
+    ) -> Prompt:
+        """The second stage: the same question with the reasons given; without any, as it is asked directly."""
+        asked = self._asked(question, context, choices, where)
+        reasons = rationale.replace(IMAGE_MARK, "").strip()  # a model may write what stands for a picture
+        if not reasons:
+            return self.vqa(asked, num_images, where=where)
+        if self.has_template:
+            return self._encode(f"{asked}\nReasoning: {reasons}\n{ANSWER_REQUEST}", num_images, where)
+        closing = "Short answer:" if self.is_encoder_decoder else "Answer:"
+        return self._encode(f"Question: {asked} Reasoning: {reasons} {closing}", num_images, where)
+
+    def choice(self, answer: str, choices: Sequence[str]) -> str:
+        """The words in which an answer is given: itself, or its letter where choices have letters."""
+        if not self.style.letters or answer not in choices:
+            return answer
+        return f"({LETTERS[choices.index(answer)]})"
 
     def caption(self, language: str = "en", num_images: int = 1, *, where: str = "caption") -> Prompt:
         """The prompt that asks for a caption, in English ("en") or Chinese ("zh")."""
@@ -129,17 +207,42 @@ class PromptBuilder:
         """Generated ids back to text, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
+    def _asked(self, question: str, context: str, choices: Sequence[str], where: str) -> str:
+        """A question with what belongs to it, a line each where there is a chat template."""
+        if self.style.letters and len(choices) > len(LETTERS):
+            raise UserError(f"{where}: {len(choices)} choices and {len(LETTERS)} letters; set prompt.letters to false")
+        parts = [question.strip()]
+        if context.strip():
+            parts.append(f"Context: {context.strip()}")
+        if self.style.letters and choices:
+            parts.append("Choices: " + " ".join(f"({LETTERS[n]}) {choice}" for n, choice in enumerate(choices)))
+        elif choices:
+            parts.append(f"Choices: {', '.join(choices)}")
+        return ("\n" if self.has_template else " ").join(parts)
+
+    def _question(self, question: str) -> str:
+        """A question in the model's own wording."""
+        if self.style.question is not None:
+            wording = self.style.question
+        elif self.has_template:
+            wording = "{question}"
+        else:
+            wording = (
+                "Question: {question} Short answer:" if self.is_encoder_decoder else "Question: {question} Answer:"
+            )
+        return wording.replace("{question}", question.strip())
+
     def _encode(self, text: str, num_images: int, where: str) -> Prompt:
-        marks = text.count(IMAGE_MARK)
-        if marks == 0:
-            text = IMAGE_MARK * num_images + text
-        elif marks != num_images:
-            raise UserError(f"{where}: {marks} {IMAGE_MARK} marks but {num_images} images; make the two numbers equal")
+        text = _marked(text, num_images, where)
         if self.has_template:
             messages = [{"role": "user", "content": text}]
             if self.style.system is not None:
                 messages.insert(0, {"role": "system", "content": self.style.system})
             text = self._render(messages, add_generation_prompt=True)
+        return self._split(text, num_images)
+
+    def _split(self, text: str, num_images: int) -> Prompt:
+        """Tokenise a finished text around its marks."""
         pieces = text.split(IMAGE_MARK)
         slots = [IMAGE_SLOT] * self.num_queries
         shared: list[int] = []
@@ -156,3 +259,17 @@ class PromptBuilder:
 
     def _tokens(self, text: str, *, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
+
+
+def _marked(text: str, num_images: int, where: str) -> str:
+    """A text with a mark for each image: its own, or all in front.
+
+    Raises:
+        UserError: it has another number of marks.
+    """
+    marks = text.count(IMAGE_MARK)
+    if marks == 0:
+        return IMAGE_MARK * num_images + text
+    if marks != num_images:
+        raise UserError(f"{where}: {marks} {IMAGE_MARK} marks but {num_images} images; make the two numbers equal")
+    return text

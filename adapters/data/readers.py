@@ -16,11 +16,14 @@ from typing import get_args
 
 from adapters.data.examples import DataSet, Example, Fault, Task
 from adapters.data.files import RawRow, csv_rows, json_rows, jsonl_rows, shorten
-from adapters.data.rows import BadRow, MissingImage, Pictures, read_row, tasks_of
+from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, read_row, tasks_of
+from adapters.data.scienceqa import TERMS as SCIENCEQA_TERMS
+from adapters.data.scienceqa import is_scienceqa, scienceqa_folder, scienceqa_rows
 from qformer.errors import UserError
 
 EASY_VQA = ("easy-vqa:train", "easy-vqa:test")
 _SUFFIXES = (".jsonl", ".json", ".csv")
+_NO_RATIONALE = f"field '{RATIONALE_FIELD}' is missing: write the reasons, or \"\" where there are none"
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,18 @@ def read_data(
     limit: int | None = None,
     offline: bool = False,
 ) -> DataSet:
-    """Read and check VQA or caption rows.
+    """Read and check rows of questions, of captions, or of questions with the reasons for their answers.
 
     Args:
-        source: a `.jsonl`, `.json` (a list) or `.csv` file, or "easy-vqa:train" or "easy-vqa:test". Rows are
-            {"image", "question", "answer"} or {"image", "caption"}; an answer may be a list, which is kept
-            whole, and so may "captions". "file_name" stands for "image", and "images" is a list of several,
-            which `<image>` marks in the question may place; "id" or "question_id" is kept, and "language";
-            other fields are ignored. A picture is a path, absolute or relative to the data file, or a base64
-            data URI.
-        task: "vqa" or "caption"; None takes what the first good row's fields say.
+        source: a `.jsonl`, `.json` (a list) or `.csv` file; "easy-vqa:train" or "easy-vqa:test"; or "FOLDER:SPLIT"
+            of a folder of ScienceQA. Rows are {"image", "question", "answer"} or {"image", "caption"}; an answer may
+            be a list, which is kept whole, and so may "captions". A row with "rationale" is one of reasons, and
+            "context" and "choices" belong to its question, "kind" (a text) and "steps" (a whole number) to its
+            scores. "file_name" stands for "image", and "images" is a list of several, which `<image>` marks in the
+            question may place; "id" or "question_id" is kept, and "language"; other fields are ignored. A picture is
+            a path, absolute or relative to the data file, or a base64 data URI.
+        task: "vqa", "caption" or "reason"; None takes what the first good row's fields say. "vqa" reads rows of
+            reasons as questions with answers alone.
         need_answers: False reads rows to be answered: answers may be absent, and a picture alone is a row
             that asks for its caption.
         skip_bad_rows: leave bad rows out and list them in `faults`.
@@ -120,8 +125,13 @@ def read_rows(
         raise UserError(f"--task '{task}' has no reader: take {' or '.join(get_args(Task))}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: give a number of rows from 1 on")
-    packaged = str(source) in EASY_VQA
-    opened = _open_packaged(str(source), offline) if packaged else _open_file(Path(source).expanduser())
+    if str(source) in EASY_VQA:
+        opened = _open_packaged(str(source), offline)
+    elif (science := scienceqa_folder(source)) is not None:
+        folder, split = science
+        opened = _Source(f"{folder.name}:{split}", scienceqa_rows(folder, split), folder, SCIENCEQA_TERMS)
+    else:
+        opened = _open_file(Path(source).expanduser())
 
     pictures = Pictures(opened.base)
     examples: list[Example] = []
@@ -136,8 +146,8 @@ def read_rows(
             tasks = tasks_of(row.fields, need_answers=need_answers)
             if found_task is None:
                 found_task = _settle_task(task, tasks, row)
-            elif found_task not in tasks:
-                raise BadRow(f"a {tasks[0]} row among {found_task} rows: keep one task in a file")
+            elif found_task not in tasks or (task is None and tasks[0] == "reason" != found_task):
+                raise BadRow(_stray(tasks[0], found_task))
             examples.append(read_row(row, found_task, pictures, need_answers=need_answers))
         except BadRow as error:
             missing = error.label if isinstance(error, MissingImage) else None
@@ -154,13 +164,22 @@ def no_rows(source: str | Path) -> str:
 
 def _settle_task(asked: str | None, tasks: tuple[Task, ...], row: RawRow) -> Task:
     if asked is None:
-        if "rationale" in row.fields:  # to read such rows as plain VQA is the user's to say
-            raise UserError(f"{row.where}: rationales are not read yet: --task vqa reads the rows without them")
         return tasks[0]
     for task in tasks:
         if task == asked:
             return task
+    if asked == "reason" and "vqa" in tasks:
+        raise UserError(f"--task reason, but {row.where}: {_NO_RATIONALE}")
     raise UserError(f"--task {asked}, but {row.where} is a {tasks[0]} row: give --task {tasks[0]}, or none")
+
+
+def _stray(task: Task, among: Task) -> str:
+    """What is said of a row that is for another task than the file's."""
+    if among == "reason" and task == "vqa":
+        return _NO_RATIONALE
+    if task == "reason":
+        return "a row with a rationale among rows without: give each one, or --task vqa to read them without"
+    return f"a {task} row among {among} rows: keep one task in a file"
 
 
 def _complaint(faults: Sequence[Fault], good: int, skipping: bool) -> str:
@@ -191,6 +210,8 @@ def _fingerprint(task: Task, examples: Sequence[Example], pictures: Pictures) ->
     for example in examples:
         marks = [pictures.mark(image) for image in example.images]
         row = [example.id, example.question, example.answers, example.language, marks]
+        if task == "reason":
+            row += [example.context, example.choices, example.rationale]
         sha.update(json.dumps(row).encode() + b"\n")
     return "sha256:" + sha.hexdigest()
 
@@ -200,6 +221,8 @@ def _open_file(path: Path) -> _Source:
         there = path.exists()
     except OSError as error:  # a name too long: rows given in place of a file's name, perhaps
         raise UserError(f"data '{shorten(str(path))}' is not a usable path: {error.strerror}") from None
+    if is_scienceqa(path):
+        raise UserError(f"{path} is a folder of ScienceQA: name a split of it, such as {path}:train")
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
         hint = f", such as {path / inside[0]}" if inside else f" ({', '.join(_SUFFIXES)})"
@@ -229,7 +252,7 @@ def _suggestion(path: Path) -> str:
         names = [str(path.parent / name) for name in near]
     if names:
         return f"did you mean {' or '.join(names)}?"
-    return f"give a {', '.join(_SUFFIXES)} file, or {' or '.join(EASY_VQA)}"
+    return f"give a {', '.join(_SUFFIXES)} file, {' or '.join(EASY_VQA)}, or FOLDER:SPLIT of ScienceQA"
 
 
 def _open_packaged(name: str, offline: bool) -> _Source:

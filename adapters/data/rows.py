@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from adapters.data.examples import Example, Task
 from adapters.data.files import RawRow, kind_of, shorten
 from adapters.data.images import ImageRef, image_ref
 from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK
+from adapters.evaluation.vqa import normalise
 from qformer.errors import UserError
 
 IMAGE_FIELDS = ("image", "file_name", "images")  # the second as in an imagefolder's metadata
 ANSWER_FIELDS = ("answer", "answers")
 CAPTION_FIELDS = ("caption", "captions")
 ID_FIELDS = ("id", "question_id")
+RATIONALE_FIELD = "rationale"
 # Formats that are known but not read yet: taking half of such a row would lose the rest in silence.
 _OTHER_FORMATS = {
     "messages": "a conversation",
@@ -93,13 +96,19 @@ def _cause(error: Exception) -> str:
 
 
 def tasks_of(fields: Mapping[str, Any], *, need_answers: bool) -> tuple[Task, ...]:
-    """Tell from a row's fields what it can be read as; BadRow where it is neither VQA nor captions."""
+    """Tell from a row's fields what it can be read as, what it is first; BadRow where it is neither VQA nor captions.
+
+    A row with a rationale is one to reason about, and can be read as VQA, without it; so can one without, if it is to
+    be answered.
+    """
     other = next((name for name in _OTHER_FORMATS if name in fields), None)
     if other is not None:
         raise BadRow(f"a row of {_OTHER_FORMATS[other]} ('{other}') is not read yet: {_wanted(need_answers)}")
     tasks: list[Task] = []
-    if "question" in fields:
-        tasks.append("vqa")
+    if "question" in fields and RATIONALE_FIELD in fields:
+        tasks += ["reason", "vqa"]
+    elif "question" in fields:
+        tasks += ["vqa"] if need_answers else ["vqa", "reason"]
     if any(name in fields for name in CAPTION_FIELDS):
         tasks.append("caption")
     if not tasks and not need_answers and not any(name in fields for name in ANSWER_FIELDS):
@@ -117,21 +126,21 @@ def _wanted(need_answers: bool) -> str:
 
 
 def read_row(row: RawRow, task: Task, pictures: Pictures, *, need_answers: bool) -> Example:
-    """Read one row as VQA or captions.
+    """Read one row as VQA, captions or a question with reasons.
 
     Raises:
-        BadRow: a field is missing, empty or of a wrong type, a picture is not there, or the question's `<image>`
-            marks are not as many as the pictures.
+        BadRow: a field is missing, empty or of a wrong type, a picture is not there, the question's `<image>` marks
+            are not as many as the pictures, or the answer is none of the choices.
     """
     fields = row.fields
     labels = _images(fields)
-    question = _text(fields, "question") if task == "vqa" else ""
+    question = _text(fields, "question") if task != "caption" else ""
     if (marks := question.count(IMAGE_MARK)) not in (0, len(labels)):
         raise BadRow(
             f"'question' has {marks} {IMAGE_MARK} mark{'s' * (marks > 1)} and the row {len(labels)}"
             f" picture{'s' * (len(labels) > 1)}: make the two numbers equal, or leave the marks out"
         )
-    answer_field = _present(fields, ANSWER_FIELDS if task == "vqa" else CAPTION_FIELDS, required=need_answers)
+    answer_field = _present(fields, CAPTION_FIELDS if task == "caption" else ANSWER_FIELDS, required=need_answers)
     answers = _texts(fields[answer_field], answer_field, need_answers) if answer_field in fields else ()
     language = _text(fields, "language") if fields.get("language") is not None else "en"
     if task == "caption" and language not in CAPTION_REQUEST:
@@ -139,7 +148,40 @@ def read_row(row: RawRow, task: Task, pictures: Pictures, *, need_answers: bool)
     id_field = _present(fields, ID_FIELDS, required=False)
     own_id = _scalar(fields[id_field], id_field) if fields.get(id_field) is not None else str(row.number)
     images = tuple(pictures.find(label, row.where) for label in labels)
-    return Example(images, question, answers, row.where, own_id, language, row.number)
+    example = Example(images, question, answers, row.where, own_id, language, row.number)
+    return replace(example, **_reasons(fields, answers)) if task == "reason" else example
+
+
+def _reasons(fields: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, Any]:
+    """What only a row with reasons has; absent, null and "" are the same."""
+    context, rationale = (
+        _text(fields, name) if fields.get(name) not in (None, "") else "" for name in ("context", RATIONALE_FIELD)
+    )
+    choices: tuple[str, ...] = ()
+    if (value := fields.get("choices")) is not None:
+        if not isinstance(value, list):
+            raise BadRow(f"'choices' is {kind_of(value)} ({shorten(value)}): write a list of texts")
+        choices = tuple(_scalar(item, "choices") for item in value)
+        if len(choices) < 2:
+            raise BadRow(f"'choices' holds {len(choices)}: give at least two, or leave the field out")
+        known = {normalise(choice): choice for choice in choices}
+        for answer in answers:
+            if normalise(answer) not in known:
+                raise BadRow(f"the answer '{shorten(answer)}' is none of the choices ({_listed(choices)}): correct one")
+        answers = tuple(known[normalise(answer)] for answer in answers)  # in the very words of the choice
+    kind, steps = fields.get("kind"), fields.get("steps")  # for scores by group; anything else goes by these names too
+    return {
+        "answers": answers,
+        "context": context,
+        "choices": choices,
+        "rationale": rationale,
+        "kind": kind if isinstance(kind, str) else None,
+        "steps": steps if isinstance(steps, int) and not isinstance(steps, bool) else None,
+    }
+
+
+def _listed(choices: tuple[str, ...]) -> str:
+    return shorten(", ".join(choices))
 
 
 def _images(fields: Mapping[str, Any]) -> list[str]:

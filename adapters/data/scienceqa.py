@@ -1,4 +1,4 @@
-"""ScienceQA (Lu et al. 2022, arXiv 2209.09513) as plain records, from its own files.
+"""ScienceQA (Lu et al. 2022, arXiv 2209.09513) from its own files: as plain records, and as rows of a data set.
 
 They lie as the authors' repository (lupantech/ScienceQA) has them: `problems.json` and `pid_splits.json` in one
 folder, and pictures at `{split}/{id}/image.png` in that folder or in its `images/`.
@@ -6,12 +6,16 @@ folder, and pictures at `{split}/{id}/image.png` in that folder or in its `image
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.data.files import kind_of, shorten
+from adapters.data.files import RawRow, kind_of, shorten
+from adapters.data.images import blank_image
 from qformer.errors import UserError
 
 TERMS = "ScienceQA (Lu et al. 2022) - CC BY-NC-SA 4.0"
@@ -94,6 +98,41 @@ def read_scienceqa(
             )
         found.append(problem)
     return tuple(found)
+
+
+def is_scienceqa(folder: str | Path) -> bool:
+    """Whether a folder holds ScienceQA."""
+    return os.path.isfile(Path(folder) / "problems.json")  # says no to a name that no file can have
+
+
+def scienceqa_folder(source: str | Path) -> tuple[Path, str] | None:
+    """Folder and split of a source that is written FOLDER:SPLIT; None where it is no folder of ScienceQA."""
+    name, _, split = str(source).rpartition(":")
+    folder = Path(name).expanduser()
+    return (folder, split) if name and is_scienceqa(folder) else None
+
+
+def scienceqa_rows(folder: Path, split: str) -> Iterator[RawRow]:
+    """The problems of a split as rows with reasons, in its order; their ids are the problems'.
+
+    A problem without a picture gets a grey one, as multimodal chain of thought gives it features of nothing: so all are
+    asked in one way.
+
+    Raises:
+        UserError: as `read_scienceqa`, but for pictures that are not there, which are the row's matter.
+    """
+    blank = "data:image/x-portable-pixmap;base64," + base64.b64encode(blank_image().read()).decode()
+    for number, problem in enumerate(read_scienceqa(folder, split, need_images=False), start=1):
+        fields = {
+            "image": str(problem.image.relative_to(folder)) if problem.image is not None else blank,
+            "question": problem.question,
+            "context": problem.context.strip(),
+            "choices": list(problem.choices),
+            "rationale": problem.rationale.strip(),
+            "answer": problem.answer,
+            "id": problem.id,
+        }
+        yield RawRow(f"{folder / 'problems.json'} problem {problem.id}", number, fields)
 
 
 class _Fields:

@@ -18,7 +18,7 @@ from adapters.data.examples import Example
 from adapters.data.images import ImageRef
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
-from qformer.language import Generated
+from qformer.generation import Generated
 from qformer.model import TokenBatch
 
 GREEDY = Decoding(max_new_tokens=8)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from tiny import make_tokenizer
 
-from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle
+from adapters.data.images import ImageRef
+from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle, Turn
 from qformer.errors import UserError
+
+PICTURE, OTHER = ImageRef("a", data=b"a"), ImageRef("b", data=b"b")
 
 
 def text_of(builder: PromptBuilder, ids: tuple[int, ...]) -> str:
@@ -46,6 +49,58 @@ def test_plain_tokenizers_get_the_papers_prompts(encoder_decoder: bool, expected
     assert text_of(builder, builder.caption().ids) == "##a photo of"
     lead = "" if encoder_decoder else " "
     assert text_of(builder, tuple(builder.answer_ids("red"))) == f"{lead}red</s>"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_conversation_of_one_turn_is_the_question(chat: bool) -> None:
+    builder = PromptBuilder(make_tokenizer(chat=chat), 2, style=PromptStyle(system="Look." if chat else None))
+    pictures = (PICTURE, OTHER)
+    assert builder.chat([Turn("user", "same?", pictures)]) == builder.vqa("same?", 2)
+    marked = "<image> and <image> same?"
+    assert builder.chat([Turn("user", marked, pictures)]) == builder.vqa(marked, 2)
+
+
+def test_a_conversation_keeps_pictures_with_their_turns() -> None:
+    said = [Turn("user", "what?", (PICTURE,)), Turn("assistant", "red "), Turn("user", "this?", (OTHER,))]
+    builder = PromptBuilder(make_tokenizer(chat=True), 2, style=PromptStyle(system="Look."))
+    prompt = builder.chat(said)
+    assert text_of(builder, prompt.ids) == (
+        "<|im_start|>system\nLook.<|im_end|>\n<|im_start|>user\n##what?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+        "<|im_start|>user\n##this?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text_of(builder, prompt.shared).endswith("user\n##")
+    assert prompt.num_images == 2
+    own_system = builder.chat([Turn("system", "Be brief."), *said])
+    assert "Be brief." in text_of(builder, own_system.ids)
+    assert "Look." not in text_of(builder, own_system.ids)
+
+
+def test_a_plain_tokenizer_gets_questions_and_answers_in_a_row() -> None:
+    builder = PromptBuilder(make_tokenizer(chat=False), 2)
+    said = [
+        Turn("system", "Hm."),
+        Turn("user", "what?", (PICTURE,)),
+        Turn("assistant", "red"),
+        Turn("user", "so?"),
+    ]
+    assert text_of(builder, builder.chat(said).ids) == "Hm.\n##Question: what? Answer: red\nQuestion: so? Answer:"
+
+
+@pytest.mark.parametrize(
+    ("turns", "says"),
+    [
+        ([], "last one must be the user's"),
+        ([Turn("user", "a"), Turn("assistant", "b")], "last one must be the user's"),
+        ([Turn("user", "a"), Turn("system", "b"), Turn("user", "c")], "only the first"),
+        (
+            [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "<image> <image>", (PICTURE,))],
+            "message 3: 2",
+        ),
+    ],
+)
+def test_a_conversation_that_cannot_be_put(turns: list[Turn], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        PromptBuilder(make_tokenizer(chat=True), 2).chat(turns)
 
 
 def test_wording_of_the_recipe_goes_first() -> None:

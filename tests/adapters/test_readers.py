@@ -181,12 +181,6 @@ def test_a_row_s_digest_hangs_on_what_stands_in_the_file(jsonl: Callable[..., Pa
     assert [old == new for old, new in zip(first, changed, strict=True)] == [False, True, False]
 
 
-def test_rationales_are_read_as_plain_vqa_only_when_asked(jsonl: Callable[..., Path]) -> None:
-    path = jsonl(VQA | {"rationale": "It purrs."})
-    assert "--task vqa" in complaint(path)
-    assert read_data(path, task="vqa").examples[0].answers == ("a cat",)
-
-
 # -- the packaged set --------------------------------------------------------------------------------------------
 
 

@@ -98,3 +98,22 @@ def test_a_cut_network_gives_the_same_maps_and_knows_their_shape(side: int) -> N
             rows, width = part.output_shape(side)
             assert last.shape == (1, width, rows, rows)
             assert sum(p.numel() for p in part.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("side", [260, 257, 224])
+def test_a_row_of_the_map_lies_where_its_gradient_does(side: int) -> None:
+    model = EfficientNetLite(EfficientNetLiteConfig(0.1, 0.5, side, stem_channels=8, head_channels=8)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # means, so that nothing is cut off and all that is seen counts alike
+            nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    pixels = torch.full((1, 3, side, side), 1e-4, requires_grad=True)  # far below where ReLU6 ends
+    *_, last = model.hidden_states(pixels)
+    centres = model.centres(side)
+    middle = len(centres) // 2
+    (gradient,) = torch.autograd.grad(last[0, :, middle, middle].sum(), pixels)
+    share = gradient[0].sum(dim=(0, 2))
+    share = share / share.sum()
+
+    assert len(centres) == last.shape[-1]
+    assert (share * (torch.arange(side) + 0.5)).sum().item() == pytest.approx(centres[middle].item(), abs=4)
+    assert torch.allclose(centres.diff(), torch.tensor(32.0))

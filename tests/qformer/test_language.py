@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.language import IGNORED, LanguageModel, LoraSettings, load_language_model
+from qformer.language import IGNORED, LanguageModel, LoraSettings
+from qformer.language_loading import load_language_model
 from qformer.precision import default_compute_dtype, linear_memory
 from qformer.sources import resolve
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from qformer.bridge import QFormer
 from qformer.config import BridgeConfig
-from qformer.language import IGNORED, LoraSettings, load_language_model
+from qformer.language import IGNORED, LoraSettings
+from qformer.language_loading import load_language_model
 from qformer.model import TokenBatch, VisionLanguageModel
 from qformer.vision import FeatureNorm, ImageEncoder, load_image_encoder
 

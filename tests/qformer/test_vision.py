@@ -376,3 +376,16 @@ def test_the_real_encoders_fit_the_norm(folders: dict[str, Path]) -> None:
     images = pictures()
     out = norm([tower(tower.preprocess(images)) for tower in towers])
     assert out.shape == (2, 5 + 4, 32)
+
+
+def test_the_middles_of_patches_are_told_along_the_side(folders: dict[str, Path]) -> None:
+    encoder = load_image_encoder(str(folders["clip"]), image_size=56)
+
+    assert encoder.centres().tolist() == pytest.approx([7 / 56, 21 / 56, 35 / 56, 49 / 56])
+
+
+def test_the_middles_of_a_convolutional_map_lie_near_the_border() -> None:
+    centres = build_image_encoder(LITE2, layer=-1).centres()
+
+    assert len(centres) == 9
+    assert 0 < centres[0] < 1 / 18 and 17 / 18 < centres[-1] < 1

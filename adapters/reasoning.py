@@ -1,0 +1,220 @@
+"""Chain of thought in two stages, over many questions: first the reasons, then the answers with the reasons given.
+
+As multimodal chain of thought (Zhang et al. 2023, arXiv 2302.00923, section 4): both stages see the picture, and what
+the first has written goes into the second's question. One adapter may do both, or two one each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from adapters.answering import answer_examples
+from adapters.assembly import Assembly
+from adapters.data.examples import Example
+from adapters.evaluation.rationales import score_reasons
+from adapters.evaluation.scienceqa import choice_of
+from adapters.recipe import Recipe
+from qformer.decoding import Decoding
+from qformer.errors import UserError
+
+Way = Literal["two-stage", "direct"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What came of a question.
+
+    Attributes:
+        rationale: the reasons, as written or as given; None where the answer was asked for directly.
+        answer: in words; where choices go by letters, the words of the choice that was named.
+    """
+
+    rationale: str | None
+    answer: str
+
+
+def reason_examples(
+    assembly: Assembly,
+    examples: Sequence[Example],
+    *,
+    answerer: Assembly | None = None,
+    rationales: Sequence[str] | None = None,
+    decoding: Decoding | None = None,
+    rationale_tokens: int | None = None,
+    batch_size: int = 16,
+    on_progress: Progress | None = None,
+) -> list[Thought]:
+    """Reason about questions, and answer them from the reasons; directly where that is what the adapter was taught.
+
+    Args:
+        assembly: the adapter that reasons, and answers too where there is no other.
+        examples: what is asked, each with its context and choices; answers and reasons they hold are not looked at.
+        answerer: another adapter that answers, as the paper trains one for each stage.
+        rationales: reasons to answer from in place of the adapter's own, one an example; "" asks directly.
+        decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens where left out.
+        rationale_tokens: how long the reasons may be; the recipe's `reason.rationale_tokens` where left out.
+        batch_size: prompts generated together; what is written does not depend on it.
+        on_progress: called with (done, total) over both stages.
+
+    Returns:
+        One thought an example, in their order.
+
+    Raises:
+        UserError: an adapter was not taught its stage.
+    """
+    decoding = decoding or Decoding()
+    thinks = rationales is None and taught_way(assembly, answerer) == "two-stage"
+    passes = Passes(on_progress, len(examples), 1 + thinks)
+    if thinks:
+        longest = rationale_tokens or assembly.recipe.reason.rationale_tokens
+        rationales = give_reasons(
+            assembly, examples, decoding=replace(decoding, max_new_tokens=longest), batch_size=batch_size,
+            on_progress=passes.next(),
+        )  # fmt: skip
+    given = [""] * len(examples) if rationales is None else rationales
+    answers = _give_answers(
+        answerer or assembly, examples, given, decoding=decoding, batch_size=batch_size, on_progress=passes.next()
+    )
+    return [Thought(text if thinks else text or None, answer) for text, answer in zip(given, answers, strict=True)]
+
+
+def way_of(recipe: Recipe, answering: Recipe | None = None) -> Way:
+    """How questions are answered by what an adapter, or two, were taught.
+
+    Args:
+        recipe: of the adapter that reasons, and answers too where there is no other.
+        answering: of the adapter that answers.
+
+    Raises:
+        UserError: a stage is missing.
+    """
+    taught = _stages(recipe)
+    if answering is not None:
+        if "rationale" not in taught:
+            raise UserError(f"--adapter: {_told(recipe)}, so it gives no reasons; name one that was taught to")
+        if "answer" not in _stages(answering):
+            raise UserError(
+                f"--answer-adapter: {_told(answering)}, so it can't answer from reasons; name one that was taught to"
+            )
+        return "two-stage"
+    if {"rationale", "answer"} <= taught:
+        return "two-stage"
+    if "direct" in taught:
+        return "direct"
+    if "rationale" in taught:
+        raise UserError(f"--adapter: {_told(recipe)}; name the one that answers too, with --answer-adapter RUN")
+    raise UserError(
+        f"--adapter: {_told(recipe)}; name it with --answer-adapter RUN, and one that gives reasons with --adapter"
+    )
+
+
+def taught_way(assembly: Assembly, answerer: Assembly | None = None) -> Way:
+    """`way_of` loaded adapters; raises as it does."""
+    return way_of(assembly.recipe, None if answerer is None else answerer.recipe)
+
+
+def _stages(recipe: Recipe) -> set[str]:
+    """What a recipe teaches about reasons; one without rows of them, to answer directly."""
+    return {"direct"} if recipe.task in ("vqa", "caption") else set(recipe.reason.stages)
+
+
+def _told(recipe: Recipe) -> str:
+    return f"it was taught {' and '.join(sorted(_stages(recipe)))} alone (reason.stages)"
+
+
+def give_reasons(
+    assembly: Assembly,
+    examples: Sequence[Example],
+    *,
+    decoding: Decoding,
+    batch_size: int = 16,
+    on_progress: Progress | None = None,
+) -> list[str]:
+    """The first stage alone: one text an example."""
+    asked = [replace(example, task=None) for example in examples]
+    return answer_examples(
+        assembly, asked, "rationale", decoding=decoding, batch_size=batch_size, on_progress=on_progress
+    )
+
+
+def validate_reasons(assembly: Assembly, examples: Sequence[Example], *, batch_size: int = 16) -> dict[str, float]:
+    """Score rows as far as the stages go that an adapter is taught.
+
+    Returns:
+        "accuracy", and "accuracy_single_step" and "accuracy_multi_step" where the rows say their steps: of answers from
+        its own reasons; of direct answers, or those from given reasons, where that is all it is taught. For reasons
+        "rationale_ROUGE-L" with the same endings.
+    """
+    taught = set(assembly.recipe.reason.stages)
+    if taught == {"rationale"}:
+        longest = Decoding(max_new_tokens=assembly.recipe.reason.rationale_tokens)
+        texts = give_reasons(assembly, examples, decoding=longest, batch_size=batch_size)
+        scores = score_thoughts([Thought(text, "") for text in texts], examples)
+        scores = {name: value for name, value in scores.items() if name.startswith("rationale_")}
+    else:
+        given = [example.rationale for example in examples] if taught == {"answer"} else None
+        thoughts = reason_examples(assembly, examples, rationales=given, batch_size=batch_size)
+        if given is not None:
+            thoughts = [replace(thought, rationale=None) for thought in thoughts]  # they are not its own
+        scores = score_thoughts(thoughts, examples)
+    return main_scores(scores)
+
+
+def main_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """Of `score_thoughts` the accuracy and the ROUGE-L, over all and by steps, without those by kind."""
+    ends = ("", "_single_step", "_multi_step")
+    wanted = [f"{name}{end}" for name in ("accuracy", "rationale_ROUGE-L") for end in ends]
+    return {name: scores[name] for name in wanted if name in scores}
+
+
+def score_thoughts(thoughts: Sequence[Thought], examples: Sequence[Example]) -> dict[str, float]:
+    """Score as `adapters.evaluation.rationales.score_reasons`; reasons only where they were asked for."""
+    directly = all(thought.rationale is None for thought in thoughts)
+    rationales = None if directly else [thought.rationale or "" for thought in thoughts]
+    language = "zh" if {example.language for example in examples} == {"zh"} else "en"
+    return score_reasons([thought.answer for thought in thoughts], rationales, examples, language=language)
+
+
+def _give_answers(
+    assembly: Assembly,
+    examples: Sequence[Example],
+    rationales: Sequence[str],
+    *,
+    decoding: Decoding,
+    batch_size: int,
+    on_progress: Progress | None,
+) -> list[str]:
+    """The second stage: one answer an example, in words."""
+    asked = [replace(one, task=None, rationale=text) for one, text in zip(examples, rationales, strict=True)]
+    said = answer_examples(assembly, asked, "answer", decoding=decoding, batch_size=batch_size, on_progress=on_progress)
+    if not assembly.prompts.style.letters:
+        return said
+    places = [choice_of(text, len(example.choices)) for text, example in zip(said, examples, strict=True)]
+    return [
+        text if place is None else example.choices[place]
+        for text, place, example in zip(said, places, examples, strict=True)
+    ]
+
+
+class Passes:
+    """One count of work done over several passes through the rows.
+
+    Args:
+        on_progress: called with (done, total); None counts nothing.
+        rows: of a pass; the number that pass counts in may be another, since what is alike is asked once.
+        passes: in all.
+    """
+
+    def __init__(self, on_progress: Progress | None, rows: int, passes: int) -> None:
+        self._tell, self._rows, self._passes, self._begun = on_progress, rows, passes, 0
+
+    def next(self, passes: int = 1) -> Progress | None:
+        """The callback of the next pass, or of the next few that count as one."""
+        if self._tell is None:
+            return None
+        tell, before = self._tell, self._begun * self._rows
+        self._begun += passes
+        return lambda done, total: tell(before + round(done / total * self._rows * passes), self._passes * self._rows)

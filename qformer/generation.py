@@ -1,0 +1,114 @@
+"""Generation by transformers, looked on at: prompts that go on from a kept beginning, and each token's probability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, StoppingCriteria
+
+OnStep = Callable[[Tensor, Tensor], Tensor | None]
+"""Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Keys and values of a prompt's first part: read once, continued as often as one likes.
+
+    Attributes:
+        layers: (keys, values) of each layer, each [H, T, D].
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def __len__(self) -> int:
+        return int(self.layers[0][0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was generated.
+
+    Attributes:
+        ids: [B, N] new tokens, padded on the right with the padding token; an end token that was written is there.
+        log_probs: [B, N] of each token under the model, before penalties and temperature; None for beam search.
+    """
+
+    ids: Tensor
+    log_probs: Tensor | None
+
+
+class Watch(StoppingCriteria):
+    """Looks on while transformers generates: the probability of each token, and a caller that may end rows.
+
+    Args:
+        on_step: as `LanguageModel.generate` takes it.
+        skip: tokens that stand before the first new one.
+    """
+
+    def __init__(self, on_step: OnStep | None, *, skip: int) -> None:
+        self.on_step = on_step
+        self.skip = skip
+        self.log_probs: list[Tensor] = []  # [B, 1] a token
+        self._logits = torch.empty(0)
+
+    @contextmanager
+    def over(self, model: Any) -> Iterator[None]:
+        """Look at what the model's head computes."""
+
+        def keep(_module: nn.Module, _args: Any, logits: Tensor) -> None:
+            self._logits = logits[:, -1]
+
+        hook = model.get_output_embeddings().register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Called by transformers after each token, with what was written so far."""
+        last = self._logits.float().log_softmax(dim=-1)
+        self.log_probs.append(last.gather(1, input_ids[:, -1:].to(last.device)))
+        ended = None
+        if self.on_step is not None:
+            ended = self.on_step(input_ids[:, self.skip :], torch.cat(self.log_probs, dim=1))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device) if ended is None else ended
+
+
+def stacked(
+    beginnings: Sequence[Beginning | None], config: PretrainedConfig, *, repeats: int
+) -> tuple[DynamicCache, Tensor]:
+    """Beginnings as one cache, shorter ones padded on the left, and their mask [B, T] long.
+
+    Args:
+        beginnings: one a row, at least one of them there.
+        config: the LLM's.
+        repeats: copies of each row in the cache (beams).
+    """
+    some = next(beginning for beginning in beginnings if beginning)
+    length = max(len(beginning) if beginning else 0 for beginning in beginnings)
+    mask = torch.zeros(len(beginnings), length, dtype=torch.long, device=some.layers[0][0].device)
+    layers = []
+    for number, pair in enumerate(some.layers):
+        shapes = [(len(beginnings), part.shape[0], length, part.shape[2]) for part in pair]
+        stacked = [part.new_zeros(shape) for part, shape in zip(pair, shapes, strict=True)]
+        for row, beginning in enumerate(beginnings):
+            if beginning:
+                for whole, part in zip(stacked, beginning.layers[number], strict=True):
+                    whole[row, :, length - len(beginning) :] = part
+        layers.append((stacked[0], stacked[1]))
+    for row, beginning in enumerate(beginnings):
+        mask[row, length - (len(beginning) if beginning else 0) :] = 1
+    cache = DynamicCache(layers, config=config)
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
+    return cache, mask

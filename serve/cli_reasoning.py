@@ -1,0 +1,67 @@
+"""`querybridge reason`: a question answered in two stages, the reasons shown."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from qformer.errors import UserError
+from serve.cli_common import (
+    AdapterOption,
+    AnswerAdapterOption,
+    BeamsOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxTokensOption,
+    OfflineOption,
+    PresetOption,
+    RationaleTokensOption,
+    check_pictures,
+    decoding_of,
+    report,
+)
+
+
+def reason(
+    pictures: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then one question.")],
+    choices: Annotated[
+        str | None, typer.Option("--choices", help="What may be answered, with commas between: yes,no.")
+    ] = None,
+    context: Annotated[str, typer.Option("--context", help="What is told beside the picture.")] = "",
+    adapter: AdapterOption = None,
+    answer_adapter: AnswerAdapterOption = None,
+    decoding: PresetOption = None,
+    beams: BeamsOption = None,
+    max_new_tokens: MaxTokensOption = None,
+    rationale_tokens: RationaleTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Reason about one or several pictures, and answer from the reasons."""
+    from serve.engine import checked_choices
+    from serve.reasoning import load_pair
+    from serve.reasoning import reason as run
+
+    *images, question = pictures
+    if not images:
+        raise UserError(f'reason: only "{question}" was given; write querybridge reason IMAGE "QUESTION"')
+    listed = checked_choices(choices.split(",")) if choices is not None else ()
+    check_pictures(images)
+    settings = decoding_of(decoding or "greedy", beams, max_new_tokens)
+    first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
+    thought = run(
+        first, images, question, context=context, choices=listed, answerer=second, decoding=settings,
+        rationale_tokens=rationale_tokens,
+    )  # fmt: skip
+    if thought.rationale is None:
+        print("this adapter was taught to answer directly: it gives no reasons", file=sys.stderr)
+    asked = {"images": images, "question": question, "context": context, "choices": listed}
+    lines = [f"Answer: {thought.answer}"]
+    if thought.rationale is not None:
+        lines.insert(0, f"Thought: {thought.rationale}")
+    report(asked | vars(thought), as_json, "\n".join(lines))

@@ -1,0 +1,117 @@
+"""Scores of an adapter that reasons: its answers, its reasons, and the controls that show where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapters.data.examples import Example
+from adapters.data.readers import read_data
+from adapters.data.scienceqa import read_scienceqa, scienceqa_folder
+from adapters.evaluation.rationales import language_control
+from adapters.evaluation.scienceqa import score_scienceqa
+from adapters.evaluation.vqa import normalise
+from adapters.reasoning import Thought, main_scores, reason_examples, score_thoughts
+from adapters.reasoning_controls import blanked, reason_controls
+from qformer.decoding import Decoding
+from qformer.errors import UserError
+from serve.engine import LoadedAdapter
+
+
+def evaluate_reasons(
+    adapter: LoadedAdapter,
+    data: str | Path,
+    *,
+    answerer: LoadedAdapter | None = None,
+    controls: bool = False,
+    blank_images: bool = False,
+    limit: int | None = None,
+    skip_bad_rows: bool = False,
+    offline: bool = False,
+    batch_size: int = 16,
+    decoding: Decoding | None = None,
+    rationale_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Score answers and the reasons for them, as `adapters.evaluation.rationales.score_reasons` does.
+
+    Args:
+        adapter: the one that reasons, and answers too where there is no other; or one that answers directly.
+        data: a file of rows with reasons, or FOLDER:SPLIT of ScienceQA.
+        answerer: another adapter that answers.
+        controls: score `adapters.reasoning_controls.reason_controls` too.
+        blank_images: one of the controls alone: every picture is replaced by a mid-grey one.
+        limit: only the first so many rows.
+        skip_bad_rows: leave bad rows out, and report how many as "skipped".
+        offline: do not fetch a packaged set.
+        batch_size: prompts generated together.
+        decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens where left out.
+        rationale_tokens: how long the reasons may be; the adapter's recipe says where left out.
+        on_progress: called with (done, total); where there are controls, first of them, and then of the rest.
+
+    Returns:
+        "n"; "no_choice", answers that are none of their choices; "accuracy", and with "_single_step", "_multi_step"
+        and "_<kind>" behind it where rows say their steps and kind; "ROUGE-L" of the reasons with the same endings;
+        "commonest_answer", the accuracy of giving each kind of question (all of them, where rows say no kind) its
+        commonest answer in this very set, which needs no picture and no model; and "skipped". Of controls "accuracy"
+        and "ROUGE-L" by steps, with the control's name and "_" before. All these are fractions. Of ScienceQA also
+        its leaderboard's columns, in per cent (`adapters.evaluation.scienceqa.score_scienceqa`).
+
+    Raises:
+        UserError: the data cannot be read, an adapter was not taught its stage, or there are no two pictures to
+            shuffle.
+    """
+    if controls and blank_images:
+        raise UserError("--blank-images is one of the --controls; leave it out")
+    second = None if answerer is None else answerer.assembly
+    rows = read_data(data, task="reason", skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
+    languages = {example.language for example in rows.examples}
+    if len(languages) > 1:
+        raise UserError(f"{data}: reasons in {', '.join(sorted(languages))}; score one language a file")
+    examples = [blanked(example) for example in rows.examples] if blank_images else list(rows.examples)
+    options: Any = {
+        "answerer": second,
+        "decoding": decoding,
+        "rationale_tokens": rationale_tokens,
+        "batch_size": batch_size,
+        "on_progress": on_progress,
+    }
+    found: dict[str, float] = {}
+    if controls:  # first, since they may find that there is nothing to shuffle
+        for name, thoughts in reason_controls(adapter.assembly, examples, **options).items():
+            found |= {f"{name}_{score}": value for score, value in _control_scores(name, thoughts, examples).items()}
+    thoughts = reason_examples(adapter.assembly, examples, **options)
+    scores = {_plain(name): value for name, value in score_thoughts(thoughts, examples).items()}
+    by_kind = [replace(example, question=example.kind or "") for example in examples]
+    scores |= {"commonest_answer": language_control(by_kind)["accuracy"], "skipped": len(rows.skipped)}
+    return scores | found | _leaderboard(data, thoughts, examples)
+
+
+def _control_scores(name: str, thoughts: Sequence[Thought], examples: Sequence[Example]) -> dict[str, float]:
+    """Accuracy by steps, and ROUGE-L of reasons that the model wrote."""
+    if name in ("direct", "gold_rationale"):
+        thoughts = [replace(thought, rationale=None) for thought in thoughts]
+    return {_plain(score): value for score, value in main_scores(score_thoughts(thoughts, examples)).items()}
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("rationale_")
+
+
+def _leaderboard(data: str | Path, thoughts: Sequence[Thought], examples: Sequence[Example]) -> dict[str, float]:
+    """ScienceQA's own columns; nothing for other data."""
+    found = scienceqa_folder(data)
+    if found is None:
+        return {}
+    problems = {problem.id: problem for problem in read_scienceqa(*found, need_images=False)}
+    letters = [_letter(thought.answer, example.choices) for thought, example in zip(thoughts, examples, strict=True)]
+    columns = score_scienceqa(letters, [problems[example.id] for example in examples])
+    return {name: value for name, value in columns.items() if name not in ("n", "no_choice")}
+
+
+def _letter(answer: str, choices: Sequence[str]) -> str:
+    """The answer as ScienceQA's scores take it, such as "(A)"; "" where it is none of the choices."""
+    said = normalise(answer)
+    return next((f"({chr(ord('A') + n)})" for n, choice in enumerate(choices) if normalise(choice) == said), "")

@@ -1,0 +1,101 @@
+"""A question reasoned about in two stages (`adapters.reasoning`), for the command, the page and the API.
+
+`reason` answers in the caller's thread. Who streams, or shares an `Engine` with others, submits the two prompts that
+`asked_rationale` and `asked_answer` make, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from adapters.answering import Asked
+from adapters.artefact import find_artefact, read_recipe
+from adapters.data.batches import prompt_for
+from adapters.data.examples import Example
+from adapters.reasoning import Thought, reason_examples, way_of
+from adapters.sight import FrozenModels
+from qformer.decoding import Decoding
+from serve.engine import LoadedAdapter, Picture, checked_choices, default_adapter, load_adapter, user_turn
+
+
+def reason(
+    adapter: LoadedAdapter,
+    pictures: Picture | Sequence[Picture],
+    question: str,
+    *,
+    context: str = "",
+    choices: Sequence[str] = (),
+    answerer: LoadedAdapter | None = None,
+    decoding: Decoding | None = None,
+    rationale_tokens: int | None = None,
+) -> Thought:
+    """Reason about pictures, and answer from the reasons.
+
+    Args:
+        adapter: the one that reasons, and answers too where there is no other.
+        pictures: one, or a list; `<image>` marks in the question say where each belongs, else they come first.
+        question: in words.
+        context: what is told beside the pictures.
+        choices: what may be answered; none where anything may.
+        answerer: another adapter that answers.
+        decoding: how tokens are chosen, and how long the answer may be; greedy and 32 tokens where left out.
+        rationale_tokens: how long the reasons may be; the adapter's recipe says where left out.
+
+    Returns:
+        The reasons and the answer; an adapter that was taught to answer directly gives no reasons.
+
+    Raises:
+        UserError: a picture cannot be read, the question is empty, there is but one choice, or an adapter was not
+            taught its stage.
+    """
+    example = question_example(pictures, question, context=context, choices=choices)
+    (thought,) = reason_examples(
+        adapter.assembly,
+        [example],
+        answerer=None if answerer is None else answerer.assembly,
+        decoding=decoding,
+        rationale_tokens=rationale_tokens,
+    )
+    return thought
+
+
+def question_example(
+    pictures: Picture | Sequence[Picture], question: str, *, context: str = "", choices: Sequence[str] = ()
+) -> Example:
+    """A question with what belongs to it, as the row that it would be; raises as `reason`."""
+    turn = user_turn(pictures, question)
+    listed = checked_choices(choices) if choices else ()
+    return Example(turn.images, turn.text, (), where="question", id="1", context=context, choices=listed)
+
+
+def asked_rationale(adapter: LoadedAdapter, example: Example) -> Asked:
+    """The prompt of the first stage, for `Engine.submit` with `Decoding(max_new_tokens=…)` of the recipe's reason."""
+    return Asked(prompt_for(example, "rationale", adapter.assembly.prompts), example.images, example.question)
+
+
+def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> Asked:
+    """The prompt of the second stage, with the reasons given; "" asks directly."""
+    given = replace(example, rationale=rationale)
+    return Asked(prompt_for(given, "answer", adapter.assembly.prompts), example.images, example.question)
+
+
+def load_pair(
+    adapter: str | Path | None,
+    answerer: str | Path | None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    offline: bool = False,
+) -> tuple[LoadedAdapter, LoadedAdapter | None]:
+    """Load the adapter that reasons and, where one is named, the one that answers; what they share is loaded once.
+
+    Raises:
+        UserError: as `serve.engine.load_adapter`, or one was not taught its stage.
+    """
+    names = [adapter if adapter is not None else default_adapter(), *([] if answerer is None else [answerer])]
+    way_of(*(read_recipe(find_artefact(name)) for name in names))  # a mistake is told before anything is loaded
+    frozen = FrozenModels()
+    loaded = [load_adapter(name, device=device, dtype=dtype, offline=offline, frozen=frozen) for name in names]
+    return loaded[0], loaded[1] if len(loaded) > 1 else None
