@@ -168,6 +168,18 @@ class EfficientNetLite(nn.Module):
             image_size = ceil(image_size / stride)
         return image_size, widths[len(self.parts) - 1]
 
+    def centres(self, image_size: int) -> Tensor:
+        """Middles of what the rows of the last map see, in pixels from the border of a square picture, [rows]."""
+        first, step = 0.5, 1.0  # the first row's middle, and the distance between two rows
+        for part in self.modules():
+            if isinstance(part, ConvNorm):
+                kernel, stride = part.conv.kernel_size[0], part.conv.stride[0]
+                rows = ceil(image_size / stride)
+                before = max((rows - 1) * stride + kernel - image_size, 0) // 2
+                first += ((kernel - 1) / 2 - before) * step
+                image_size, step = rows, step * stride
+        return first + step * torch.arange(image_size)
+
     def hidden_states(self, pixels: Tensor) -> Iterator[Tensor]:
         """The maps [B, C, H, W] of pixels [B, 3, H, W], one after the other."""
         x = pixels

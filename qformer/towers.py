@@ -95,6 +95,10 @@ class ImageEncoder(nn.Module):
         """[B, 3, S, S] → [B, tokens, width], the class token first where there is one."""
         raise NotImplementedError
 
+    def centres(self) -> Tensor:
+        """Middles of the rows of tokens along the side of the square, from 0 to 1, [rows]; those of the columns too."""
+        raise NotImplementedError
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights and features."""
@@ -176,6 +180,11 @@ class _TransformersEncoder(ImageEncoder):
         """[B, 3, S, S] → [B, tokens, width]; positions are interpolated for another picture size than the native."""
         native = pixels.shape[-1] == self.model.config.image_size
         return self.model(pixels, interpolate_pos_encoding=not native).last_hidden_state
+
+    def centres(self) -> Tensor:
+        """Those of the patches; pixels that fill no patch are at the end."""
+        rows, _ = self.output_shape()
+        return (torch.arange(rows) + 0.5) * self.model.config.patch_size / self.image_size
 
 
 class ClipEncoder(_TransformersEncoder):
@@ -289,6 +298,10 @@ class EfficientNetLiteEncoder(ImageEncoder):
         """[B, 3, S, S] → [B, rows · rows, width]."""
         *_, x = self.model.hidden_states(pixels.contiguous(memory_format=torch.channels_last))
         return x.flatten(2).transpose(1, 2)  # [B, C, H, W] → [B, H·W, C]
+
+    def centres(self) -> Tensor:
+        """Where the convolutions' strides and paddings put them: the outer ones lie near the picture's border."""
+        return self.model.centres(self.image_size) / self.image_size
 
 
 ENCODERS: tuple[type[ImageEncoder], ...] = (

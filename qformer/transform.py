@@ -82,6 +82,30 @@ def square_side(processor: PilBackend) -> int:
     return int(settings.crop_size.height if settings.do_center_crop else settings.size.height)
 
 
+def seen_box(processor: PilBackend, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of a picture that comes out of `processor`: left, top, right and bottom in the picture's own pixels.
+
+    Beyond the picture's borders where less is resized than is cropped: there the tower sees black.
+
+    Args:
+        processor: makes the square.
+        size: width and height of the picture.
+    """
+    settings: Any = processor
+    width, height = size
+    if not settings.do_center_crop:
+        return 0.0, 0.0, float(width), float(height)
+    wide, high = width, height  # once resized
+    if settings.do_resize and settings.size.shortest_edge:
+        shortest = settings.size.shortest_edge
+        wide, high = (max(shortest, shortest * side // min(size)) for side in size)
+    elif settings.do_resize:
+        wide, high = settings.size.width, settings.size.height
+    crop = settings.crop_size
+    left, top = (wide - crop.width) / 2 * width / wide, (high - crop.height) / 2 * height / high
+    return left, top, width - left, height - top
+
+
 def _published(folder: Path | None, default: Mapping[str, Any]) -> PilBackend:
     import transformers
 

@@ -30,7 +30,8 @@ def main() -> int:
     hush_libraries()
     from adapters.data.scenes import draw_scene, make_scenes
     from qformer.decoding import Decoding
-    from serve.engine import Engine, user_turn
+    from serve.engine import Engine
+    from serve.loaded import user_turn
 
     short = Decoding(max_new_tokens=4)
     first, second, kept, switched = [], [], [], []

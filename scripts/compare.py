@@ -126,9 +126,9 @@ def check_evaluation(plan: Mapping[str, Any]) -> None:
 
 def evaluation(plan: Mapping[str, Any], best: Path) -> dict[str, float]:
     """Scores of an adapter on the plan's test data; none where the plan has no such data."""
-    from serve.engine import load_adapter
     from serve.evaluate import evaluate
     from serve.evaluate_reasons import evaluate_reasons
+    from serve.loaded import load_adapter
 
     if "evaluate" not in plan:
         return {}

@@ -89,8 +89,8 @@ def train(run: Callable[..., Any], recipe: str, out: Path, overrides: list[str],
 
 def scores(data: Path, limit: int | None) -> dict[str, float]:
     """What the card says: captions both ways, retrieval, questions and statements with their blank-picture controls."""
-    from serve.engine import load_adapter
     from serve.evaluate import evaluate, evaluate_retrieval
+    from serve.loaded import load_adapter
     from serve.retrieval import load_retriever
 
     engine = load_adapter(STAGE2)

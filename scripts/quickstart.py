@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from serve.engine import LoadedAdapter
+    from serve.loaded import LoadedAdapter
 
 RUN = Path("runs") / "quickstart"
 TEST_QUESTIONS = 1000
@@ -37,7 +37,7 @@ def main() -> int:
     hush_libraries()
     began = time.monotonic()
     train(offline=options.offline)
-    from serve.engine import load_adapter
+    from serve.loaded import load_adapter
 
     engine = load_adapter(RUN, offline=options.offline)
     show_scores(engine, offline=options.offline)
@@ -48,8 +48,9 @@ def main() -> int:
     print(f"  .venv/bin/querybridge demo --adapter {RUN}", flush=True)
     if not options.no_demo:
         from serve.demo import launch
+        from serve.engine import Engine
 
-        launch(engine, port=options.port, open_browser=True)
+        launch(Engine([engine]), port=options.port, open_browser=True)
     return 0
 
 

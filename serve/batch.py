@@ -17,7 +17,7 @@ from adapters.data.readers import read_data
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.batch_job import BatchJob, check_same_job, digest_of, read_job, write_job
-from serve.engine import LoadedAdapter, load_adapter, picture_ref
+from serve.loaded import LoadedAdapter, load_adapter, picture_ref
 
 PRESETS = {"vqa": "greedy", "caption": "caption"}
 """The decoding a task gets where none is named."""
@@ -35,7 +35,7 @@ class VQAPredictor:
         decoding: how tokens are chosen, for every task or by task; left out, questions are answered greedily and
             captions written with the preset "caption".
         batch_size: prompts generated together.
-        options: as `serve.engine.load_adapter` takes them.
+        options: as `serve.loaded.load_adapter` takes them.
     """
 
     def __init__(

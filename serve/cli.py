@@ -72,7 +72,7 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a question about one or several pictures."""
-    from serve.engine import checked_choices, load_adapter
+    from serve.loaded import checked_choices, load_adapter
 
     *images, question = pictures
     if not images:
@@ -104,7 +104,7 @@ def caption(
     as_json: JsonOption = False,
 ) -> None:
     """Describe pictures."""
-    from serve.engine import load_adapter
+    from serve.loaded import load_adapter
 
     check_pictures(pictures)
     engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
@@ -203,8 +203,8 @@ def evaluate(
             on_progress=on_progress,
         )  # fmt: skip
     else:
-        from serve.engine import load_adapter
         from serve.evaluate import evaluate as run
+        from serve.loaded import load_adapter
 
         preset = decoding or ("caption" if task == "caption" else "greedy")
         longest = 16 if decoding is None and task != "caption" else None

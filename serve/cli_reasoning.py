@@ -43,7 +43,7 @@ def reason(
     as_json: JsonOption = False,
 ) -> None:
     """Reason about one or several pictures, and answer from the reasons."""
-    from serve.engine import checked_choices
+    from serve.loaded import checked_choices
     from serve.reasoning import load_pair
     from serve.reasoning import reason as run
 

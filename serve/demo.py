@@ -1,7 +1,7 @@
-"""The web page: put a picture in, ask about it, read the answer. Served on this machine only.
+"""The web page: chat, questions, captions, reasons, search, and where the bridge looks. Served on this machine only.
 
 Every picture goes through our own opener, never through the page library's: it takes any format the opener reads and
-gives the opener's one-line messages. Nothing is fetched from elsewhere, fonts included.
+gives the opener's one-line messages. Nothing is fetched from elsewhere, fonts included. The tabs are in `serve.page`.
 """
 
 from __future__ import annotations
@@ -9,158 +9,120 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adapters.data.images import ImageRef, open_image
-from adapters.data.readers import read_data
-from adapters.recipe import Recipe
+import gradio as gr
+
 from qformer.errors import UserError
-
-if TYPE_CHECKING:
-    import gradio as gr
-
-    from serve.engine import Engine
+from serve.engine import Engine
+from serve.page.caption import caption_tab
+from serve.page.chat import chat_tab
+from serve.page.desk import AT_ONCE_AND_PRIVATE, Desk
+from serve.page.examples import find_examples
+from serve.page.inputs import MAX_BEAMS, MAX_TOKENS
+from serve.page.look import look_tab
+from serve.page.reason import reason_tab
+from serve.page.search import Finder, search_tab
+from serve.page.theme import CSS, make_theme
+from serve.page.vqa import vqa_tab
+from serve.page.words import about, caption_note, head, look_note, reason_note, search_note, shown_note
+from serve.retrieval import find_folder
 
 HOST = "127.0.0.1"
 MAX_FILE_SIZE = "64mb"
-MAX_WAITING = 16  # questions in the queue; the next one is told that the page is busy
+MAX_WAITING = 32  # events in the queue; the next one is told that the page is busy
 
 _HOUR = 3600
-_SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
-_MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Consolas", "monospace")
-
-_CSS = """
-.gradio-container { max-width: 1040px !important; margin: 0 auto !important; }
-#head h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-#head .what { font-size: 1.05rem; margin: .3rem 0 0; }
-#head .learned { opacity: .75; font-size: .9rem; margin: .25rem 0 0; }
-#picture .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-#answer textarea { font-size: 1.2rem; line-height: 1.5; }
-#examples thead { display: none; }
-#examples td { text-align: left; }
-#examples td:first-child { width: 110px; }
-#about dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1rem; margin: 0; }
-#about dt { opacity: .75; }
-#about dd { margin: 0; overflow-wrap: anywhere; }
-#about p { margin: .8rem 0 0; opacity: .75; font-size: .9rem; }
-footer .divider { display: none !important; }
-@media (max-width: 640px) {
-  #picture { height: 300px !important; }
-  #about dl { grid-template-columns: 1fr; gap: .1rem; }
-  #about dd { margin-bottom: .5rem; }
-}
-"""
 
 
-def build_page(engine: Engine) -> gr.Blocks:
-    """The page over a loaded adapter, not served yet. Its endpoints are `/ask` and `/caption`.
+def build_page(engine: Engine, *, finder: Finder | None = None) -> gr.Blocks:
+    """The page over an engine, not served yet; `docs/demo.md` lists its endpoints.
 
     Args:
-        engine: what answers; one question at a time, the others wait.
+        engine: what answers, with one or several adapters.
+        finder: searches the folder that may be searched; left out, uploaded pictures alone can be.
     """
-    import gradio as gr
-
-    recipe = engine.assembly.recipe
-    examples = example_questions(recipe)
-    asked = [text for _, text in examples if text]
-    captions_first = recipe.task == "caption"
-
-    def ask(picture: Mapping[str, Any] | None, question: str | None) -> str:
-        """Answer a question about a picture."""
-        with _told_on_the_page():
-            chosen = _uploaded(picture, uploads)
-            if not (question or "").strip():
-                raise UserError("There is no question yet: write one, then press Ask")
-            return engine.ask(chosen, str(question))
-
-    def caption(picture: Mapping[str, Any] | None) -> str:
-        """Describe a picture."""
-        with _told_on_the_page():
-            return engine.caption(_uploaded(picture, uploads))
-
-    def check(picture: Mapping[str, Any] | None) -> Any:
-        try:
-            open_image(_uploaded(picture, uploads))
-        except UserError as error:
-            gr.Warning(_toast(error), title="This file can't be used")
-            return None  # takes the broken picture off the page
-        return gr.skip()
-
-    with gr.Blocks(
-        title=f"{_name(engine)} · querybridge", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)
-    ) as page:
-        gr.HTML(_head(engine), elem_id="head")
-        with gr.Row():
-            with gr.Column(scale=6, min_width=300):
-                picture = gr.Image(
-                    type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], height=400,
-                    buttons=["fullscreen"], elem_id="picture",
-                )  # fmt: skip
-            with gr.Column(scale=5, min_width=300):
-                question = gr.Textbox(
-                    label="Question", lines=1, max_lines=4, elem_id="question",
-                    placeholder=f"For example: {asked[0]}" if asked else "What would you like to know?",
-                )  # fmt: skip
-                with gr.Row():
-                    ask_button = gr.Button("Ask", variant="secondary" if captions_first else "primary", min_width=120)
-                    caption_button = gr.Button(
-                        "Caption", variant="primary" if captions_first else "secondary", min_width=120
-                    )
-                answer = gr.Textbox(
-                    label="Answer", lines=4, max_lines=12, interactive=False, buttons=["copy"], elem_id="answer",
-                    placeholder="The answer comes here.",
-                )  # fmt: skip
-        if examples:
-            gr.Examples(
-                [[str(path), text] if asked else [str(path)] for path, text in examples],
-                [picture, question] if asked else [picture],
-                label=f"Try one, from {_source_name(recipe)}",
-                elem_id="examples",
-                api_visibility="private",
-            )
+    finder = finder or Finder(engine, None)
+    adapter = engine.adapter()
+    title = f"{adapter.name} · querybridge"
+    with (
+        tempfile.TemporaryDirectory() as drawn,
+        gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page,
+    ):
+        examples_from, examples = find_examples(adapter.assembly.recipe, Path(drawn))
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=280):
+                top = gr.HTML(head(adapter), elem_id="head")
+            with gr.Column(scale=1, min_width=200, visible=len(engine.names) > 1):
+                chooser = gr.Dropdown(
+                    engine.names, value=adapter.name, label="Adapter", filterable=False, elem_id="adapter"
+                )
+        settings = _make_settings()
+        desk = Desk(
+            engine, chooser, settings, examples, examples_from, finder.folder, Path(chooser.GRADIO_CACHE).resolve()
+        )
+        with gr.Tabs(elem_id="tabs"):
+            chat_tab(desk)
+            vqa_tab(desk)
+            captions = caption_tab(desk)
+            reasons = reason_tab(desk)
+            searches = search_tab(desk, finder)
+            looks, look_question = look_tab(desk)
+        desk.share_pictures()
+        desk.open_endpoints()
+        with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
+            for control in settings:
+                control.render()
         with gr.Accordion("About this adapter", open=False):
-            gr.HTML(_about(engine), elem_id="about")
+            facts = gr.HTML(about(adapter), elem_classes="about", elem_id="about")
 
-        uploads = Path(picture.GRADIO_CACHE).resolve()
-        # preprocess=False hands over the uploaded file as it is, unopened
-        model: dict[str, Any] = {
-            "outputs": answer, "preprocess": False, "concurrency_id": "model", "concurrency_limit": 1,
-        }  # fmt: skip
-        gr.on([ask_button.click, question.submit], ask, [picture, question], api_name="ask", **model)
-        caption_button.click(caption, picture, api_name="caption", **model)
-        picture.upload(
-            check, picture, picture, preprocess=False, show_progress="hidden", concurrency_id="check",
-            api_visibility="private",
-        )  # fmt: skip
-        picture.change(None, None, answer, js="() => ''", api_visibility="private")  # no answer to another picture
+        def tell(name: str) -> list[Any]:
+            chosen = engine.adapter(name)
+            reads = chosen.assembly.recipe.bridge.instruction_aware
+            notes = [make(chosen) for make in (caption_note, reason_note, search_note, look_note)]
+            shown = [gr.HTML(**shown_note(text)) for text in notes]
+            return [head(chosen), about(chosen), *shown, gr.Textbox(visible=reads)]
+
+        told = [top, facts, captions, reasons, searches, looks, look_question]
+        chooser.change(tell, chooser, told, **AT_ONCE_AND_PRIVATE)
     page.queue(max_size=MAX_WAITING)
     return page
 
 
-def launch(engine: Engine, port: int = 7860, open_browser: bool = False, *, block: bool = True) -> gr.Blocks:
+def launch(
+    engine: Engine,
+    port: int = 7860,
+    open_browser: bool = False,
+    *,
+    auth: str | None = None,
+    search_folder: str | Path | None = None,
+    block: bool = True,
+) -> gr.Blocks:
     """Serve the page on 127.0.0.1 until Ctrl-C.
 
     Args:
         engine: what answers.
         port: 0 takes a free one.
         open_browser: open the page in the user's browser.
+        auth: "user:password" that the page asks for; left out, whoever uses this machine may use it.
+        search_folder: a folder of pictures that may be searched on the page; its index is brought up to date first.
         block: False returns at once, with the page served by a thread; `close()` ends it.
 
     Returns:
         The page; `local_url` is its address.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, `auth` is not of that form, or there is no such folder.
         KeyboardInterrupt: Ctrl-C was pressed; the server is closed by then.
     """
+    login = _login(auth)
+    finder = Finder(engine, None if search_folder is None else find_folder(search_folder))
     port = _free_port(port)
-    page = build_page(engine)
+    finder.index_folder(lambda name, done, total: _tell(f"{name}: encoded {done}/{total}"))
+    page = build_page(engine, finder=finder)
     _keep_proxies_out()
     try:
         page.launch(
@@ -170,6 +132,7 @@ def launch(engine: Engine, port: int = 7860, open_browser: bool = False, *, bloc
             prevent_thread_lock=True,
             quiet=True,
             share=False,
+            auth=login,
             max_file_size=MAX_FILE_SIZE,
             allowed_paths=[],
             enable_monitoring=False,
@@ -178,12 +141,12 @@ def launch(engine: Engine, port: int = 7860, open_browser: bool = False, *, bloc
             pwa=False,
             run_history=False,  # it would keep people's pictures in the browser
             footer_links=["api"],
-            theme=_theme(),
-            css=_CSS,
+            theme=make_theme(),
+            css=CSS,
         )
     except OSError as error:  # taken since we looked
         raise UserError(_port_taken(port)) from error
-    print(f"querybridge: the page is at {page.local_url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    _tell(f"the page is at {page.local_url} (Ctrl-C ends it)")
     if not block:
         return page
     try:
@@ -193,142 +156,40 @@ def launch(engine: Engine, port: int = 7860, open_browser: bool = False, *, bloc
         page.close(verbose=False)
 
 
-def example_questions(recipe: Recipe, count: int = 3) -> list[tuple[Path, str]]:
-    """Pictures and questions from the data an adapter was trained with, where it lies on this machine.
-
-    Each has a picture of its own and, where there are enough, a question of its own; rows of several pictures are
-    passed over. Nothing is fetched.
-    """
-    try:
-        rows = read_data(
-            _source(recipe), task=_task(recipe), need_answers=False, skip_bad_rows=True, limit=400, offline=True
-        )
-    except UserError:
-        return []  # the adapter has come without its data, which is the usual case and no mistake
-    found: dict[Path, str] = {}
-    for new_question_only in (True, False):
-        for example in rows.examples:
-            path = example.images[0].path if len(example.images) == 1 else None
-            if len(found) == count or path is None or path in found or path.suffix.lower() not in _SHOWN_BY_BROWSERS:
-                continue
-            if not (new_question_only and example.question in found.values()):
-                found[path] = example.question
-    return list(found.items())
-
-
-@contextmanager
-def _told_on_the_page() -> Iterator[None]:
-    """Show a user's mistake on the page, and to a program as its error; ours still reach the terminal."""
-    import gradio as gr
-
-    try:
-        yield
-    except UserError as error:
-        raise gr.Error(_toast(error), duration=15, title="That didn't work", print_exception=False) from error
+def _make_settings() -> list[Any]:
+    """The controls of `Settings`, in its order, not on the page yet."""
+    return [
+        gr.Slider(
+            0, MAX_TOKENS, 0, step=8, label="Longest answer, in tokens", info="0: as each tab needs", render=False,
+            elem_id="longest",
+        ),
+        gr.Slider(
+            0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest word; above: drawn by lot",
+            render=False, elem_id="temperature",
+        ),
+        gr.Slider(
+            0.05, 1, 1, step=0.05, label="Top-p", info="Drawn among the likeliest words of this share together",
+            render=False, elem_id="top-p",
+        ),
+        gr.Slider(
+            0, MAX_BEAMS, 0, step=1, label="Beams", info="0: as each tab needs. More than 1 gives no confidence",
+            render=False, elem_id="beams",
+        ),
+    ]  # fmt: skip
 
 
-def _toast(error: UserError) -> str:
-    return escape(str(error), quote=False)  # the page shows messages as HTML, and a file's name is anybody's
-
-
-def _uploaded(picture: Mapping[str, Any] | None, folder: Path) -> ImageRef:
-    """The uploaded file under the name its owner knows it by.
+def _login(auth: str | None) -> tuple[str, str] | None:
+    """User and password out of "user:password".
 
     Raises:
-        UserError: there is none, or it was not uploaded: a program may send any path of this machine.
+        UserError: there is no colon, or nothing beside it.
     """
-    if not picture or not picture.get("path"):
-        raise UserError("There is no picture yet: drop one on the page, or press it to choose a file")
-    path = Path(picture["path"])
-    if not path.resolve().is_relative_to(folder):
-        raise UserError("The picture was not uploaded: send the file itself, not a path on this machine")
-    return ImageRef(Path(picture.get("orig_name") or path.name).name, path=path)
-
-
-def _source(recipe: Recipe) -> str:
-    """The data that examples come from: what the adapter did not learn from, where the recipe names such."""
-    source = recipe.data.val or recipe.data.train
-    return source if isinstance(source, str) else source[0].file
-
-
-def _task(recipe: Recipe) -> str | None:
-    """The task of that data; None where its rows tell."""
-    return None if recipe.task == "mixed" else recipe.task
-
-
-def _source_name(recipe: Recipe) -> str:
-    return f"its {'validation' if recipe.data.val else 'training'} data"
-
-
-def _name(engine: Engine) -> str:
-    """The adapter's name for people: the run's, where it is a folder of a run."""
-    path = Path(engine.name)
-    return (path.parent.name if path.name in ("best", "last") else path.name) or engine.name
-
-
-def _head(engine: Engine) -> str:
-    recipe, facts = engine.assembly.recipe, engine.facts
-    kind = {
-        "vqa": "Answers questions about pictures.",
-        "caption": "Describes pictures.",
-        "mixed": "Describes pictures and answers questions about them.",
-    }[recipe.task]
-    learned = []
-    if {"answers", "pictures", "train"} <= facts.data.keys():
-        learned.append(
-            f"Learned from {facts.data['answers']:,} answers about {facts.data['pictures']:,} pictures"
-            f" ({facts.data['train']})"
-        )
-    if "val_exact_match" in facts.metrics:
-        learned.append(f"{facts.metrics['val_exact_match']:.1%} right on its validation questions")
-    return (
-        f"<h1>{escape(_name(engine))}</h1><p class='what'>{escape(recipe.description or kind)}</p>"
-        f"<p class='learned'>{escape(' · '.join(learned))}</p>"
-    )
-
-
-def _about(engine: Engine) -> str:
-    recipe, facts = engine.assembly.recipe, engine.facts
-    bits = {"nf4": "4-bit NF4", "none": "unquantised"}[recipe.language.quantize]
-    rows = {
-        "Trained for": {
-            "vqa": "questions; captions are outside what it practised",
-            "caption": "captions",
-            "mixed": "captions and questions",
-        }[recipe.task],
-        "Image encoder": " and ".join(tower.source for tower in recipe.vision.towers) + ", frozen",
-        "Language model": f"{recipe.language.source}, frozen, {bits}",
-        "Steps": f"{facts.steps:,}",
-        "Terms of its data": "; ".join(facts.terms) or "not stated",
-    }
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items())
-    return (
-        f"<dl>{listed}</dl><p>Pictures stay on this machine, and what is uploaded is deleted within two"
-        " hours. Answers can be wrong: check what matters.</p>"
-    )
-
-
-def _theme() -> Any:
-    """The look, with fonts that every system has: the library's own come from elsewhere."""
-    import gradio as gr
-
-    return gr.themes.Soft(
-        primary_hue="teal",
-        neutral_hue="slate",
-        radius_size="md",
-        font=_FONTS,
-        font_mono=_MONO_FONTS,
-    ).set(  # the theme's own colours are too pale to read well
-        background_fill_primary="*neutral_50",
-        background_fill_secondary="*neutral_50",
-        button_primary_background_fill="*primary_700",
-        button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_800",
-        block_title_text_color="*primary_700",
-        block_label_text_color="*primary_700",
-        input_placeholder_color="*neutral_500",
-    )
+    if auth is None:
+        return None
+    user, _, password = auth.partition(":")
+    if not user or not password:
+        raise UserError("--auth: write it as user:password")
+    return user, password
 
 
 def _free_port(port: int) -> int:
@@ -350,6 +211,10 @@ def _free_port(port: int) -> int:
 
 def _port_taken(port: int) -> str:
     return f"--port {port}: something else listens there already; take another, or --port 0 for any free one"
+
+
+def _tell(text: str) -> None:
+    print(f"querybridge: {text}", file=sys.stderr, flush=True)
 
 
 def _keep_proxies_out() -> None:

@@ -1,265 +1,31 @@
-"""The engine behind the command, the page, the API and batch jobs: adapters loaded once, questions answered.
+"""The engine behind the page, the API and the command: several adapters over frozen models that are loaded once.
 
-`LoadedAdapter` answers in the caller's thread, many questions at a time. `Engine` holds several adapters over the same
-frozen models and has one thread of its own, which gathers what arrives together into batches and streams.
+One thread works for all who ask. It gathers what arrives together into batches, and each answer can be read along.
 """
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from PIL import Image
-
-from adapters.answering import Answerer, Asked, Said, reply_to_examples
-from adapters.artefact import Facts, adapter_fingerprint, find_artefact, load_artefact, shipped_adapters
-from adapters.assembly import Assembly
-from adapters.data.examples import Example
-from adapters.data.images import ImageRef, image_ref, open_image
+from adapters.answering import Asked, Said
+from adapters.data.images import open_image
 from adapters.data.prompts import Turn
-from adapters.sight import FrozenModels, default_device
+from adapters.sight import FrozenModels
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-
-Picture = str | Path | bytes | Image.Image | ImageRef
-"""What may be given as a picture: a path, the bytes of a file, a Pillow image, or an ImageRef."""
+from serve.loaded import LoadedAdapter, Picture, checked_choices, load_adapter, short_name
+from serve.tickets import Answer, Busy, Ticket
 
 T = TypeVar("T")
 
-DEFAULT_ADAPTER = "photo"
-KEPT_BYTES = 256 * 2**20  # of pictures that were asked about, an adapter
 _GATHER = 0.01  # seconds that a first request waits for company
-
-
-class LoadedAdapter:
-    """A loaded adapter that answers questions about pictures.
-
-    Args:
-        assembly: the loaded model.
-        facts: what is known about the adapter.
-        name: what it is called.
-    """
-
-    def __init__(self, assembly: Assembly, facts: Facts, name: str) -> None:
-        self.assembly = assembly
-        self.facts = facts
-        self.name = name
-        self.answerer = Answerer(assembly, keep_bytes=KEPT_BYTES)
-
-    def fingerprint(self) -> str:
-        """`sha256:…` of the adapter: another one means that the same question may get another answer."""
-        return adapter_fingerprint(self.assembly)
-
-    def ask(
-        self,
-        pictures: Picture | Sequence[Picture],
-        question: str,
-        *,
-        decoding: Decoding | None = None,
-    ) -> str:
-        """Answer one question about one picture, or about several at once.
-
-        Args:
-            pictures: one, or a list; `<image>` marks in the question say where each belongs, else they come first.
-            question: in words.
-            decoding: how tokens are chosen; greedy where left out.
-
-        Raises:
-            UserError: a picture cannot be read, or the question is empty.
-        """
-        return self.say(pictures, question, decoding=decoding).text
-
-    def say(self, pictures: Picture | Sequence[Picture], question: str, *, decoding: Decoding | None = None) -> Said:
-        """As `ask`, with the answer's confidence."""
-        return self.answerer([self.asked([user_turn(pictures, question)])], decoding or Decoding())[0]
-
-    def choose(self, pictures: Picture | Sequence[Picture], question: str, choices: Sequence[str]) -> dict[str, float]:
-        """The probability of each choice as the answer, the likeliest first; they add up to 1.
-
-        Raises:
-            UserError: a picture cannot be read, the question is empty, or there are fewer than two choices.
-        """
-        return self._choose(self.asked([user_turn(pictures, question)]), checked_choices(choices))
-
-    def caption(self, picture: Picture, *, language: str = "en", decoding: Decoding | None = None) -> str:
-        """Describe a picture in English ("en") or Chinese ("zh").
-
-        Raises:
-            UserError: the picture cannot be read, or the language is not known.
-        """
-        return self.answerer([self.asked_caption(picture, language)], decoding or Decoding.preset("caption"))[0].text
-
-    def answer(
-        self,
-        examples: Sequence[Example],
-        task: str = "vqa",
-        *,
-        decoding: Decoding | None = None,
-        batch_size: int = 16,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[str]:
-        """Answer many examples, in batches; an answer does not depend on its batch."""
-        said = self.reply(examples, task, decoding=decoding, batch_size=batch_size, on_progress=on_progress)
-        return [one.text for one in said]
-
-    def reply(
-        self,
-        examples: Sequence[Example],
-        task: str = "vqa",
-        *,
-        decoding: Decoding | None = None,
-        batch_size: int = 16,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[Said]:
-        """As `answer`, with the confidence of each."""
-        return reply_to_examples(
-            self.assembly,
-            examples,
-            task,
-            decoding=decoding or Decoding(),
-            batch_size=batch_size,
-            on_progress=on_progress,
-        )
-
-    def asked(self, turns: Sequence[Turn]) -> Asked:
-        """A conversation as a prompt.
-
-        Raises:
-            UserError: it does not end with the user's turn, or is longer than the language model reads.
-        """
-        prompt = self.assembly.prompts.chat(turns)
-        images = tuple(image for turn in turns for image in turn.images)
-        return self._checked(Asked(prompt, images, turns[-1].text))
-
-    def asked_caption(self, picture: Picture, language: str = "en") -> Asked:
-        """The request for a caption as a prompt."""
-        return Asked(self.assembly.prompts.caption(language), (picture_ref(picture),))
-
-    def _checked(self, asked: Asked) -> Asked:
-        longest = getattr(self.assembly.model.language.config, "max_position_embeddings", None)
-        if longest is not None and len(asked.prompt.ids) >= longest:
-            length = len(asked.prompt.ids)
-            raise UserError(f"the conversation is {length} tokens, and this language model reads {longest}; begin anew")
-        return asked
-
-    def _choose(self, asked: Asked, choices: Sequence[str]) -> dict[str, float]:
-        shares = self.answerer.choose(asked, choices)
-        return dict(sorted(zip(choices, shares, strict=True), key=lambda pair: -pair[1]))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the engine answered.
-
-    Attributes:
-        text: in words.
-        adapter: the name of the adapter that answered.
-        finish: "stop" came to its end; "length" reached its longest; "stopped" was stopped by the one who asked.
-        confidence: the geometric mean of its tokens' probabilities or, of a choice, its probability among the choices;
-            None for beam search.
-        tokens: written, the end token included.
-        prompt_tokens: read, the pictures' included.
-        choices: each choice's probability, the likeliest first, where there were any.
-    """
-
-    text: str
-    adapter: str
-    finish: Literal["stop", "length", "stopped"]
-    confidence: float | None
-    tokens: int
-    prompt_tokens: int
-    choices: dict[str, float] | None = None
-
-
-class Busy(Exception):
-    """As many requests wait as may: try again later."""
-
-
-class Ticket:
-    """A request on its way: iterate to read along, or wait for `result`."""
-
-    def __init__(self, adapter: LoadedAdapter, asked: Asked, decoding: Decoding, choices: tuple[str, ...]) -> None:
-        self.adapter = adapter
-        self.asked = asked
-        self.decoding = decoding
-        self.choices = choices
-        self.stops: tuple[str, ...] = ()
-        self._changed = threading.Condition()
-        self._text = ""
-        self._answer: Answer | None = None
-        self._error: BaseException | None = None
-        self._stopped = False
-
-    @property
-    def done(self) -> bool:
-        """Whether there is a result, or an error."""
-        return self._answer is not None or self._error is not None
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the one who asked does not want more."""
-        return self._stopped
-
-    def stop(self) -> None:
-        """End it after the token that is being written; the result holds what was written until then."""
-        self._stopped = True
-
-    def result(self, timeout: float | None = None) -> Answer:
-        """Wait for the answer.
-
-        Raises:
-            TimeoutError: it took longer than `timeout` seconds; the request is stopped then.
-            Exception: what went wrong in answering.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
-                self.stop()
-                raise TimeoutError(f"no answer within {timeout:g} s")
-        if self._error is not None:
-            raise self._error
-        assert self._answer is not None
-        return self._answer
-
-    def __iter__(self) -> Iterator[str]:
-        """The whole text so far, each time it has grown; ends with the answer's text.
-
-        Raises:
-            Exception: what went wrong in answering.
-        """
-        seen: str | None = None
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda known=seen: self.done or (self._text not in ("", known)))  # type: ignore[misc]
-                text, done = self._text, self.done
-            if self._error is not None:
-                raise self._error
-            if text and text != seen:
-                seen = text
-                yield text
-            if done:
-                return
-
-    def _told(self, text: str) -> None:
-        with self._changed:
-            self._text = text
-            self._changed.notify_all()
-
-    def _finish(self, answer: Answer) -> None:
-        with self._changed:
-            self._text, self._answer = answer.text, answer
-            self._changed.notify_all()
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
 
 
 class Engine:
@@ -303,8 +69,7 @@ class Engine:
             name = short_name(loaded.name)
             if name in self._adapters:
                 raise UserError(f"--adapter {loaded.name}: another is called '{name}' too; rename one of the folders")
-            loaded.name = name
-            self._adapters[name] = loaded
+            self._adapters[name] = LoadedAdapter(loaded.assembly, loaded.facts, name)
         self._waiting: deque[Ticket | _Errand] = deque()
         self._arrived = threading.Condition()
         self._closed = False
@@ -354,7 +119,7 @@ class Engine:
             Busy: too many wait.
         """
         loaded = self.adapter(adapter)
-        ticket = Ticket(loaded, loaded.asked(turns), decoding or Decoding(), ())
+        ticket = _ticket(loaded, loaded.asked(turns), decoding or Decoding())
         ticket.stops = tuple(stops)
         return self._submit(ticket)
 
@@ -369,7 +134,7 @@ class Engine:
         """Describe a picture; raises as `chat`."""
         loaded = self.adapter(adapter)
         return self._submit(
-            Ticket(loaded, loaded.asked_caption(picture, language), decoding or Decoding.preset("caption"), ())
+            _ticket(loaded, loaded.asked_caption(picture, language), decoding or Decoding.preset("caption"))
         )
 
     def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> Ticket:
@@ -379,7 +144,8 @@ class Engine:
 
     def submit(self, asked: Asked, *, adapter: str | None = None, decoding: Decoding | None = None) -> Ticket:
         """Answer a prompt that is made already; raises as `chat`."""
-        return self._submit(Ticket(self.adapter(adapter), asked, decoding or Decoding(), ()))
+        loaded = self.adapter(adapter)
+        return self._submit(_ticket(loaded, loaded.checked(asked), decoding or Decoding()))
 
     def run(self, errand: Callable[[LoadedAdapter], T], *, adapter: str | None = None) -> Future[T]:
         """Have the engine's thread do something else with an adapter's models, in its turn.
@@ -409,6 +175,8 @@ class Engine:
             if self._closed:
                 raise RuntimeError("the engine is closed")
             if len(self._waiting) >= self.max_waiting:
+                self._drop_stopped()
+            if len(self._waiting) >= self.max_waiting:
                 raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
             self._waiting.append(request)
             self._arrived.notify_all()
@@ -435,18 +203,28 @@ class Engine:
                     request._fail(error)
 
     def _next(self) -> _Errand | list[Ticket]:
-        """The oldest request and those that can be answered with it, taken off the queue."""
+        """The oldest request and those answered with it, taken off the queue; none where all were stopped."""
+        self._drop_stopped()
+        if not self._waiting:
+            return []
         first = self._waiting.popleft()
         if isinstance(first, _Errand):
             return first
-        alike = [
-            request
-            for request in self._waiting
-            if isinstance(request, Ticket) and not first.choices and _batch_key(request) == _batch_key(first)
-        ][: self.max_batch - 1]
-        for request in alike:
+        chosen = [first]
+        for request in list(self._waiting):
+            if len(chosen) == self.max_batch or first.choices or not isinstance(request, Ticket):
+                continue
+            if _batch_key(request) == _batch_key(first) and _have_room([*chosen, request]):
+                chosen.append(request)
+                self._waiting.remove(request)
+        return chosen
+
+    def _drop_stopped(self) -> None:
+        """Take those off the queue that nobody waits for any more."""
+        for request in [one for one in self._waiting if isinstance(one, Ticket) and one.stopped]:
             self._waiting.remove(request)
-        return [first, *alike]
+            length = len(request.asked.prompt.ids)
+            request._finish(Answer("", request.adapter.name, "stopped", None, 0, length))
 
 
 class _Errand:
@@ -469,14 +247,27 @@ class _Errand:
 _Request = TypeVar("_Request", Ticket, _Errand)
 
 
+def _ticket(adapter: LoadedAdapter, asked: Asked, decoding: Decoding) -> Ticket:
+    return Ticket(adapter, asked, adapter.fitting(asked, decoding))
+
+
 def _batch_key(ticket: Ticket) -> tuple[object, ...]:
     """Tickets with equal keys are generated together: lengths may differ, unless beams are searched."""
     decoding = ticket.decoding if ticket.decoding.num_beams > 1 else replace(ticket.decoding, max_new_tokens=1)
     return (id(ticket.adapter), decoding, bool(ticket.choices))
 
 
+def _have_room(tickets: Sequence[Ticket]) -> bool:
+    """Whether every prompt could be followed by the longest of the answers: a row that is done is still counted on."""
+    longest = tickets[0].adapter.context_length
+    prompt = max(len(ticket.asked.prompt.ids) for ticket in tickets)
+    return longest is None or prompt + max(ticket.decoding.max_new_tokens for ticket in tickets) <= longest
+
+
 def _answer(tickets: Sequence[Ticket]) -> None:
     """Answer tickets that belong together."""
+    if not tickets:
+        return
     adapter = tickets[0].adapter
     if tickets[0].choices:
         for ticket in tickets:
@@ -540,97 +331,3 @@ def _cut(text: str, stops: Sequence[str]) -> str | None:
     """The text before the first of the stops; None where none is in it."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)].rstrip() if places else None
-
-
-def user_turn(pictures: Picture | Sequence[Picture], text: str) -> Turn:
-    """A user's turn from pictures and words.
-
-    Raises:
-        UserError: something given as a picture is none, or there are no words.
-    """
-    chosen = [pictures] if isinstance(pictures, Picture) else list(pictures)
-    if not text.strip():
-        raise UserError("QUESTION: it is empty; ask something about the picture")
-    return Turn("user", text, tuple(picture_ref(picture) for picture in chosen))
-
-
-def checked_choices(choices: Sequence[str], *, where: str = "choices") -> tuple[str, ...]:
-    """Choices without blanks around them; `where` names them in errors.
-
-    Raises:
-        UserError: there are fewer than two, or one twice.
-    """
-    names = tuple(choice.strip() for choice in choices if choice.strip())
-    if len(names) < 2:
-        raise UserError(f"{where}: {len(names)} given; name at least two")
-    if len(set(names)) < len(names):
-        raise UserError(f"{where}: one stands there twice; name each once")
-    return names
-
-
-def short_name(name: str) -> str:
-    """What people call an adapter: a run's folder by its own name, not by that of its `best`."""
-    path = Path(name)
-    return (path.parent.name if path.name in ("best", "last") else path.name) or name
-
-
-def picture_ref(picture: Picture) -> ImageRef:
-    """What was given as a picture, as the reference that the rest of the code takes.
-
-    Raises:
-        UserError: it is nothing that could be one, or a Pillow image that cannot be decoded.
-    """
-    if isinstance(picture, ImageRef):
-        return picture
-    if isinstance(picture, str):
-        return image_ref(picture)
-    if isinstance(picture, Path):
-        return ImageRef(str(picture), path=picture)
-    if isinstance(picture, bytes):
-        return ImageRef("picture", data=picture)
-    if not isinstance(picture, Image.Image):
-        raise UserError(f"a picture is {type(picture).__name__}; give a path, a file's bytes or a Pillow image")
-    buffer = io.BytesIO()
-    open_image(picture).save(buffer, format="PNG")  # its bytes are its key in the cache
-    return ImageRef("picture", data=buffer.getvalue())
-
-
-def load_adapter(
-    name: str | Path | None = None,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    offline: bool = False,
-    frozen: FrozenModels | None = None,
-) -> LoadedAdapter:
-    """Load an adapter with the frozen models it stands on.
-
-    Args:
-        name: a run's folder, an artefact's folder, or a shipped adapter's name; left out, the default adapter.
-        device: "cpu", "cuda", …; a GPU where there is one.
-        dtype: "float32" or "bfloat16" for the LLM's computation.
-        offline: take frozen weights from the cache only.
-        frozen: models that are loaded already, for adapters that stand on the same ones.
-
-    Raises:
-        UserError: there is no such adapter, or it does not fit its frozen models.
-    """
-    folder = find_artefact(name if name is not None else default_adapter())
-    assembly, facts = load_artefact(
-        folder, device=device or default_device(), dtype=dtype, offline=offline, frozen=frozen
-    )
-    return LoadedAdapter(assembly, facts, str(name or folder.name))
-
-
-def default_adapter() -> str:
-    """The adapter that is used where none is named: the shipped one.
-
-    Raises:
-        UserError: none ships yet.
-    """
-    if DEFAULT_ADAPTER in shipped_adapters():
-        return DEFAULT_ADAPTER
-    raise UserError(
-        "--adapter: no adapter ships with this version, so name one: train it with ./scripts/quickstart.sh"
-        " or querybridge finetune RECIPE, then pass --adapter runs/quickstart or your run's folder"
-    )

@@ -17,7 +17,7 @@ from adapters.evaluation.vqa import commonest_answer_score, score
 from adapters.retrieval import RERANKED, Retriever
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import LoadedAdapter
+from serve.loaded import LoadedAdapter
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from adapters.reasoning import Thought, main_scores, reason_examples, score_thou
 from adapters.reasoning_controls import blanked, reason_controls
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import LoadedAdapter
+from serve.loaded import LoadedAdapter
 
 
 def evaluate_reasons(

@@ -17,7 +17,7 @@ from adapters.data.examples import Example
 from adapters.reasoning import Thought, reason_examples, way_of
 from adapters.sight import FrozenModels
 from qformer.decoding import Decoding
-from serve.engine import LoadedAdapter, Picture, checked_choices, default_adapter, load_adapter, user_turn
+from serve.loaded import LoadedAdapter, Picture, checked_choices, default_adapter, load_adapter, user_turn
 
 
 def reason(
@@ -92,7 +92,7 @@ def load_pair(
     """Load the adapter that reasons and, where one is named, the one that answers; what they share is loaded once.
 
     Raises:
-        UserError: as `serve.engine.load_adapter`, or one was not taught its stage.
+        UserError: as `serve.loaded.load_adapter`, or one was not taught its stage.
     """
     names = [adapter if adapter is not None else default_adapter(), *([] if answerer is None else [answerer])]
     way_of(*(read_recipe(find_artefact(name)) for name in names))  # a mistake is told before anything is loaded

@@ -26,7 +26,7 @@ from adapters.retrieval import RERANKED, Retriever
 from adapters.sight import default_device
 from qformer.errors import UserError
 from qformer.sources import cache_root
-from serve.engine import Picture, default_adapter, picture_ref
+from serve.loaded import Picture, default_adapter, picture_ref
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEMPLATES = ("a photo of {label}", "a picture of {label}", "{label}")
@@ -158,27 +158,9 @@ class PictureIndex:
             raise UserError(f"{self.folder}: no pictures in it ({', '.join(SUFFIXES)})")
         if isinstance(query, str) and not query.strip():
             raise UserError("TEXT: it is empty; say what to look for")
-        embeddings = self._embeddings.float()
-        if isinstance(query, ImageRef):
-            of_query = self.retriever.embed_images([query])[0]  # [Q, E]
-            # the mean over the query's vectors of the nearest vector of each picture
-            scores = torch.einsum("nqe,ke->nqk", embeddings, of_query).amax(dim=1).mean(dim=1)  # [N]
-        else:
-            scores = self.retriever.scores(embeddings, self.retriever.embed_texts([query]))[:, 0]
-        count = min(max(most, RERANKED if rerank else most), len(scores))
-        best = scores.topk(count).indices.tolist()
-        matches: dict[int, float] = {}
-        if rerank and isinstance(query, str):
-            refs = [self._ref(index) for index in best]
-            pairs = torch.tensor([[row, 0] for row in range(len(refs))])
-            odds = self.retriever.match(refs, [query], pairs)
-            matches = dict(zip(best, odds.sigmoid().tolist(), strict=True))
-            order = (odds + scores[best]).argsort(descending=True).tolist()
-            best = [best[place] for place in order]
-        return [Hit(self._entries[i].path, scores[i].item(), matches.get(i)) for i in best[:most]]
-
-    def _ref(self, index: int) -> ImageRef:
-        return ImageRef(self._entries[index].path, path=self.folder / self._entries[index].path)
+        refs = [ImageRef(entry.path, path=self.folder / entry.path) for entry in self._entries]
+        found = rank(self.retriever, refs, self._embeddings.float(), query, most=most, rerank=rerank)
+        return [hit for _, hit in found]
 
     def _pictures(self) -> list[Path]:
         found: list[Path] = []
@@ -206,6 +188,43 @@ class PictureIndex:
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise UserError(f"{self._file}: the index cannot be written ({error}); free space, then go on") from error
+
+
+def rank(
+    retriever: Retriever,
+    refs: Sequence[ImageRef],
+    embeddings: Tensor,
+    query: str | ImageRef,
+    *,
+    most: int = 5,
+    rerank: bool = True,
+) -> list[tuple[int, Hit]]:
+    """The best of some pictures for words or for a picture: each with its place among them.
+
+    Args:
+        retriever: what embedded them.
+        refs: N pictures.
+        embeddings: theirs, [N, Q, E].
+        query: as in `PictureIndex.search`.
+        most: as there.
+        rerank: as there.
+    """
+    if isinstance(query, ImageRef):
+        of_query = retriever.embed_images([query])[0]  # [Q, E]
+        # the mean over the query's vectors of the nearest vector of each picture
+        scores = torch.einsum("nqe,ke->nqk", embeddings, of_query).amax(dim=1).mean(dim=1)  # [N]
+    else:
+        scores = retriever.scores(embeddings, retriever.embed_texts([query]))[:, 0]
+    count = min(max(most, RERANKED if rerank else most), len(scores))
+    best = scores.topk(count).indices.tolist()
+    matches: dict[int, float] = {}
+    if rerank and isinstance(query, str):
+        pairs = torch.tensor([[row, 0] for row in range(len(best))])
+        odds = retriever.match([refs[index] for index in best], [query], pairs)
+        matches = dict(zip(best, odds.sigmoid().tolist(), strict=True))
+        order = (odds + scores[best]).argsort(descending=True).tolist()
+        best = [best[place] for place in order]
+    return [(index, Hit(refs[index].label, scores[index].item(), matches.get(index))) for index in best[:most]]
 
 
 def _refuse(error: OSError) -> None:

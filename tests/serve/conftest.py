@@ -21,7 +21,7 @@ from adapters.recipe import load_recipe
 from qformer.decoding import Decoding
 from serve.batch import VQAPredictor
 from serve.cli import main
-from serve.engine import LoadedAdapter, load_adapter
+from serve.loaded import LoadedAdapter, load_adapter
 
 QUESTIONS = ["what colour is it?", "is it a circle?", "is it red?"]
 COLOURS = {"red": (220, 20, 60), "green": (46, 139, 87), "blue": (65, 105, 225)}

@@ -19,7 +19,7 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.batch import BatchReport, VQAPredictor, run_batch
 from serve.batch_job import job_file
-from serve.engine import LoadedAdapter, load_adapter
+from serve.loaded import LoadedAdapter, load_adapter
 
 
 @pytest.fixture

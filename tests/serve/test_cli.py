@@ -215,7 +215,7 @@ def test_a_wrong_call_gets_one_line_and_code_2(
 
 
 def test_a_missing_adapter_is_told(call: Call, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.engine.shipped_adapters", lambda: [])
+    monkeypatch.setattr("serve.loaded.shipped_adapters", lambda: [])
 
     assert "--adapter: no adapter ships with this version" in call("ask", picture, "what?").mistake()
     named = call("ask", picture, "what?", "--adapter", tmp_path / "nowhere").mistake()
@@ -315,7 +315,7 @@ def test_a_fault_of_ours_shows_its_traceback_and_code_1(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("serve.engine.load_adapter", broken)
+    monkeypatch.setattr("serve.loaded.load_adapter", broken)
     found = call("ask", picture, "what?")
 
     assert found.code == 1
@@ -330,7 +330,7 @@ def test_ctrl_c_says_stopped_and_exits_with_130(call: Call, picture: Path, monke
     def pressed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("serve.engine.load_adapter", pressed)
+    monkeypatch.setattr("serve.loaded.load_adapter", pressed)
 
     assert call("ask", picture, "what?") == Outcome(130, "", "querybridge: stopped\n")
 

@@ -1,10 +1,9 @@
-"""The page, served for real: its endpoints, what bad files get, where it listens, and a browser's view of it."""
+"""The page's server: where it listens, what it keeps from whom, how it starts and ends, what it offers to try."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,159 +13,109 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
+from gradio_client.exceptions import AppError, AuthenticationError
+from page_server import draw_data, get, opener, post, served
 from PIL import Image
 
-from adapters.artefact import Facts
-from adapters.data.images import ImageRef, open_image
-from adapters.recipe import Recipe, parse_recipe
 from qformer.errors import UserError
-from serve.demo import build_page, example_questions, launch
-from serve.engine import Engine
+from serve.demo import build_page, launch
+from serve.page.examples import data_examples, find_examples
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-COLOURS = {"red": (220, 20, 60), "green": (46, 139, 87), "blue": (65, 105, 225)}
-
-
-class FakeEngine:
-    """Says what it was asked, and by what name it knows the picture; opens the picture as the real one does."""
-
-    def __init__(self, recipe: Recipe, name: str = "runs/quickstart/best") -> None:
-        self.name = name
-        self.assembly = SimpleNamespace(recipe=recipe)
-        self.facts = Facts(
-            fingerprints={},
-            data={"train": "shapes.jsonl", "answers": 1234, "pictures": 321},
-            metrics={"val_exact_match": 0.9625},
-            terms=("MIT <b>or</b> so",),
-            steps=600,
-        )
-
-    def ask(self, picture: ImageRef, question: str) -> str:
-        return f"asked {question!r} about {picture.label} {open_image(picture).size}"
-
-    def caption(self, picture: ImageRef) -> str:
-        return f"a caption of {picture.label} {open_image(picture).size}"
-
-
-def make_recipe(folder: Path, **changes: Any) -> Recipe:
-    values = {
-        "description": "Answers questions about shapes & <colours>.",
-        "data": {"train": str(folder / "shapes.jsonl")},
-        "vision": {"towers": [{"source": "pypi:efficientnet-lite2", "layer": -1}]},
-        "language": {"source": "pypi:smollm2-135m-instruct"},
-    }
-    return parse_recipe(values | changes, "test")
-
-
-def draw_data(folder: Path) -> None:
-    """Two questions about each of three pictures; the first question is the same for all."""
-    rows = []
-    for number, (name, colour) in enumerate(COLOURS.items()):
-        Image.new("RGB", (40, 30), colour).save(folder / f"{name}.png")
-        rows += [
-            {"image": f"{name}.png", "question": text} for text in ("what colour is it?", f"is it shape {number}?")
-        ]
-    (folder / "shapes.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+PUBLIC = {"/chat", "/retry", "/undo", "/clear", "/stop", "/vqa", "/caption", "/reason", "/search", "/look"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shapes")
-    draw_data(folder)
-    (folder / "text.jpg").write_text("not a picture", encoding="utf-8")
-    (folder / "empty.png").write_bytes(b"")
-    return folder
+    return draw_data(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture(scope="module")
 def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    before = os.environ.copy()
-    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("uploads"))
-    os.environ["HTTP_PROXY"] = os.environ["http_proxy"] = "http://127.0.0.1:9"  # a dead one, which must not matter
-    page = launch(FakeEngine(make_recipe(folder)), port=0, block=False)  # type: ignore[arg-type]
-    yield page.local_url
-    page.close(verbose=False)
-    os.environ.clear()
-    os.environ.update(before)
+    with served(fake(folder), tmp_path_factory.mktemp("uploads")) as url:
+        yield url
 
 
-@pytest.fixture(scope="module")
-def client(address: str) -> Client:
-    return Client(address, verbose=False)
+def fake(folder: Path) -> FakeEngine:
+    return FakeEngine(FakeAdapter(make_recipe(folder), "quickstart"))
 
 
-def test_ask_answers_about_the_uploaded_file_under_its_own_name(client: Client, folder: Path) -> None:
-    said = client.predict(handle_file(folder / "red.png"), "what is it?", api_name="/ask")
+def test_every_action_has_a_named_endpoint_and_nothing_else_is_public(address: str) -> None:
+    described = Client(address, verbose=False).view_api(return_format="dict")
 
-    assert said == "asked 'what is it?' about red.png (40, 30)"
-
-
-def test_caption_takes_a_picture_alone(client: Client, folder: Path) -> None:
-    assert client.predict(handle_file(folder / "blue.png"), api_name="/caption") == "a caption of blue.png (40, 30)"
+    assert set(described["named_endpoints"]) == PUBLIC
+    assert described["unnamed_endpoints"] == {}
 
 
-def test_only_the_two_endpoints_are_public(client: Client) -> None:
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/ask", "/caption"}
+def test_settings_have_names_and_may_be_left_out(address: str) -> None:
+    described = Client(address, verbose=False).view_api(return_format="dict")["named_endpoints"]
+    for name in ("/chat", "/vqa", "/caption", "/reason"):
+        given = {one["parameter_name"]: one for one in described[name]["parameters"]}
 
-
-def test_a_format_that_only_our_opener_straightens_comes_upright(client: Client, tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[274] = 6  # the camera was held on its side
-    Image.new("CMYK", (40, 30)).save(tmp_path / "side.jpg", exif=exif)
-
-    assert client.predict(handle_file(tmp_path / "side.jpg"), api_name="/caption").endswith("(30, 40)")
-
-
-@pytest.mark.parametrize(
-    ("name", "says"), [("text.jpg", "'text.jpg' is not a picture"), ("empty.png", "'empty.png' is empty (0 bytes)")]
-)
-def test_a_file_that_is_no_picture_is_told_in_one_line(client: Client, folder: Path, name: str, says: str) -> None:
-    with pytest.raises(AppError) as caught:
-        client.predict(handle_file(folder / name), "what is it?", api_name="/ask")
-
-    assert says in str(caught.value)
-
-
-@pytest.mark.parametrize("question", ["", "  \n"])
-def test_no_question_and_no_picture_are_told(client: Client, folder: Path, question: str) -> None:
-    with pytest.raises(AppError, match="no question yet"):
-        client.predict(handle_file(folder / "red.png"), question, api_name="/ask")
-    with pytest.raises(AppError, match="no picture yet"):
-        client.predict(None, "what is it?", api_name="/ask")
-
-
-@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
-def test_a_path_on_the_server_is_no_way_to_read_its_files(address: str, tmp_path: Path, meta: dict[str, Any]) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
-    body = json.dumps({"data": [{"path": str(tmp_path / "private.png"), **meta}]}).encode()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    call = urllib.request.Request(f"{address}gradio_api/call/caption", body, {"Content-Type": "application/json"})
-    with opener.open(call) as reply:
-        event = json.load(reply)["event_id"]
-    with opener.open(f"{address}gradio_api/call/caption/{event}") as reply:
-        said = reply.read().decode()
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        opener.open(f"{address}gradio_api/file={tmp_path / 'private.png'}")
-
-    assert "event: error" in said
-    assert "a caption of" not in said
+        assert {"adapter", "longest", "temperature", "top_p", "beams"} <= given.keys()
+        assert all(
+            given[one]["parameter_has_default"] for one in ("adapter", "longest", "temperature", "top_p", "beams")
+        )
 
 
 def test_the_page_is_bounded_and_private(address: str, folder: Path) -> None:
-    page = build_page(FakeEngine(make_recipe(folder)))  # type: ignore[arg-type]
-    models = [fn for fn in page.fns.values() if fn.api_name in ("ask", "caption")]
+    page = build_page(fake(folder))  # type: ignore[arg-type]
+    asking = [fn for fn in page.fns.values() if f"/{fn.api_name}" in PUBLIC - {"/undo", "/clear", "/stop"}]
 
     assert address.startswith("http://127.0.0.1:")
-    assert page._queue.max_size == 16
-    assert [(fn.concurrency_id, fn.concurrency_limit) for fn in models] == [("model", 1)] * 2
+    assert page._queue.max_size == 32
+    assert len(asking) == 7
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in asking} == {("model", 8)}
     assert page.analytics_enabled is False
     assert page.delete_cache == (3600, 3600)
+
+
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
+@pytest.mark.parametrize("name", ["caption", "vqa", "reason", "look", "chat", "search", "search files"])
+def test_a_path_on_the_server_is_no_way_to_read_its_files(
+    address: str, tmp_path: Path, name: str, meta: dict[str, Any]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    file = {"path": str(tmp_path / "private.png"), **meta}
+    settings = ["quickstart", 0, 0, 1, 0]
+    data: dict[str, list[Any]] = {
+        "caption": [file, "beam", "en", *settings],
+        "vqa": [file, "what?", *settings],
+        "reason": [file, "what?", "", *settings],
+        "look": [file, "", 0, 0, "quickstart"],
+        "chat": [{"text": "what?", "files": [file]}, *settings],
+        "search": ["", file, "uploads", [], 3, "quickstart"],
+        "search files": ["words", None, "uploads", [file], 3, "quickstart"],
+    }
+    said = post(address, name.split()[0], data[name])
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        get(f"{address}gradio_api/file={tmp_path / 'private.png'}")
+
+    assert "event: error" in said
+    assert "private.png" not in said.replace("'private.png'", "")
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../../etc/passwd", "..%2f..%2fetc/passwd", "{here}", "http://127.0.0.1:9/"]
+)
+def test_no_address_reads_what_was_not_uploaded(address: str, path: str) -> None:
+    with pytest.raises(urllib.error.HTTPError, match=r"40[0345]"):
+        get(f"{address}gradio_api/file={path.format(here=Path(__file__))}")
+
+
+def test_a_forged_conversation_is_no_way_in(address: str, tmp_path: Path) -> None:
+    """The page keeps conversations itself: what a client sends as one, with files of the server in it, is not read."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    value = {"path": str(tmp_path / "private.png")}
+    part = {"type": "component", "component": "image", "props": {}, "constructor_args": {}, "value": value}
+    forged = {"role": "user", "content": [part]}
+    said = post(address, "chat", [{"text": "what?", "files": []}, [forged], 0, 0, 1, 0])
+
+    assert "event: error" in said
 
 
 def test_an_upload_over_the_limit_is_refused(address: str) -> None:
@@ -177,45 +126,40 @@ def test_an_upload_over_the_limit_is_refused(address: str) -> None:
         f"{address}gradio_api/upload", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
     )
     with pytest.raises(urllib.error.HTTPError, match="413"):
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(call)
+        opener().open(call)
 
 
-def test_examples_have_a_picture_and_a_question_of_their_own(folder: Path) -> None:
-    found = example_questions(make_recipe(folder))
+def test_the_page_names_no_fonts_from_elsewhere(address: str) -> None:
+    for part in ("", "theme.css"):
+        text = get(address + part)
 
-    assert [(path.name, text) for path, text in found] == [
-        ("red.png", "what colour is it?"),
-        ("green.png", "is it shape 1?"),
-        ("blue.png", "is it shape 2?"),
-    ]
-
-
-def test_a_row_of_several_pictures_is_no_example(folder: Path, tmp_path: Path) -> None:
-    images = [str(folder / "red.png"), str(folder / "blue.png")]
-    rows = [{"images": images, "question": "which?"}, {"image": images[1], "question": "what?"}]
-    (tmp_path / "shapes.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-
-    assert example_questions(make_recipe(tmp_path)) == [(folder / "blue.png", "what?")]
+        assert "system-ui" in text or part == ""
+        assert "fonts.googleapis" not in text
+        assert "fonts.gstatic" not in text
 
 
-def test_without_its_data_an_adapter_has_no_examples(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path)
+def test_a_password_keeps_others_out(folder: Path, tmp_path: Path) -> None:
+    with served(fake(folder), tmp_path / "uploads", auth="ada:engine no. 1") as url:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            post(url, "caption", [None, "beam", "en"])
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(f"{url}gradio_api/file={folder / 'red.png'}")
+        with pytest.raises((AuthenticationError, ValueError), match="Could not login"):
+            Client(url, verbose=False, auth=("ada", "wrong"))
+        client = Client(url, verbose=False, auth=("ada", "engine no. 1"))
 
-    assert example_questions(recipe) == []
-    assert "Try one" not in json.dumps(build_page(FakeEngine(recipe)).get_config_file(), default=str)  # type: ignore[arg-type]
+        assert client.predict(handle_file(folder / "red.png"), api_name="/caption") == "a caption (en) of red.png"
 
 
-def test_a_caption_adapter_puts_captions_first(tmp_path: Path) -> None:
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    (tmp_path / "captions.csv").write_text("image,caption\na.png,a black picture\n", encoding="utf-8")
-    recipe = make_recipe(tmp_path, task="caption", data={"train": str(tmp_path / "captions.csv")})
+@pytest.mark.parametrize("auth", ["ada", "ada:", ":password", ""])
+def test_half_a_login_is_told(folder: Path, auth: str) -> None:
+    with pytest.raises(UserError, match="--auth: write it as user:password"):
+        launch(fake(folder), port=0, block=False, auth=auth)  # type: ignore[arg-type]
 
-    config = build_page(FakeEngine(recipe)).get_config_file()  # type: ignore[arg-type]
-    buttons = {c["props"]["value"]: c["props"]["variant"] for c in config["components"] if c["type"] == "button"}
-    (dataset,) = [c["props"] for c in config["components"] if c["type"] == "dataset"]
 
-    assert buttons == {"Ask": "secondary", "Caption": "primary"}
-    assert [len(row) for row in dataset["samples"]] == [1]  # a picture, no question
+def test_a_folder_that_is_none_is_told(folder: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        launch(fake(folder), port=0, block=False, search_folder=folder / "none")  # type: ignore[arg-type]
 
 
 def test_a_taken_port_names_the_flag(folder: Path) -> None:
@@ -224,17 +168,18 @@ def test_a_taken_port_names_the_flag(folder: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: something else listens there"):
-            launch(FakeEngine(make_recipe(folder)), port=port, block=False)  # type: ignore[arg-type]
+            launch(fake(folder), port=port, block=False)  # type: ignore[arg-type]
 
 
 def test_ctrl_c_ends_the_server_and_exits_with_130(tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(tests)!r})
 from pathlib import Path
-import serve.demo, serve.engine
-from test_demo import FakeEngine, make_recipe
-serve.engine.load_adapter = lambda *a, **k: FakeEngine(make_recipe(Path({str(tmp_path)!r})))
+import serve.engine
+from fake_engine import FakeAdapter, FakeEngine, make_recipe
+serve.engine.Engine = lambda *a, **k: FakeEngine(FakeAdapter(make_recipe(Path({str(tmp_path)!r})), "quickstart"))
 sys.argv = ["querybridge", "demo", "--port", "0"]
 from serve.cli import main
 main()
@@ -251,102 +196,81 @@ main()
     assert out == ""
 
 
-def test_a_real_adapter_answers_as_it_does_without_the_page(engine: Engine, data_file: Path) -> None:
-    picture = data_file.parent / "3.png"
-    page = launch(engine, port=0, block=False)
-    try:
-        said = Client(page.local_url, verbose=False).predict(handle_file(picture), "what?", api_name="/ask")
-    finally:
-        page.close(verbose=False)
-
-    assert said == engine.ask(picture, "what?")
-
-
 def test_uploads_are_deleted_after_a_while_and_examples_stay(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setattr("serve.demo._HOUR", 1)
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
-    page = launch(FakeEngine(make_recipe(folder)), port=0, block=False)  # type: ignore[arg-type]
     uploads = tmp_path / "uploads"
-    try:
-        client = Client(page.local_url, verbose=False)
-        client.predict(handle_file(tmp_path / "mine.png"), api_name="/caption")
+    with served(fake(folder), uploads) as url:
+        client = Client(url, verbose=False)
+        client.predict({"text": "what?", "files": [handle_file(tmp_path / "mine.png")]}, api_name="/chat")
         came = {path.name for path in uploads.rglob("*.png")}
         began = time.monotonic()
         while list(uploads.rglob("mine.png")) and time.monotonic() - began < 20:
             time.sleep(0.05)
         left = {path.name for path in uploads.rglob("*.png")}
-    finally:
-        page.close(verbose=False)
+        with pytest.raises(AppError, match="deleted since: upload it again"):
+            client.predict({"text": "and now?", "files": []}, api_name="/chat")
 
     assert came - left == {"mine.png"}
     assert left == {"red.png", "green.png", "blue.png"}
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
-        yield browser
-        browser.close()
+def test_examples_have_a_picture_and_questions_of_their_own(folder: Path, tmp_path: Path) -> None:
+    words, found = find_examples(make_recipe(folder), tmp_path)
+
+    assert words == "from its training data"
+    assert [(one.path.name, one.questions) for one in found] == [
+        ("red.png", ("what colour is it?", "is it shape 0?")),
+        ("green.png", ("is it shape 1?", "what colour is it?")),
+        ("blue.png", ("is it shape 2?", "what colour is it?")),
+    ]
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_in_a_browser(browser: Any, address: str, folder: Path, width: int, height: int) -> None:
-    view = browser.new_page(viewport={"width": width, "height": height})
-    view.set_default_timeout(90_000)  # for a busy machine
-    asked_for: list[str] = []
-    faults: list[str] = []
-    view.on("request", lambda request: asked_for.append(request.url))
-    view.on("pageerror", lambda error: faults.append(str(error)))
-    view.goto(address)
-    view.wait_for_selector("#question textarea")
-    answer = "document.querySelector('#answer textarea').value"
+def test_a_row_of_several_pictures_is_no_example(folder: Path, tmp_path: Path) -> None:
+    images = [str(folder / "red.png"), str(folder / "blue.png")]
+    rows = [{"images": images, "question": "which?"}, {"image": images[1], "question": "what?"}]
+    (tmp_path / "shapes.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
-    assert view.inner_text("#head h1") == "quickstart"
-    assert "shapes & <colours>" in view.inner_text("#head")
-    assert "1,234 answers about 321 pictures" in view.inner_text("#head")
-    assert view.evaluate("document.documentElement.scrollWidth") <= width
-
-    # a picture, a question, the answer
-    view.set_input_files("#picture input[type=file]", folder / "green.png")
-    view.wait_for_selector("#picture .image-frame img")
-    view.fill("#question textarea", "is it green?")
-    view.press("#question textarea", "Enter")
-    view.wait_for_function(f"{answer} == \"asked 'is it green?' about green.png (40, 30)\"")
-    view.get_by_role("button", name="Caption", exact=True).click()
-    view.wait_for_function(f"{answer} == 'a caption of green.png (40, 30)'")
-
-    # another picture takes the old answer away, a file that is none says so and leaves the page
-    view.get_by_label("Remove Image").or_(view.get_by_label("Clear")).first.click()
-    view.wait_for_function(f"{answer} == ''")
-    view.set_input_files("#picture input[type=file]", folder / "text.jpg")
-    view.get_by_text("image 'text.jpg' is not a picture").wait_for()
-    view.wait_for_selector("#picture input[type=file]", state="attached")
-
-    # an example fills both in
-    view.locator("#examples tr", has_text="is it shape 1?").click()
-    view.wait_for_selector("#picture .image-frame img")
-    view.get_by_role("button", name="Ask", exact=True).click()
-    view.wait_for_function(f"{answer} == \"asked 'is it shape 1?' about green.png (40, 30)\"")
-
-    outside = [url for url in asked_for if not url.startswith((address, "data:", "blob:"))]
-    assert outside == []
-    assert faults == []
-    view.close()
+    assert [(one.path, one.questions) for one in data_examples(make_recipe(tmp_path))] == [
+        (folder / "blue.png", ("what?",))
+    ]
 
 
-def test_the_page_names_no_fonts_from_elsewhere(address: str) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for part in ("", "theme.css"):
-        with opener.open(address + part) as reply:
-            text = reply.read().decode()
+def test_without_its_data_photos_at_hand_and_drawn_scenes_are_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "skimage"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('nothing is imported')")
+    Image.new("RGB", (8, 8)).save(package / "data" / "chelsea.png")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    (tmp_path / "drawn").mkdir()
+    words, found = find_examples(make_recipe(tmp_path), tmp_path / "drawn")
 
-        assert "system-ui" in text or part == ""
-        assert "fonts.googleapis" not in text
-        assert "fonts.gstatic" not in text
+    assert "drawn scenes" in words and "photos" in words and "not from its training data" in words
+    assert len(found) == 3 and all(one.path.is_file() and one.questions for one in found)
+    assert found[0].path == package / "data" / "chelsea.png"
+    assert found[-1].path.parent == tmp_path / "drawn"
+
+
+def test_an_adapter_of_drawn_shapes_gets_no_photos(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, data={"train": "easy-vqa:train"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serve.page.examples.data_examples", lambda recipe: [])
+        words, found = find_examples(recipe, tmp_path)
+
+    assert words == "drawn scenes, not from its training data"
+    assert [one.path.parent for one in found] == [tmp_path] * 3
+
+
+def test_proxies_of_the_environment_do_not_matter(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # a dead one
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    before = os.environ.get("no_proxy")
+    with served(fake(folder), tmp_path / "uploads") as url:
+        assert "querybridge" in get(url)
+    monkeypatch.setenv("no_proxy", before or "")

@@ -12,7 +12,7 @@ from qformer.errors import UserError
 from qformer.precision import linear_memory
 from serve import doctor
 from serve.doctor import describe, examine
-from serve.engine import LoadedAdapter
+from serve.loaded import LoadedAdapter
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from adapters.data.examples import Example
 from adapters.data.images import ImageRef, image_ref
 from qformer.errors import UserError
 from qformer.language import Decoding
-from serve.engine import LoadedAdapter, Picture, default_adapter, load_adapter, picture_ref
+from serve.loaded import LoadedAdapter, Picture, default_adapter, load_adapter, picture_ref
 
 SHORT = Decoding(max_new_tokens=6)
 
@@ -155,8 +155,8 @@ def test_many_examples_report_their_progress(engine: LoadedAdapter, data_file: P
 
 
 def test_there_is_no_default_adapter_until_one_ships(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.engine.shipped_adapters", lambda: [])
+    monkeypatch.setattr("serve.loaded.shipped_adapters", lambda: [])
     with pytest.raises(UserError, match="--adapter: no adapter ships with this version"):
         load_adapter()
-    monkeypatch.setattr("serve.engine.shipped_adapters", lambda: ["photo"])
+    monkeypatch.setattr("serve.loaded.shipped_adapters", lambda: ["photo"])
     assert default_adapter() == "photo"

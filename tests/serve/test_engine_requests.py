@@ -18,7 +18,9 @@ from adapters.data.images import ImageRef
 from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import Answer, Busy, Engine, LoadedAdapter, load_adapter, short_name, user_turn
+from serve.engine import Engine
+from serve.loaded import LoadedAdapter, load_adapter, short_name, user_turn
+from serve.tickets import Answer, Busy
 
 SHORT = Decoding(max_new_tokens=8)
 
@@ -233,3 +235,24 @@ def test_a_conversation_that_is_too_long_is_told(engine: LoadedAdapter) -> None:
     longest = engine.assembly.model.language.config.max_position_embeddings
     with pytest.raises(UserError, match=f"reads {longest}"):
         engine.asked([Turn("user", "x" * (longest + 10))])
+
+
+def test_no_answer_is_longer_than_there_is_room_for(hall: Engine, turns: list[list[Turn]]) -> None:
+    """Alone or together: a long prompt beside a long answer would go beyond the last position."""
+    loaded = hall.adapter()
+    longest = loaded.context_length
+    assert longest is not None
+    nearly = [Turn("user", "x" * (longest - 40))]
+    alone = hall.chat(nearly, decoding=Decoding(max_new_tokens=10_000))
+    assert alone.decoding.max_new_tokens < 40
+    alone.result(60)
+    held = threading.Event()
+    hall.run(lambda _: held.wait(60))
+    while hall.waiting:  # until the errand is being done
+        time.sleep(0.01)
+    long_prompt = hall.chat(nearly, decoding=Decoding(max_new_tokens=2))
+    long_answer = hall.chat(turns[0], decoding=Decoding(max_new_tokens=60))
+    short_answer = hall.chat(turns[1], decoding=Decoding(max_new_tokens=2))
+    assert hall._next() == [long_prompt, short_answer]
+    assert hall._next() == [long_answer]
+    held.set()

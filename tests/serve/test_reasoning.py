@@ -18,8 +18,9 @@ from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import Engine, load_adapter
+from serve.engine import Engine
 from serve.evaluate_reasons import evaluate_reasons
+from serve.loaded import load_adapter
 from serve.reasoning import asked_answer, asked_rationale, question_example, reason
 
 TOKENS = 30  # of a thought

@@ -1,0 +1,132 @@
+"""What every tab has before it: the engine, the shared controls, and the one picture that goes from tab to tab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from qformer.errors import UserError
+from serve.engine import Engine
+from serve.page.examples import ExamplePicture
+from serve.page.inputs import toast, uploaded
+from serve.tickets import Answer, Ticket
+
+AT_ONCE = 8  # events that ask the models at a time; the engine answers them together, others wait
+
+# preprocess=False hands over what was sent as it is, files unopened: our own opener sees them first
+ASKS_MODELS: dict[str, Any] = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": AT_ONCE}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+AT_ONCE_AND_PRIVATE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+
+
+def _json() -> gr.JSON:
+    return gr.JSON(visible=False)
+
+
+@dataclass
+class Desk:
+    """What tabs share.
+
+    Attributes:
+        engine: what answers.
+        adapter: the chooser.
+        settings: longest, temperature, top_p and beams, as `Settings.of` takes them.
+        examples: pictures to try.
+        examples_from: what they are.
+        search_folder: the folder that may be searched, or None.
+        uploads: where the page keeps what is uploaded.
+        pictures: the slots of the shared picture, one a tab.
+    """
+
+    engine: Engine
+    adapter: gr.Dropdown
+    settings: list[Any]
+    examples: Sequence[ExamplePicture]
+    examples_from: str
+    search_folder: Path | None
+    uploads: Path
+    pictures: list[gr.Image] = field(default_factory=list)
+    _loads: list[tuple[gr.Image, Any]] = field(default_factory=list)
+    _endpoints: list[tuple[str, Callable[..., Any], list[Any], Callable[[], Any]]] = field(default_factory=list)
+
+    def picture_slot(self) -> gr.Image:
+        """A place for the shared picture."""
+        slot = gr.Image(
+            type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], height=360,
+            buttons=["fullscreen"], elem_classes="picture", elem_id=f"picture-{len(self.pictures)}",
+        )  # fmt: skip
+        self.pictures.append(slot)
+        return slot
+
+    def offer_examples(self, slot: gr.Image, *fields: Any, fill: Callable[[ExamplePicture], Sequence[str]]) -> None:
+        """Pictures to try beside a slot, with what they put into text fields."""
+        if not self.examples:
+            return
+        rows = [[str(example.path), *fill(example)] for example in self.examples]
+        offered = gr.Examples(
+            rows, [slot, *fields], label=f"Try one: {self.examples_from}", api_visibility="private",
+            elem_id=f"examples-{len(self.pictures) - 1}", visible_columns=[0],
+        )  # fmt: skip
+        self._loads.append((slot, offered.load_input_event))
+
+    def endpoint(
+        self, name: str, call: Callable[..., Any], inputs: Sequence[Any], outputs: Callable[[], Any] = _json
+    ) -> None:
+        """Give programs a named endpoint of what a tab does.
+
+        Args:
+            name: it is called by.
+            call: what is done; its parameters' names are the endpoint's.
+            inputs: the components whose values it gets where a program leaves them out.
+            outputs: makes unseen components for what comes back: JSON where nothing else is asked for.
+        """
+        self._endpoints.append((name, call, list(inputs), outputs))
+
+    def open_endpoints(self) -> None:
+        """Put the endpoints' unseen components on the page; tabs hold nothing but tabs."""
+        for name, call, inputs, outputs in self._endpoints:
+            gr.Button(visible=False).click(call, inputs, outputs(), api_name=name, **ASKS_MODELS)
+
+    def share_pictures(self) -> None:
+        """Have a picture that is put into one slot, or taken out of it, appear in all; files that are none are told."""
+
+        def check(picture: Any) -> Any:
+            try:
+                uploaded(picture, self.uploads)
+            except UserError as error:
+                gr.Warning(toast(error), title="This file can't be used")
+                return None  # takes the broken picture off the page
+            return gr.skip()
+
+        for slot in self.pictures:
+            others = [other for other in self.pictures if other is not slot]
+            seen = slot.upload(
+                check, slot, slot, preprocess=False, show_progress="hidden", concurrency_id="check", **PRIVATE
+            )
+            loads = [load for owner, load in self._loads if owner is slot]
+            for event in (seen, *loads):
+                event.then(None, slot, others, js=f"picture => Array({len(others)}).fill(picture)", **PRIVATE)
+            slot.clear(None, None, others, js=f"() => Array({len(others)}).fill(null)", **PRIVATE)
+
+
+def read_along(ticket: Ticket) -> Iterator[str]:
+    """An answer as it grows; whoever stops reading, or leaves, stops the writing."""
+    try:
+        yield from ticket
+    finally:
+        ticket.stop()
+
+
+def wait_for(tickets: Sequence[Ticket]) -> Iterator[list[Answer | None]]:
+    """The answers that have come so far, each time there is another; who leaves stops the rest."""
+    try:
+        for ticket in tickets:
+            ticket.result()
+            yield [other.result() if other.done else None for other in tickets]
+    finally:
+        for ticket in tickets:
+            ticket.stop()

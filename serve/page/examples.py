@@ -1,0 +1,112 @@
+"""Pictures to try the page with: of an adapter's own data where it lies here, else photos at hand and drawn scenes."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.data.readers import read_data
+from adapters.data.scene_questions import questions_of
+from adapters.data.scenes import draw_scene, make_scenes
+from adapters.recipe import Recipe
+from qformer.errors import UserError
+
+COUNT = 3  # pictures
+_QUESTIONS = 3  # of each
+_SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+# Photos that are in the public domain or CC0, in packages that may be installed: file, then what may be asked.
+_PHOTOS = (
+    ("skimage", "data/chelsea.png", ("what animal is it?", "what colour are its eyes?")),
+    ("skimage", "data/coffee.png", ("what is in the cup?", "is there a spoon?")),
+    ("skimage", "data/astronaut.png", ("what is the person wearing?", "is the person smiling?")),
+    (
+        "matplotlib",
+        "mpl-data/sample_data/grace_hopper.jpg",
+        ("what is the person wearing?", "is the person outdoors?", "what is behind the person?"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ExamplePicture:
+    """A picture to try, with what may be asked about it."""
+
+    path: Path
+    questions: tuple[str, ...]
+
+
+def find_examples(recipe: Recipe, folder: Path) -> tuple[str, list[ExamplePicture]]:
+    """Pictures to try an adapter with, and what they are.
+
+    Args:
+        recipe: the adapter's.
+        folder: where scenes are drawn, if they are needed.
+    """
+    own = data_examples(recipe)
+    if own:
+        return f"from its {'validation' if recipe.data.val else 'training'} data", own
+    photos = [] if _is_easy_vqa(recipe) else list(photos_at_hand())[:COUNT]
+    scenes = list(drawn_scenes(folder, COUNT - len(photos)))
+    kinds = [kind for kind, found in (("photos", photos), ("drawn scenes", scenes)) if found]
+    return f"{' and '.join(kinds)}, not from its training data", [*photos, *scenes]
+
+
+def data_examples(recipe: Recipe) -> list[ExamplePicture]:
+    """Pictures and questions from the data an adapter was trained with, where it lies on this machine.
+
+    Where there are enough, each begins with a question that none before has; rows of several pictures are passed over.
+    Nothing is fetched.
+    """
+    source = recipe.data.val or recipe.data.train
+    named = source if isinstance(source, str) else source[0].file
+    task = None if recipe.task == "mixed" else recipe.task
+    try:
+        rows = read_data(named, task=task, need_answers=False, skip_bad_rows=True, limit=400, offline=True)
+    except UserError:
+        return []  # the adapter has come without its data, which is the usual case and no mistake
+    asked: dict[Path, list[str]] = {}
+    for example in rows.examples:
+        path = example.images[0].path if len(example.images) == 1 else None
+        if path is not None and path.suffix.lower() in _SHOWN_BY_BROWSERS:
+            questions = asked.setdefault(path, [])
+            if example.question and example.question not in questions:
+                questions.append(example.question)
+    first: dict[Path, str] = {}
+    for new_only in (True, False):
+        for path, questions in asked.items():
+            if len(first) == COUNT or path in first:
+                continue
+            fresh = [text for text in questions if text not in first.values()]
+            if fresh or not new_only:
+                first[path] = (fresh or questions or [""])[0]
+    return [
+        ExamplePicture(path, tuple(filter(None, dict.fromkeys([text, *asked[path]])))[:_QUESTIONS])
+        for path, text in first.items()
+    ]
+
+
+def photos_at_hand() -> Iterator[ExamplePicture]:
+    """Photos in installed packages; none of these is imported."""
+    for package, name, questions in _PHOTOS:
+        found = importlib.util.find_spec(package)
+        path = Path(found.origin).parent / name if found is not None and found.origin else None
+        if path is not None and path.is_file():
+            yield ExamplePicture(path, questions)
+
+
+def drawn_scenes(folder: Path, count: int) -> Iterator[ExamplePicture]:
+    """Scenes of coloured shapes, drawn into a folder."""
+    for number, scene in enumerate(make_scenes(count, seed=1), start=1):
+        path = folder / f"scene {number}.png"
+        draw_scene(scene).save(path)
+        asked = sorted(questions_of(scene, random.Random(number)), key=lambda question: -question.steps)
+        yield ExamplePicture(path, tuple(question.question for question in asked)[:_QUESTIONS])
+
+
+def _is_easy_vqa(recipe: Recipe) -> bool:
+    """Whether an adapter knows nothing but drawn shapes, for which a photo is no fair trial."""
+    train = recipe.data.train
+    return isinstance(train, str) and train.startswith("easy-vqa")

@@ -1,0 +1,214 @@
+"""The tab for search: a folder's pictures, or uploaded ones, by words or by a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from adapters.artefact import sight_fingerprint
+from adapters.data.images import ImageRef, open_image
+from adapters.retrieval import Retriever
+from qformer.errors import UserError
+from serve.engine import Engine
+from serve.loaded import LoadedAdapter
+from serve.page.desk import ASKS_MODELS, PRIVATE, Desk
+from serve.page.inputs import told_on_the_page, uploaded, whole
+from serve.page.words import can_search, search_note, shown_note
+from serve.retrieval import Hit, PictureIndex, rank
+
+MAX_UPLOADS = 200
+MOST = 24  # pictures shown
+_THUMBNAIL = 480  # pixels, the longest side
+_FOLDER, _UPLOADS = "folder", "uploads"
+
+
+class Finder:
+    """Searches with whichever adapter is chosen; models run in the engine's thread.
+
+    Args:
+        engine: holds the adapters.
+        folder: the folder that may be searched, or None.
+    """
+
+    def __init__(self, engine: Engine, folder: Path | None) -> None:
+        self.engine = engine
+        self.folder = folder
+        self._retrievers: dict[str, Retriever] = {}
+        self._indexes: dict[str, PictureIndex] = {}
+
+    def index_folder(self, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, int]:
+        """Bring the folder's index up to date, for every adapter that can search; the number of pictures for each.
+
+        Args:
+            on_progress: called with (adapter, done, files to encode).
+        """
+        found = {}
+        for name in self.engine.names if self.folder is not None else ():
+            if can_search(self.engine.adapter(name)):
+                tell = None if on_progress is None else partial(on_progress, name)
+                found[name] = self.engine.run(partial(self._index, on_progress=tell), adapter=name).result()
+        return found
+
+    def in_folder(self, query: str | ImageRef, most: int, adapter: str) -> list[tuple[Hit, ImageRef]]:
+        """The folder's best pictures.
+
+        Raises:
+            UserError: there is no folder, or the adapter cannot search.
+            Busy: too many wait.
+        """
+        self._check(adapter)
+        if self.folder is None:
+            raise UserError("There is no folder to search: start the page with --search-folder FOLDER, or upload some")
+        folder = self.folder
+
+        def errand(loaded: LoadedAdapter) -> list[Hit]:
+            if loaded.name not in self._indexes:
+                self._index(loaded)
+            return self._indexes[loaded.name].search(query, most=most)
+
+        hits = self.engine.run(errand, adapter=adapter).result()
+        return [(hit, ImageRef(hit.path, path=folder / hit.path)) for hit in hits]
+
+    def among(
+        self, pictures: Sequence[ImageRef], query: str | ImageRef, most: int, adapter: str
+    ) -> list[tuple[Hit, ImageRef]]:
+        """The best of some pictures; raises as `in_folder`."""
+        self._check(adapter)
+
+        def errand(loaded: LoadedAdapter) -> list[tuple[Hit, ImageRef]]:
+            retriever = self._retriever(loaded)
+            hits = rank(retriever, pictures, retriever.embed_images(pictures), query, most=most)
+            return [(hit, pictures[place]) for place, hit in hits]
+
+        return self.engine.run(errand, adapter=adapter).result()
+
+    def _check(self, name: str) -> None:
+        adapter = self.engine.adapter(name)
+        if not can_search(adapter):
+            raise UserError(
+                f"{adapter.name} was trained without its text side (bridge.text_branch), so it cannot search"
+            )
+
+    def _retriever(self, adapter: LoadedAdapter) -> Retriever:
+        if adapter.name not in self._retrievers:
+            self._retrievers[adapter.name] = Retriever(adapter.assembly.sight)
+        return self._retrievers[adapter.name]
+
+    def _index(self, adapter: LoadedAdapter, on_progress: Callable[[int, int], None] | None = None) -> int:
+        assert self.folder is not None
+        key = sight_fingerprint(adapter.assembly.sight)
+        index = PictureIndex(self.folder, self._retriever(adapter), key=key)
+        count = index.update(on_progress).pictures
+        self._indexes[adapter.name] = index
+        return count
+
+
+def search_tab(desk: Desk, finder: Finder) -> gr.HTML:
+    """Build the tab and its endpoint `/search`; returns the note that hangs on the adapter."""
+    places = {f"The folder {finder.folder.name}": _FOLDER} if finder.folder else {}
+    places["Pictures that I upload"] = _UPLOADS
+    first = next(iter(places.values()))
+    with gr.Tab("Search", id="search"):
+        note = gr.HTML(**shown_note(search_note(desk.engine.adapter())), elem_id="search-note")
+        with gr.Row():
+            with gr.Column(scale=5, min_width=280):
+                text = gr.Textbox(
+                    label="Words, in English", lines=1, elem_id="search-text", placeholder="two dogs on a beach",
+                )  # fmt: skip
+                like = gr.Image(
+                    type="filepath", image_mode=None, label="Or a picture like this one", height=230,
+                    sources=["upload", "clipboard"], buttons=[], elem_id="search-like",
+                )  # fmt: skip
+                where = gr.Radio(
+                    list(places.items()),
+                    value=first,
+                    label="Search in",
+                    visible=len(places) > 1,
+                    elem_id="search-where",
+                )
+                files = gr.File(
+                    label="Pictures to search among", file_count="multiple", file_types=["image"], height=140,
+                    visible=first == _UPLOADS, elem_id="search-files",
+                )  # fmt: skip
+                most = gr.Slider(1, MOST, 6, step=1, label="How many to show", elem_id="search-most")
+                button = gr.Button("Search", variant="primary", elem_id="search-ask")
+            with gr.Column(scale=7, min_width=280):
+                gallery = gr.Gallery(
+                    show_label=False, label="Found", columns=3, height=520, object_fit="contain",
+                    buttons=["fullscreen"], interactive=False, elem_id="found",
+                )  # fmt: skip
+                gr.HTML(
+                    "<p>The score is the cosine of picture and query; per cent is how far the matching head believes"
+                    " that words and picture belong together. The best of a bad lot still comes first.</p>",
+                    elem_classes="hint",
+                )
+
+    def run(text: str | None, like: Any, where: str, files: Any, most: Any, adapter: str) -> list[tuple[Hit, ImageRef]]:
+        with told_on_the_page():
+            query = _query(text, like, desk.uploads)
+            count = max(1, min(whole(most, "most"), MOST))
+            if where == _FOLDER:
+                return finder.in_folder(query, count, adapter)
+            return finder.among(_files(files, desk.uploads), query, count, adapter)
+
+    def show(
+        text: str, like: Any, where: str, files: Any, most: Any, adapter: str
+    ) -> list[tuple[Image.Image, str]]:  # fmt: skip
+        found = run(text, like, where, files, most, adapter)
+        with told_on_the_page():
+            return [(_thumbnail(ref), f"{_scores(hit)} · {Path(hit.path).name}") for hit, ref in found]
+
+    def search(
+        text: str | None = None,
+        like: Any = None,
+        where: str = first,
+        files: Any = None,
+        most: int = 6,
+        adapter: str = "",
+    ) -> list[dict[str, Any]]:
+        """Find pictures in the page's folder ("folder") or among uploaded ones ("uploads"), by words or a picture."""
+        return [vars(hit) for hit, _ in run(text, like, where, files, most, adapter)]
+
+    inputs = [text, like, where, files, most, desk.adapter]
+    gr.on([button.click, text.submit], show, inputs, gallery, **ASKS_MODELS, **PRIVATE)
+    where.change(
+        lambda chosen: gr.File(visible=chosen == _UPLOADS), where, files, queue=False, show_progress="hidden", **PRIVATE
+    )
+    desk.endpoint("search", search, inputs)
+    return note
+
+
+def _query(text: str | None, like: Any, uploads: Path) -> str | ImageRef:
+    found = str(text or "").strip()
+    if found and like:
+        raise UserError("There are words and a picture: take one of them away, and search by the other")
+    if not found and not like:
+        raise UserError("There is nothing to look for yet: write some words, or put a picture in")
+    return found or uploaded(like, uploads)
+
+
+def _files(files: Any, uploads: Path) -> list[ImageRef]:
+    listed = files if isinstance(files, list) else [files] if files else []
+    if not listed:
+        raise UserError("There are no pictures to search among yet: upload some")
+    if len(listed) > MAX_UPLOADS:
+        raise UserError(
+            f"{len(listed)} pictures are too many: upload at most {MAX_UPLOADS}, or start with --search-folder"
+        )
+    return [uploaded(file, uploads) for file in listed]
+
+
+def _thumbnail(ref: ImageRef) -> Image.Image:
+    """A small copy: the file itself stays where it is, out of the page's reach."""
+    picture = open_image(ref)
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return picture
+
+
+def _scores(hit: Hit) -> str:
+    return f"{hit.score:.2f}" + ("" if hit.match is None else f" · {hit.match:.0%}")

@@ -1,0 +1,130 @@
+"""A server of the API in a thread, and an engine whose answers come when a test says so."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+from openai import DefaultHttpxClient, OpenAI
+
+from adapters.data.prompts import Turn
+from qformer.decoding import Decoding
+from qformer.errors import UserError
+from serve.engine import Engine
+from serve.http import build_app
+from serve.http_server import Listener, make_server
+from serve.tickets import Answer, Busy, Ticket
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def data_uri(picture: Path | bytes) -> str:
+    data = picture if isinstance(picture, bytes) else picture.read_bytes()
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def shown(picture: Path | bytes | str) -> dict[str, Any]:
+    """A part of a message that is a picture: a file, its bytes, or an address."""
+    return {"type": "image_url", "image_url": {"url": picture if isinstance(picture, str) else data_uri(picture)}}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def user(*parts: dict[str, Any] | str) -> dict[str, Any]:
+    return {"role": "user", "content": parts[0] if isinstance(parts[0], str) else list(parts)}
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 30) -> None:
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < seconds, "it did not come about"
+        time.sleep(0.01)
+
+
+class FakeEngine:
+    """Takes questions as the real one does, and answers when told to."""
+
+    names = ("first", "second")
+
+    def __init__(self, max_waiting: int = 64, max_batch: int = 16) -> None:
+        self.max_waiting = max_waiting
+        self.max_batch = max_batch
+        self.tickets: list[Ticket] = []
+        self.turns: list[Sequence[Turn]] = []
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def waiting(self) -> int:
+        return sum(not ticket.done for ticket in self.tickets)
+
+    def chat(
+        self,
+        turns: Sequence[Turn],
+        *,
+        adapter: str | None = None,
+        decoding: Decoding | None = None,
+        stops: Sequence[str] = (),
+    ) -> Ticket:
+        if turns[-1].role != "user":
+            raise UserError("messages: the last one must be the user's")
+        if self.waiting >= self.max_waiting:
+            raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
+        ticket = Ticket(SimpleNamespace(name=adapter), SimpleNamespace(images=()), decoding or Decoding(), ())  # type: ignore[arg-type]
+        ticket.stops = tuple(stops)
+        self.tickets.append(ticket)
+        self.turns.append(turns)
+        return ticket
+
+    def asked(self, count: int = 1) -> Ticket:
+        """The ticket of the request that came as the `count`th."""
+        eventually(lambda: len(self.tickets) >= count)
+        return self.tickets[count - 1]
+
+
+def finish(ticket: Ticket, text: str = "red", **changes: Any) -> None:
+    values: dict[str, Any] = {"finish": "stop", "confidence": 0.5, "tokens": 2, "prompt_tokens": 7} | changes
+    ticket._finish(Answer(text, ticket.adapter.name, **values))
+
+
+@contextmanager
+def served(engine: Engine | FakeEngine, **options: Any) -> Iterator[str]:
+    """The address of a server over an engine."""
+    app = build_app(engine, **options)  # type: ignore[arg-type]
+    listener = Listener("127.0.0.1", 0)
+    server = make_server(app, listener)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.socket]})
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield listener.url
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        app.state.chat.shut()
+    assert not thread.is_alive()
+
+
+def openai_client(url: str, **options: Any) -> OpenAI:
+    """The official client, past any proxy that the environment may name."""
+    values: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 60} | options
+    return OpenAI(base_url=f"{url}/v1", http_client=DefaultHttpxClient(trust_env=False), **values)
+
+
+def http(url: str, **options: Any) -> httpx.Client:
+    return httpx.Client(base_url=url, trust_env=False, timeout=60, **options)
