@@ -19,6 +19,7 @@ from adapters.data.prompts import Prompt, PromptBuilder, PromptStyle, Turn
 from adapters.recipe import Recipe, parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.loaded import checked_choices
 from serve.tickets import Answer, Busy, Ticket
 
 
@@ -88,6 +89,7 @@ class FakeEngine:
         return self._write(f"a caption ({language}) of {picture.label}", adapter, decoding)
 
     def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> Ticket:
+        choices = checked_choices(choices)
         shares = {choice: share for choice, share in zip(choices, (0.7, 0.2, 0.1), strict=False)}
         return self._write(choices[0], adapter, Decoding(), shares)
 

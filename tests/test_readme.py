@@ -80,9 +80,15 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture
 def quiet_page(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """`demo` comes back at once; the page itself has tests of its own."""
+    """`demo` and `serve` come back at once; page and API have tests of their own."""
     ports: list[int] = []
     monkeypatch.setattr("serve.demo.launch", lambda engine, port, **_: ports.append(port))
+
+    def serve(app: Any, listener: Any) -> None:
+        ports.append(int(listener.url.rpartition(":")[2]))
+        listener.socket.close()
+
+    monkeypatch.setattr("serve.http_server.serve", serve)
     return ports
 
 
@@ -106,7 +112,8 @@ def test_every_command_runs(
     if "--resume" in command and not Path("runs/mine").exists():
         run("querybridge finetune my_data.jsonl --out runs/mine --quiet", monkeypatch)
     assert run(command, monkeypatch) == 0
-    assert quiet_page == ([7860] if " demo" in command else [])
+    served = {"demo": 7860, "serve": 8000}
+    assert quiet_page == [port for name, port in served.items() if command.startswith(f"querybridge {name} ")]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "estimate" in c])
@@ -115,7 +122,7 @@ def test_estimates_run_as_written(command: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_python_examples_run(in_workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = [block for block in blocks("python") if "gradio_client" not in block]
+    (example,) = blocks("python")
     for made in ("runs/from_python", "answers_too.jsonl"):
         path = in_workplace / made
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

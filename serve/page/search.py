@@ -172,7 +172,9 @@ def search_tab(desk: Desk, finder: Finder) -> gr.HTML:
         adapter: str = "",
     ) -> list[dict[str, Any]]:
         """Find pictures in the page's folder ("folder") or among uploaded ones ("uploads"), by words or a picture."""
-        return [vars(hit) for hit, _ in run(text, like, where, files, most, adapter)]
+        found = run(text, like, where, files, most, adapter)
+        # no "path": clients take what is called so for a file to fetch
+        return [{"picture": hit.path, "score": hit.score, "match": hit.match} for hit, _ in found]
 
     inputs = [text, like, where, files, most, desk.adapter]
     gr.on([button.click, text.submit], show, inputs, gallery, **ASKS_MODELS, **PRIVATE)

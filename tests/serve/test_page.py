@@ -15,12 +15,12 @@ from page_server import draw_data, served
 from PIL import Image
 
 from qformer.decoding import Decoding
-from serve.engine import Answer
 from serve.page.chat import Conversation
 from serve.page.inputs import Settings
 from serve.page.reason import Thought, as_messages
 from serve.page.vqa import as_table, parse_line
 from serve.page.words import about, head, how_it_went, look_note, reason_note, search_note
+from serve.tickets import Answer
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_failed_turn_leaves_the_conversation_as_it_was(client: Client, engine:
 
 
 def test_marks_for_pictures_are_counted(client: Client, folder: Path) -> None:
-    with pytest.raises(AppError, match="2 <image> marks but 1 pictures"):
+    with pytest.raises(AppError, match="2 &lt;image&gt; marks but 1 pictures"):
         client.predict(said("<image> or <image>?", folder / "red.png"), api_name="/chat")
 
 
@@ -268,7 +268,7 @@ def test_an_adapter_without_a_text_side_cannot_search(client: Client, folder: Pa
 @pytest.mark.parametrize(
     ("given", "says"),
     [({}, "nothing to look for"), ({"text": "a cat", "like": "red.png"}, "words and a picture"),
-     ({"text": "a cat"}, "no pictures to search among"), ({"text": "a cat", "where": "folder"}, "quickstart was trained")],
+     ({"text": "a cat"}, "no pictures to search"), ({"text": "a cat", "where": "folder"}, "without its text side")],
 )  # fmt: skip
 def test_a_search_that_cannot_be_made_is_told(client: Client, folder: Path, given: dict[str, Any], says: str) -> None:
     values = {**given, **({"like": handle_file(folder / given["like"])} if "like" in given else {})}
@@ -341,7 +341,7 @@ def test_notes_are_honest_about_what_was_not_taught(folder: Path) -> None:
     text: Any = FakeAdapter(make_recipe(folder, bridge={"text_branch": True}), "text")
 
     assert "was not trained to give reasons" in reason_note(plain)
-    assert "not a proof" in reason_note(taught) or "is a proof" in reason_note(taught)
+    assert "made from the thought" in reason_note(taught)
     assert "trained to answer directly" in reason_note(direct)
     assert "has no queries" in look_note(mean) and look_note(plain) == ""
     assert "text side" in search_note(plain) and search_note(text) == ""
