@@ -212,7 +212,7 @@ def answer_examples(
     task: str,
     *,
     decoding: Decoding,
-    batch_size: int = 16,
+    batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Answer questions about pictures.
@@ -225,7 +225,7 @@ def answer_examples(
         examples: what is asked; answers they may hold are not looked at.
         task: "vqa" or "caption".
         decoding: how tokens are chosen.
-        batch_size: prompts generated together.
+        batch_size: prompts generated together, each beam counted as one.
         on_progress: called with (done, total) after each batch.
 
     Returns:
@@ -243,7 +243,7 @@ def reply_to_examples(
     task: str,
     *,
     decoding: Decoding,
-    batch_size: int = 16,
+    batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Said]:
     """As `answer_examples`, with what is known of each answer."""
@@ -258,7 +258,7 @@ def answer_all(
     asked: Sequence[Asked],
     decoding: Decoding,
     *,
-    batch_size: int = 16,
+    batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Said]:
     """As `reply_to_examples`, from prompts that are made already."""
@@ -275,9 +275,10 @@ def answer_all(
     )
     answerer = Answerer(assembly)
     found: dict[int, Said] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    size = max(1, batch_size // decoding.num_beams)
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
         found |= zip(chosen, answerer([asked[index] for index in chosen], decoding), strict=True)
         if on_progress:
-            on_progress(min(start + batch_size, len(order)), len(order))
+            on_progress(min(start + size, len(order)), len(order))
     return [found[first[key]] for key in keys]

@@ -13,6 +13,7 @@ from typing import Literal
 from adapters.answering import answer_examples
 from adapters.assembly import Assembly
 from adapters.data.examples import Example
+from adapters.data.prompts import PromptStyle
 from adapters.evaluation.rationales import score_reasons
 from adapters.evaluation.scienceqa import choice_of
 from adapters.recipe import Recipe
@@ -44,7 +45,7 @@ def reason_examples(
     rationales: Sequence[str] | None = None,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 64,
     on_progress: Progress | None = None,
 ) -> list[Thought]:
     """Reason about questions, and answer them from the reasons; directly where that is what the adapter was taught.
@@ -125,12 +126,18 @@ def _told(recipe: Recipe) -> str:
     return f"it was taught {' and '.join(sorted(_stages(recipe)))} alone (reason.stages)"
 
 
+def in_words(answer: str, choices: Sequence[str], style: PromptStyle) -> str:
+    """An answer that names a choice by its letter, in the choice's words; any other as it is."""
+    place = choice_of(answer, len(choices)) if style.letters else None
+    return answer if place is None else choices[place]
+
+
 def give_reasons(
     assembly: Assembly,
     examples: Sequence[Example],
     *,
     decoding: Decoding,
-    batch_size: int = 16,
+    batch_size: int = 64,
     on_progress: Progress | None = None,
 ) -> list[str]:
     """The first stage alone: one text an example."""
@@ -140,7 +147,7 @@ def give_reasons(
     )
 
 
-def validate_reasons(assembly: Assembly, examples: Sequence[Example], *, batch_size: int = 16) -> dict[str, float]:
+def validate_reasons(assembly: Assembly, examples: Sequence[Example], *, batch_size: int = 64) -> dict[str, float]:
     """Score rows as far as the stages go that an adapter is taught.
 
     Returns:
@@ -190,13 +197,7 @@ def _give_answers(
     """The second stage: one answer an example, in words."""
     asked = [replace(one, task=None, rationale=text) for one, text in zip(examples, rationales, strict=True)]
     said = answer_examples(assembly, asked, "answer", decoding=decoding, batch_size=batch_size, on_progress=on_progress)
-    if not assembly.prompts.style.letters:
-        return said
-    places = [choice_of(text, len(example.choices)) for text, example in zip(said, examples, strict=True)]
-    return [
-        text if place is None else example.choices[place]
-        for text, place, example in zip(said, places, examples, strict=True)
-    ]
+    return [in_words(text, one.choices, assembly.prompts.style) for text, one in zip(said, examples, strict=True)]
 
 
 class Passes:

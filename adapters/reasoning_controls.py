@@ -27,7 +27,7 @@ def reason_controls(
     answerer: Assembly | None = None,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Thought]]:
     """What the same adapter answers where something is taken from it.

@@ -18,7 +18,8 @@ def head_sees(model: Any, positions: Tensor | tuple[slice, slice]) -> Iterator[N
     A hook on the head, rather than a call of the parts below it, keeps whatever a model does before its head (T5's
     scaling) and after it (Gemma's soft cap), and works through PEFT's wrapper.
     """
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][positions],))
+    # A slice that isn't contiguous would have torch multiply batch by batch, with a copy of the head for each
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][positions].contiguous(),))
     try:
         yield
     finally:

@@ -43,7 +43,7 @@ class VQAPredictor:
         adapter: str | Path | None = None,
         *,
         decoding: Decoding | Mapping[str, Decoding] | None = None,
-        batch_size: int = 16,
+        batch_size: int = 64,
         **options: Any,
     ) -> None:
         self.engine: LoadedAdapter = load_adapter(adapter, **options)

@@ -20,7 +20,7 @@ from qformer.errors import UserError
 from serve.engine import Engine
 from serve.page.caption import caption_tab
 from serve.page.chat import chat_tab
-from serve.page.desk import AT_ONCE_AND_PRIVATE, Desk
+from serve.page.desk import IMMEDIATE, Desk
 from serve.page.examples import find_examples
 from serve.page.inputs import MAX_BEAMS, MAX_TOKENS
 from serve.page.look import look_tab
@@ -61,9 +61,7 @@ def build_page(engine: Engine, *, finder: Finder | None = None) -> gr.Blocks:
                     engine.names, value=adapter.name, label="Adapter", filterable=False, elem_id="adapter"
                 )
         settings = _make_settings()
-        desk = Desk(
-            engine, chooser, settings, examples, examples_from, finder.folder, Path(chooser.GRADIO_CACHE).resolve()
-        )
+        desk = Desk(engine, chooser, settings, examples, examples_from, Path(chooser.GRADIO_CACHE).resolve())
         with gr.Tabs(elem_id="tabs"):
             chat_tab(desk)
             vqa_tab(desk)
@@ -87,7 +85,7 @@ def build_page(engine: Engine, *, finder: Finder | None = None) -> gr.Blocks:
             return [head(chosen), about(chosen), *shown, gr.Textbox(visible=reads)]
 
         told = [top, facts, captions, reasons, searches, looks, look_question]
-        chooser.change(tell, chooser, told, **AT_ONCE_AND_PRIVATE)
+        chooser.change(tell, chooser, told, **IMMEDIATE)
     page.queue(max_size=MAX_WAITING)
     return page
 
@@ -115,13 +113,15 @@ def launch(
         The page; `local_url` is its address.
 
     Raises:
-        UserError: the port is taken, `auth` is not of that form, or there is no such folder.
+        UserError: the port is taken, `auth` is not of that form, there is no such folder, or no adapter can search it.
         KeyboardInterrupt: Ctrl-C was pressed; the server is closed by then.
     """
     login = _login(auth)
     finder = Finder(engine, None if search_folder is None else find_folder(search_folder))
     port = _free_port(port)
-    finder.index_folder(lambda name, done, total: _tell(f"{name}: encoded {done}/{total}"))
+    for name, report in finder.index_folder(lambda name, done, total: _tell(f"{name}: encoded {done}/{total}")).items():
+        left_out = f", {len(report.unreadable)} files are left out" if report.unreadable else ""
+        _tell(f"{name}: {report.pictures} pictures may be searched{left_out}")
     page = build_page(engine, finder=finder)
     _keep_proxies_out()
     try:

@@ -30,7 +30,7 @@ def evaluate_reasons(
     limit: int | None = None,
     skip_bad_rows: bool = False,
     offline: bool = False,
-    batch_size: int = 16,
+    batch_size: int = 64,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,

@@ -6,25 +6,25 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from adapters.data.images import ImageRef, image_ref
-from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
 from serve.http_errors import ApiError, closing, fault, too_busy, too_slow
 from serve.http_fetch import PictureFetcher
-from serve.http_messages import ChatRequest, Reply, parse_request, turns_of
+from serve.http_messages import ChatRequest, Reply, parse_request
 from serve.http_metrics import Metrics
-from serve.http_progress import Progress
-from serve.loaded import checked_choices
+from serve.http_plan import plan_of
+from serve.http_progress import Progress, Written
 from serve.tickets import Answer, Busy, Ticket
 
 LOG = logging.getLogger("querybridge.http")
@@ -41,7 +41,7 @@ class Limits:
         request_timeout: seconds for a whole request, its waiting included.
         max_body: bytes of a request's body; of a picture fetched from elsewhere too.
         max_images: pictures of one request.
-        max_tokens: the longest answer; what is given to who asks for more, or names no number.
+        max_tokens: the longest answer; what is given to who asks for more, or names no number. No reasons are longer.
     """
 
     request_timeout: float = 120.0
@@ -101,20 +101,19 @@ class ChatService:
         with _mistakes_of_users():
             try:
                 async with asyncio.timeout_at(deadline):
-                    ticket, stream, wants_usage = await self._begin(body)
+                    progress, reply, stream = await self._begin(body, deadline)
             except TimeoutError:
                 raise self._too_late() from None
             del body  # it may be large, and the answer may take its time
-            progress = Progress(ticket, deadline=deadline, too_late=self._too_late)
             self._followed.add(progress)
             if stream:
-                return await self._stream(progress, wants_usage)
+                return await self._stream(progress, reply)
             try:
                 answer = await progress.answer()
             finally:
                 self._leave(progress)
         self._count(answer, progress)
-        return JSONResponse(Reply(answer.adapter).whole(answer))
+        return JSONResponse(reply.whole(answer))
 
     def close(self) -> None:
         """End what is still under way, each with an error of its own."""
@@ -126,13 +125,21 @@ class ChatService:
         """Let go of the threads, once the server has ended."""
         self._preparers.shutdown(wait=False, cancel_futures=True)
 
-    async def _begin(self, body: bytes | bytearray) -> tuple[Ticket, bool, bool]:
-        """Ask what a body asks; the ticket, whether to stream it, and whether with a count of tokens."""
+    async def _begin(self, body: bytes | bytearray, deadline: float) -> tuple[Progress, Reply, bool]:
+        """Ask what a body asks; what becomes of it, the form of its answer, and whether to stream it."""
         request = await self._in_thread(lambda: parse_request(body))
         model = self._model(request)
         pictures = await self._pictures(request)
-        ticket = await self._ask(request, model, pictures)
-        return ticket, bool(request.stream), request.wants_usage
+        plan = plan_of(request, self.engine, pictures, model=model, max_tokens=self.limits.max_tokens)
+        progress = Progress(
+            await self._ask(plan.begin),
+            deadline=deadline,
+            too_late=self._too_late,
+            conclude=None if plan.conclude is None else self._asking(plan.conclude),
+            in_words=plan.in_words,
+        )
+        reply = Reply(model, with_reasons=bool(request.reason), with_usage=request.wants_usage)
+        return progress, reply, bool(request.stream)
 
     def _model(self, request: ChatRequest) -> str:
         model = request.model or self.engine.names[0]
@@ -162,63 +169,45 @@ class ChatService:
             )
         return await self.fetcher.fetch(url, where=where)
 
-    async def _ask(self, request: ChatRequest, model: str, pictures: list[ImageRef]) -> Ticket:
-        """Hand the request to the engine; who leaves meanwhile leaves no work behind."""
-        asking = asyncio.ensure_future(self._in_thread(lambda: self._submit(request, model, pictures)))
+    def _asking(self, conclude: Callable[[str], Ticket]) -> Callable[[str], Awaitable[Ticket]]:
+        return lambda rationale: self._ask(partial(conclude, rationale))
+
+    async def _ask(self, submit: Callable[[], Ticket]) -> Ticket:
+        """Hand a request to the engine; who leaves meanwhile leaves no work behind."""
+        asking = asyncio.ensure_future(self._in_thread(submit))
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:
             asking.add_done_callback(_stop_what_came)
             raise
 
-    def _submit(self, request: ChatRequest, model: str, pictures: list[ImageRef]) -> Ticket:
-        turns = turns_of(request.messages, pictures)
-        if request.answer_choices is not None:
-            try:
-                choices = checked_choices(request.answer_choices, where="answer_choices")
-            except UserError as error:
-                raise ApiError(400, str(error), param="answer_choices") from error
-            return self.engine.choose(turns, choices, adapter=model)
-        asked_for = request.max_completion_tokens or request.max_tokens or self.limits.max_tokens
-        decoding = Decoding(
-            max_new_tokens=min(asked_for, self.limits.max_tokens),
-            temperature=request.temperature or 0.0,
-            top_p=request.top_p or 1.0,
-        )
-        return self.engine.chat(turns, adapter=model, decoding=decoding, stops=request.stop or ())
-
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparers, work)
 
-    async def _stream(self, progress: Progress, wants_usage: bool) -> Response:
+    async def _stream(self, progress: Progress, reply: Reply) -> Response:
         """A stream; what goes wrong before its first text is told by the status instead."""
-        texts = progress.texts()
+        written = progress.written()
         try:
-            first = await anext(texts, None)
+            first = await anext(written)
         except BaseException:
             self._leave(progress)
             raise
-        return _EventStream(self._events(progress, wants_usage, first, texts), on_end=lambda: self._leave(progress))
+        return _EventStream(self._events(progress, reply, first, written), on_end=lambda: self._leave(progress))
 
     async def _events(
-        self, progress: Progress, wants_usage: bool, first: str | None, texts: AsyncIterator[str]
+        self, progress: Progress, reply: Reply, first: Written, rest: AsyncIterator[Written]
     ) -> AsyncIterator[str]:
-        reply = Reply(progress.ticket.adapter.name)
-        usage: dict[str, Any] = {"usage": None} if wants_usage else {}  # OpenAI's, until the last chunk
-        sent = ""
         try:
-            yield _event(usage | reply.opening())
-            async for text in _begun(first, texts):
-                if new := _rest(_settled(text, progress.ticket.stops), sent):
-                    yield _event(usage | reply.delta(new))
-                    sent += new
-            answer = progress.ticket.result()
-            self._count(answer, progress)
-            if new := _rest(answer.text, sent):
-                yield _event(usage | reply.delta(new))
-            for chunk in reply.closing(answer, with_usage=wants_usage):
-                yield _event(usage | chunk)
-            yield "data: [DONE]\n\n"
+            with _mistakes_of_users():
+                yield _event(reply.opening())
+                async for written in _begun(first, rest):
+                    for chunk in reply.deltas(written.text, written.rationale):
+                        yield _event(chunk)
+                answer = progress.result()
+                self._count(answer, progress)
+                for chunk in reply.closing(answer):
+                    yield _event(chunk)
+                yield "data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body)
         except Exception:
@@ -227,7 +216,7 @@ class ChatService:
 
     def _leave(self, progress: Progress) -> None:
         self._followed.discard(progress)
-        progress.ticket.stop()
+        progress.stop()
 
     def _count(self, answer: Answer, progress: Progress) -> None:
         now = time.monotonic()
@@ -269,22 +258,10 @@ def _stop_what_came(asking: asyncio.Future[Ticket]) -> None:
         asking.result().stop()
 
 
-async def _begun(first: str | None, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    if first is not None:
-        yield first
-    async for text in rest:
-        yield text
-
-
-def _settled(text: str, stops: Sequence[str]) -> str:
-    """A text without an end that might yet become a stop string, since what was sent cannot be taken back."""
-    held = max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
-    return text[: len(text) - held].rstrip() if held else text
-
-
-def _rest(text: str, sent: str) -> str:
-    """What is new in a text."""
-    return text[len(sent) :] if text.startswith(sent) else ""
+async def _begun(first: Written, rest: AsyncIterator[Written]) -> AsyncIterator[Written]:
+    yield first
+    async for written in rest:
+        yield written
 
 
 def _event(chunk: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The shapes of OpenAI's chat completions: what a client sends, checked, and what it gets.
 
 What is not done here is refused where it would change the answer, and ignored where it would not. Beyond OpenAI's
-fields a request may have `answer_choices`, and a response has `querybridge`, with the answer's confidence.
+fields a request may have `answer_choices`, `reason` and `context`, and a response has `querybridge`, with the answer's
+confidence, and `reasoning_content`, where reasons were asked for.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ class ChatRequest(_Shape):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     answer_choices: Annotated[list[Choice], Field(max_length=MAX_CHOICES)] | None = None
+    reason: bool | None = None
+    context: str | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -168,14 +171,30 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
         request = ChatRequest.model_validate(values)
     except ValidationError as error:
         raise invalid(error) from None
-    if sum(len(part.text or "") for message in request.messages for part in message.content) > MAX_TEXT:
+    told = sum(len(part.text or "") for message in request.messages for part in message.content)
+    if told + len(request.context or "") > MAX_TEXT:
         raise ApiError(
             400, f"messages: more than {MAX_TEXT:,} characters; shorten them", param="messages",
             code="context_length_exceeded",
         )  # fmt: skip
     if not any((part.text or "").strip() for part in request.messages[-1].content):
         raise ApiError(400, "messages: the last one has no words; ask something", param="messages")
+    _check_reason(request)
     return request
+
+
+def _check_reason(request: ChatRequest) -> None:
+    if not request.reason:
+        if request.context is not None:
+            raise unsupported("context", "only where reason is true; say it in the question")
+        return
+    if request.stop:
+        raise unsupported("stop", "not where reason is true; leave it out")
+    if [message.role for message in request.messages] != ["user"]:
+        raise unsupported(
+            "messages",
+            "where reason is true there is one, the user's; what is told beside its pictures goes in context",
+        )
 
 
 def turns_of(messages: Sequence[Message], pictures: Sequence[ImageRef]) -> list[Turn]:
@@ -215,16 +234,23 @@ class Reply:
 
     Args:
         model: the adapter's name.
+        with_reasons: they were asked for; an adapter that gives none leaves their field empty.
+        with_usage: a stream ends with a count of tokens.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, with_reasons: bool = False, with_usage: bool = False) -> None:
         self.model = model
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
+        self._with_reasons = with_reasons
+        self._with_usage = with_usage
+        self._sent = {"reasoning_content": "", "content": ""}
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The body of a response."""
         message = {"role": "assistant", "content": answer.text, "refusal": None}
+        if self._with_reasons:
+            message["reasoning_content"] = answer.rationale
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(answer)}
         return self._object("chat.completion", [choice]) | {"usage": usage_of(answer), "querybridge": extras_of(answer)}
 
@@ -232,19 +258,24 @@ class Reply:
         """The chunk that begins a stream."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def delta(self, text: str) -> dict[str, Any]:
-        """A chunk of text."""
-        return self._chunk({"content": text})
+    def deltas(self, text: str, rationale: str | None) -> Iterator[dict[str, Any]]:
+        """Chunks of what is new since the last ones: of the reasons, then of the answer."""
+        for field, written in (("reasoning_content", rationale or ""), ("content", text)):
+            sent = self._sent[field]
+            if written != sent and written.startswith(sent):
+                self._sent[field] = written
+                yield self._chunk({field: written[len(sent) :]})
 
-    def closing(self, answer: Answer, *, with_usage: bool) -> Iterator[dict[str, Any]]:
+    def closing(self, answer: Answer) -> Iterator[dict[str, Any]]:
         """What ends a stream: why it ended and, where it was asked for, the count of tokens."""
         yield self._chunk({}, _finish_reason(answer)) | {"querybridge": extras_of(answer)}
-        if with_usage:
+        if self._with_usage:
             yield self._object("chat.completion.chunk", []) | {"usage": usage_of(answer)}
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return self._object("chat.completion.chunk", [choice])
+        usage = {"usage": None} if self._with_usage else {}  # OpenAI's, until the last chunk
+        return self._object("chat.completion.chunk", [choice]) | usage
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}

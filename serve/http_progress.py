@@ -1,74 +1,162 @@
-"""A ticket followed from an event loop: the engine's thread wakes the loop, and no thread waits."""
+"""A request followed from an event loop: the engine's thread wakes the loop, and no thread waits."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 
 from serve.http_errors import ApiError
-from serve.tickets import Answer, Ticket
+from serve.tickets import Answer, Busy, Ticket
+
+_PAUSE = 0.2  # seconds between two tries to get a second stage into a full queue
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is written so far and won't be taken back.
+
+    Attributes:
+        text: of the answer.
+        rationale: of the reasons; None where there are none.
+    """
+
+    text: str
+    rationale: str | None = None
 
 
 class Progress:
-    """What becomes of a ticket, for one client.
+    """What becomes of a request, for one client, in one stage or in two.
 
     Args:
         ticket: what was asked.
-        deadline: in the loop's time.
+        deadline: of all of it, in the loop's time.
         too_late: the error of an answer that is not there by then.
+        conclude: asks for the answer, given what the ticket was answered: the reasons; None where that is the answer.
+        in_words: an answer as it is told, where only the whole of it can be; None tells it as it is written.
     """
 
-    def __init__(self, ticket: Ticket, *, deadline: float, too_late: Callable[[], ApiError]) -> None:
-        self.ticket = ticket
+    def __init__(
+        self,
+        ticket: Ticket,
+        *,
+        deadline: float,
+        too_late: Callable[[], ApiError],
+        conclude: Callable[[str], Awaitable[Ticket]] | None = None,
+        in_words: Callable[[str], str] | None = None,
+    ) -> None:
         self.began = time.monotonic()
         self.first: float | None = None  # when the first text, or an end, was there
         self._deadline = deadline
         self._too_late = too_late
+        self._conclude = conclude
+        self._in_words = in_words
+        self._answer: Answer | None = None
         self._ended_by: ApiError | None = None
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        ticket.watch(self._told)
+        self._follow(ticket)
 
-    async def texts(self) -> AsyncIterator[str]:
-        """The whole text so far, each time it has grown, until the answer is there.
+    async def written(self) -> AsyncIterator[Written]:
+        """What is written, each time there may be more of it; at the end, all of it.
 
         Raises:
             ApiError: the answer did not come in time, or something else ended it.
             Exception: what went wrong in answering.
         """
-        seen = ""
-        while True:
-            self._changed.clear()
-            if self._ended_by is not None:
-                raise self._ended_by
-            if self.ticket.done:
-                self.ticket.result()  # raises what went wrong
-                return
-            text = self.ticket.text
-            if text != seen:
-                seen = text
-                yield text
-            try:
-                async with asyncio.timeout_at(self._deadline):
-                    await self._changed.wait()
-            except TimeoutError:
-                raise self._too_late() from None
+        thought: Answer | None = None
+        if self._conclude is not None:
+            async for text in self._texts():
+                yield Written("", text)
+            thought = self._ticket.result()
+            yield Written("", thought.text)
+            self._follow(await self._concluding(self._conclude, thought.text))
+        rationale = None if thought is None else thought.text
+        async for text in self._texts():
+            if self._in_words is None:
+                yield Written(_settled(text, self._ticket.stops), rationale)
+        self._answer = self._whole(self._ticket.result(), thought)
+        yield Written(self._answer.text, rationale)
 
     async def answer(self) -> Answer:
-        """The answer, once it is there; raises as `texts`."""
-        async for _ in self.texts():
+        """The answer, once it is there; raises as `written`."""
+        async for _ in self.written():
             pass
-        return self.ticket.result()
+        return self.result()
+
+    def result(self) -> Answer:
+        """The answer, of one whose end was told; of two stages, with the reasons and the tokens of both."""
+        assert self._answer is not None
+        return self._answer
+
+    def stop(self) -> None:
+        """Have the engine work no more on it."""
+        self._ticket.stop()
 
     def end(self, error: ApiError) -> None:
         """Have whoever follows be told of an error; called from the loop."""
         self._ended_by = error
         self._changed.set()
 
+    def _follow(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+        ticket.watch(self._told)
+
+    async def _texts(self) -> AsyncIterator[str]:
+        """The ticket's whole text so far, each time it has grown, until its answer is there."""
+        seen = ""
+        while True:
+            self._changed.clear()
+            self._go_on()
+            if self._ticket.done:
+                self._ticket.result()  # raises what went wrong
+                return
+            text = self._ticket.text
+            if text != seen:
+                seen = text
+                yield text
+            async with self._in_time():
+                await self._changed.wait()
+
+    async def _concluding(self, conclude: Callable[[str], Awaitable[Ticket]], rationale: str) -> Ticket:
+        """The second stage's ticket; who was let in is not sent away half way, however many wait."""
+        while True:
+            self._go_on()
+            async with self._in_time():
+                with contextlib.suppress(Busy):
+                    return await conclude(rationale)
+                await asyncio.sleep(_PAUSE)
+
+    def _go_on(self) -> None:
+        if self._ended_by is not None:
+            raise self._ended_by
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                yield
+        except TimeoutError:
+            raise self._too_late() from None
+
+    def _whole(self, answer: Answer, thought: Answer | None) -> Answer:
+        if self._in_words is not None:
+            answer = replace(answer, text=self._in_words(answer.text))
+        if thought is None:
+            return answer
+        tokens, read = thought.tokens + answer.tokens, thought.prompt_tokens + answer.prompt_tokens
+        return replace(answer, rationale=thought.text, tokens=tokens, prompt_tokens=read)
+
     def _told(self) -> None:
         if self.first is None:
             self.first = time.monotonic()
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody follows any more
             self._loop.call_soon_threadsafe(self._changed.set)
+
+
+def _settled(text: str, stops: Sequence[str]) -> str:
+    """A text without an end that might yet become a stop string, since what was sent cannot be taken back."""
+    held = max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+    return text[: len(text) - held].rstrip() if held else text

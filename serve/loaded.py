@@ -90,7 +90,7 @@ class LoadedAdapter:
         task: str = "vqa",
         *,
         decoding: Decoding | None = None,
-        batch_size: int = 16,
+        batch_size: int = 64,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Answer many examples, in batches; an answer does not depend on its batch."""
@@ -103,7 +103,7 @@ class LoadedAdapter:
         task: str = "vqa",
         *,
         decoding: Decoding | None = None,
-        batch_size: int = 16,
+        batch_size: int = 64,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Said]:
         """As `answer`, with the confidence of each."""

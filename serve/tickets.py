@@ -25,6 +25,7 @@ class Answer:
         tokens: written, the end token included.
         prompt_tokens: read, the pictures' included.
         choices: each choice's probability, the likeliest first, where there were any.
+        rationale: the reasons that it was made from, in an answer of two stages; its tokens are then those of both.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Answer:
     tokens: int
     prompt_tokens: int
     choices: dict[str, float] | None = None
+    rationale: str | None = None
 
 
 class Busy(Exception):

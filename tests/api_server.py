@@ -83,11 +83,8 @@ class FakeEngine:
     ) -> Ticket:
         if turns[-1].role != "user":
             raise UserError("messages: the last one must be the user's")
-        if self.waiting >= self.max_waiting:
-            raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
-        ticket = Ticket(SimpleNamespace(name=adapter), SimpleNamespace(images=()), decoding or Decoding(), ())  # type: ignore[arg-type]
+        ticket = self._take(SimpleNamespace(images=()), adapter, decoding)
         ticket.stops = tuple(stops)
-        self.tickets.append(ticket)
         self.turns.append(turns)
         return ticket
 
@@ -95,6 +92,13 @@ class FakeEngine:
         """The ticket of the request that came as the `count`th."""
         eventually(lambda: len(self.tickets) >= count)
         return self.tickets[count - 1]
+
+    def _take(self, asked: Any, adapter: str | None, decoding: Decoding | None) -> Ticket:
+        if self.waiting >= self.max_waiting:
+            raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
+        ticket = Ticket(SimpleNamespace(name=adapter), asked, decoding or Decoding(), ())  # type: ignore[arg-type]
+        self.tickets.append(ticket)
+        return ticket
 
 
 def finish(ticket: Ticket, text: str = "red", **changes: Any) -> None:

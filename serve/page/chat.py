@@ -14,7 +14,7 @@ from adapters.data.prompts import IMAGE_MARK, Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
-from serve.page.desk import ASKS_MODELS, AT_ONCE_AND_PRIVATE, PRIVATE, Desk, read_along
+from serve.page.desk import ASKS_MODELS, IMMEDIATE, PRIVATE, Desk
 from serve.page.inputs import Settings, check_kept, file_data, told_on_the_page, uploaded, words
 from serve.page.words import how_it_went
 from serve.tickets import Answer, Ticket
@@ -54,18 +54,22 @@ class Conversation:
             UserError: an answer is being written, the conversation is too long, or there is no turn to answer anew.
             Busy: too many wait.
         """
-        if self.ticket is not None and not self.ticket.done:
-            raise UserError("The answer before is still being written: wait for its end, or stop it")
+        self._check_idle()
         asked = [*self.turns, turn] if turn is not None else [*self.turns[:-2], self.last()]
         for image in (image for said in asked for image in said.images):
             check_kept(image)
         self.ticket = ticket = engine.chat(asked, adapter=adapter, decoding=decoding)
-        yield asked, None
-        for text in read_along(ticket):
-            yield [*asked, Turn("assistant", text)], None
+        try:
+            yield asked, None
+            for text in ticket:
+                if self.ticket is ticket:
+                    yield [*asked, Turn("assistant", text)], None
+        finally:
+            ticket.stop()  # where nobody reads on
         said = ticket.result()
-        self.turns = [*asked, Turn("assistant", said.text)]
-        yield self.turns, said
+        if self.ticket is ticket:  # else all was forgotten meanwhile
+            self.turns = [*asked, Turn("assistant", said.text)]
+            yield self.turns, said
 
     def stop(self) -> None:
         """End the answer that is being written, if there is one."""
@@ -83,7 +87,8 @@ class Conversation:
         return self.turns[-2]
 
     def take_back(self) -> Turn:
-        """Forget the user's last turn and its answer; gives the turn. Raises as `last`."""
+        """Forget the user's last turn and its answer; gives the turn. Raises as `last`, and where one is written."""
+        self._check_idle()
         turn = self.last()
         del self.turns[-2:]
         return turn
@@ -91,7 +96,11 @@ class Conversation:
     def clear(self) -> None:
         """Forget all that was said."""
         self.stop()
-        self.turns.clear()
+        self.turns, self.ticket = [], None
+
+    def _check_idle(self) -> None:
+        if self.ticket is not None and not self.ticket.done:
+            raise UserError("The answer before is still being written: wait for its end, or stop it")
 
 
 def chat_tab(desk: Desk) -> None:
@@ -166,19 +175,22 @@ def chat_tab(desk: Desk) -> None:
     def ready() -> Any:
         return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
 
+    def offer(event: gr.SelectData) -> dict[str, Any]:
+        offered: Any = window.examples
+        chosen = offered[int(event.index)]  # our own: what an event says of itself is anybody's
+        return {"text": chosen["text"], "files": list(chosen["files"])}
+
     shown = [window, box, status]
     asked = [conversation, desk.adapter, *desk.settings]
     for event in (
         box.submit(send, [box, *asked], shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE),
         window.retry(again, asked, shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE),
     ):
-        event.then(ready, None, box, **AT_ONCE_AND_PRIVATE)  # after a failure too
-    box.stop(_stop, conversation, None, **AT_ONCE_AND_PRIVATE)
-    window.undo(undo_shown, conversation, shown, **AT_ONCE_AND_PRIVATE)
-    window.clear(_clear, conversation, None, **AT_ONCE_AND_PRIVATE).then(
-        lambda: "", None, status, **AT_ONCE_AND_PRIVATE
-    )
-    window.example_select(_example_for_box, None, box, **AT_ONCE_AND_PRIVATE)
+        event.then(ready, None, box, **IMMEDIATE)  # after a failure too
+    box.stop(_stop, conversation, None, **IMMEDIATE)
+    window.undo(undo_shown, conversation, shown, **IMMEDIATE)
+    window.clear(_clear, conversation, None, **IMMEDIATE).then(lambda: "", None, status, **IMMEDIATE)
+    window.example_select(offer, None, box, **IMMEDIATE)
 
     desk.endpoint("chat", chat, [box, *asked], _reply)
     desk.endpoint("retry", retry, asked, _reply)
@@ -239,7 +251,3 @@ def _examples(desk: Desk) -> list[Any] | None:
     return [
         {"text": example.questions[0], "files": [str(example.path)]} for example in desk.examples if example.questions
     ] or None
-
-
-def _example_for_box(event: gr.SelectData) -> dict[str, Any]:
-    return {"text": event.value["text"], "files": [file["path"] for file in event.value.get("files", [])]}

@@ -20,7 +20,7 @@ AT_ONCE = 8  # events that ask the models at a time; the engine answers them tog
 # preprocess=False hands over what was sent as it is, files unopened: our own opener sees them first
 ASKS_MODELS: dict[str, Any] = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": AT_ONCE}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-AT_ONCE_AND_PRIVATE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+IMMEDIATE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 
 
 def _json() -> gr.JSON:
@@ -37,7 +37,6 @@ class Desk:
         settings: longest, temperature, top_p and beams, as `Settings.of` takes them.
         examples: pictures to try.
         examples_from: what they are.
-        search_folder: the folder that may be searched, or None.
         uploads: where the page keeps what is uploaded.
         pictures: the slots of the shared picture, one a tab.
     """
@@ -47,7 +46,6 @@ class Desk:
     settings: list[Any]
     examples: Sequence[ExamplePicture]
     examples_from: str
-    search_folder: Path | None
     uploads: Path
     pictures: list[gr.Image] = field(default_factory=list)
     _loads: list[tuple[gr.Image, Any]] = field(default_factory=list)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from adapters.data.images import ImageRef, open_image
 from serve.explain import CAVEAT, Attention, describe, draw, look
-from serve.page.desk import ASKS_MODELS, AT_ONCE_AND_PRIVATE, PRIVATE, Desk
+from serve.page.desk import ASKS_MODELS, IMMEDIATE, PRIVATE, Desk
 from serve.page.inputs import told_on_the_page, uploaded, whole
 from serve.page.words import look_note, shown_note
 
@@ -85,9 +85,8 @@ def look_tab(desk: Desk) -> tuple[gr.HTML, gr.Textbox]:
         if found is None:
             return gr.skip(), gr.skip(), gr.skip()
         with told_on_the_page():
-            return *_drawn(found, whole(query, "query"), whole(layer, "layer")), _small_maps(
-                found, whole(layer, "layer")
-            )
+            chosen = whole(layer, "layer")
+            return *_drawn(found, whole(query, "query"), chosen), _small_maps(found, chosen)
 
     def choose(event: gr.SelectData) -> int:
         return int(event.index) + 1
@@ -101,11 +100,9 @@ def look_tab(desk: Desk) -> tuple[gr.HTML, gr.Textbox]:
     ) -> tuple[Image.Image, str]:
         """Draw where the bridge looks; query and layer count from 1, and 0 takes all together."""
         with told_on_the_page():
+            chosen = whole(query, "query"), whole(layer, "layer")
             found = run(picture, question, adapter)
-            return (
-                draw(open_image(found.picture), found.attention, whole(query, "query"), whole(layer, "layer")),
-                describe(found.attention, whole(query, "query"), whole(layer, "layer")),
-            )
+            return draw(open_image(found.picture), found.attention, *chosen), describe(found.attention, *chosen)
 
     drawn: dict[str, Any] = {"preprocess": False, "concurrency_id": "draw", "concurrency_limit": 2, **PRIVATE}
     button.click(
@@ -115,10 +112,10 @@ def look_tab(desk: Desk) -> tuple[gr.HTML, gr.Textbox]:
         redraw, [looked, query, layer], [seen, caption], show_progress="hidden", trigger_mode="always_last", **drawn
     )
     layer.input(redraw_all, [looked, query, layer], [seen, caption, every], **drawn)
-    every.select(choose, None, query, **AT_ONCE_AND_PRIVATE).then(
+    every.select(choose, None, query, **IMMEDIATE).then(
         redraw, [looked, query, layer], [seen, caption], show_progress="hidden", **drawn
     )
-    picture.change(forget, None, [looked, seen, caption, query, every], **AT_ONCE_AND_PRIVATE)
+    picture.change(forget, None, [looked, seen, caption, query, every], **IMMEDIATE)
     desk.endpoint("look", look_at, [picture, question, query, layer, desk.adapter], _picture_and_words)
     return note, question
 

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from adapters.data.images import ImageRef
-from adapters.evaluation.scienceqa import choice_of
+from adapters.reasoning import in_words
 from qformer.decoding import Decoding
 from serve.engine import Engine
 from serve.loaded import checked_choices
@@ -23,7 +23,7 @@ from serve.tickets import Answer
 
 
 @dataclass(frozen=True)
-class Thought:
+class Thinking:
     """How far a chain of thought has come.
 
     Attributes:
@@ -63,7 +63,7 @@ def reason_tab(desk: Desk) -> gr.HTML:
                 status = gr.HTML(elem_id="reason-status", elem_classes="status", padding=False)
         desk.offer_examples(picture, question, fill=lambda example: [next(iter(example.questions), "")])
 
-    def run(picture: Any, question: str, choices: str | None, adapter: str, *settings: Any) -> Iterator[Thought]:
+    def run(picture: Any, question: str, choices: str | None, adapter: str, *settings: Any) -> Iterator[Thinking]:
         with told_on_the_page():
             asked = words(question, "There is no question yet: write one first")
             named = checked_choices(choices.split(",")) if choices and choices.strip() else ()
@@ -95,7 +95,7 @@ def reason_tab(desk: Desk) -> gr.HTML:
 
 def think(
     engine: Engine, picture: ImageRef, question: str, choices: tuple[str, ...], adapter: str, settings: Settings
-) -> Iterator[Thought]:
+) -> Iterator[Thinking]:
     """The two stages of a chain of thought (arXiv 2302.00923), each as it is written.
 
     Args:
@@ -116,20 +116,20 @@ def think(
     usual = Decoding(max_new_tokens=assembly.recipe.reason.rationale_tokens)
     began = time.monotonic()
     ticket = engine.submit(asked_rationale(loaded, example), adapter=adapter, decoding=settings.over(usual))
-    yield Thought("")
+    yield Thinking("")
     for text in read_along(ticket):
-        yield Thought(text)
+        yield Thinking(text)
     rationale, seconds = ticket.result().text, time.monotonic() - began
-    yield Thought(rationale, "", seconds)
+    yield Thinking(rationale, "", seconds)
     second = asked_answer(loaded, example, rationale)
     ticket = engine.submit(second, adapter=adapter, decoding=replace(settings, longest=0).over(Decoding()))
     for text in read_along(ticket):
-        yield Thought(rationale, text, seconds)
+        yield Thinking(rationale, text, seconds)
     said = ticket.result()
-    yield Thought(rationale, _in_words(said.text, choices, assembly.prompts.style.letters), seconds, said)
+    yield Thinking(rationale, in_words(said.text, choices, assembly.prompts.style), seconds, said)
 
 
-def as_messages(thought: Thought) -> list[dict[str, Any]]:
+def as_messages(thought: Thinking) -> list[dict[str, Any]]:
     """A thought as the page shows it: folded away once the answer begins."""
     thinking = thought.answer is None
     metadata: dict[str, Any] = {
@@ -144,12 +144,6 @@ def as_messages(thought: Thought) -> list[dict[str, Any]]:
     if thought.answer or thought.finished:
         messages.append({"role": "assistant", "content": _plain(thought.answer or "") or "<i>no words</i>"})
     return messages
-
-
-def _in_words(answer: str, choices: tuple[str, ...], letters: bool) -> str:
-    """An answer that names a choice by its letter, in the choice's words."""
-    place = choice_of(answer, len(choices)) if letters and choices else None
-    return answer if place is None else choices[place]
 
 
 def _plain(text: str) -> str:

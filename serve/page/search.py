@@ -19,7 +19,7 @@ from serve.loaded import LoadedAdapter
 from serve.page.desk import ASKS_MODELS, PRIVATE, Desk
 from serve.page.inputs import told_on_the_page, uploaded, whole
 from serve.page.words import can_search, search_note, shown_note
-from serve.retrieval import Hit, PictureIndex, rank
+from serve.retrieval import Hit, IndexReport, PictureIndex, rank
 
 MAX_UPLOADS = 200
 MOST = 24  # pictures shown
@@ -41,17 +41,24 @@ class Finder:
         self._retrievers: dict[str, Retriever] = {}
         self._indexes: dict[str, PictureIndex] = {}
 
-    def index_folder(self, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, int]:
-        """Bring the folder's index up to date, for every adapter that can search; the number of pictures for each.
+    def index_folder(self, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, IndexReport]:
+        """Bring the folder's index up to date, for every adapter that can search; what was done, by adapter.
 
         Args:
             on_progress: called with (adapter, done, files to encode).
+
+        Raises:
+            UserError: there is a folder, but no adapter can search.
         """
         found = {}
         for name in self.engine.names if self.folder is not None else ():
             if can_search(self.engine.adapter(name)):
                 tell = None if on_progress is None else partial(on_progress, name)
                 found[name] = self.engine.run(partial(self._index, on_progress=tell), adapter=name).result()
+        if self.folder is not None and not found:
+            raise UserError(
+                "--search-folder: no adapter here has its text side (bridge.text_branch), so none can search"
+            )
         return found
 
     def in_folder(self, query: str | ImageRef, most: int, adapter: str) -> list[tuple[Hit, ImageRef]]:
@@ -99,13 +106,13 @@ class Finder:
             self._retrievers[adapter.name] = Retriever(adapter.assembly.sight)
         return self._retrievers[adapter.name]
 
-    def _index(self, adapter: LoadedAdapter, on_progress: Callable[[int, int], None] | None = None) -> int:
+    def _index(self, adapter: LoadedAdapter, on_progress: Callable[[int, int], None] | None = None) -> IndexReport:
         assert self.folder is not None
         key = sight_fingerprint(adapter.assembly.sight)
         index = PictureIndex(self.folder, self._retriever(adapter), key=key)
-        count = index.update(on_progress).pictures
+        report = index.update(on_progress)
         self._indexes[adapter.name] = index
-        return count
+        return report
 
 
 def search_tab(desk: Desk, finder: Finder) -> gr.HTML:
@@ -156,9 +163,7 @@ def search_tab(desk: Desk, finder: Finder) -> gr.HTML:
                 return finder.in_folder(query, count, adapter)
             return finder.among(_files(files, desk.uploads), query, count, adapter)
 
-    def show(
-        text: str, like: Any, where: str, files: Any, most: Any, adapter: str
-    ) -> list[tuple[Image.Image, str]]:  # fmt: skip
+    def show(text: str, like: Any, where: str, files: Any, most: Any, adapter: str) -> list[tuple[Image.Image, str]]:
         found = run(text, like, where, files, most, adapter)
         with told_on_the_page():
             return [(_thumbnail(ref), f"{_scores(hit)} · {Path(hit.path).name}") for hit, ref in found]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from qformer.head import head_sees
 from qformer.language import IGNORED, LanguageModel, LoraSettings
 from qformer.language_loading import load_language_model
 from qformer.precision import default_compute_dtype, linear_memory
@@ -338,3 +339,16 @@ def test_the_embedded_llm_is_small_in_four_bit() -> None:
     in_bfloat16 = 2 * sum(weight.quant_state.shape.numel() for weight in weights)
     assert in_bfloat16 == 2 * 106_168_320
     assert linear_memory(four.base)["linear"] / in_bfloat16 <= 0.30
+
+
+def test_the_head_gets_rows_that_lie_together(language_folders: dict[str, Path]) -> None:
+    """Torch multiplies a slice of [B, T, D] row by row, with a copy of the whole head for each: seconds a batch."""
+    language = load(language_folders["llama"])
+    seen: list[torch.Tensor] = []
+    head = language.base.get_output_embeddings()
+    with head_sees(language.base, (slice(None), slice(-1, None))):
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        language.model(torch.randint(5, 100, (3, 6)))
+        hook.remove()
+    assert seen[0].shape[:2] == (3, 1)
+    assert seen[0].is_contiguous()

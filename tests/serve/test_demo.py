@@ -19,7 +19,7 @@ import pytest
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, AuthenticationError
-from page_server import draw_data, get, opener, post, served
+from page_server import call, draw_data, get, opener, post, served
 from PIL import Image
 
 from qformer.errors import UserError
@@ -118,6 +118,22 @@ def test_a_forged_conversation_is_no_way_in(address: str, tmp_path: Path) -> Non
     assert "event: error" in said
 
 
+def test_a_forged_event_is_no_way_to_have_a_file_copied(address: str, tmp_path: Path) -> None:
+    """Files under the temporary and the working folder may be put out by the page itself, so no event may name one."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    file = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
+    forged = {"index": 0, "value": {"text": "x", "files": [file], "image": file}, "selected": True}
+    config = json.loads(get(f"{address}config"))
+    selects = [one["id"] for one in config["dependencies"] if any("select" in kind for _, kind in one["targets"])]
+    said = [call(address, number, forged) for number in selects]
+
+    honest = [call(address, number, {"index": 0, "value": "x", "selected": True}) for number in selects]
+
+    assert len(selects) == 2  # an example of the chat, a query's small map
+    assert not any("data" in json.loads(text) and "private.png" in text for text in said)
+    assert any("red.png" in text for text in honest)  # what stands at that place in our own list
+
+
 def test_an_upload_over_the_limit_is_refused(address: str) -> None:
     boundary = "x"
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="big.png"\r\n\r\n'.encode()
@@ -160,6 +176,11 @@ def test_half_a_login_is_told(folder: Path, auth: str) -> None:
 def test_a_folder_that_is_none_is_told(folder: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         launch(fake(folder), port=0, block=False, search_folder=folder / "none")  # type: ignore[arg-type]
+
+
+def test_a_folder_that_no_adapter_can_search_is_told(folder: Path) -> None:
+    with pytest.raises(UserError, match="--search-folder: no adapter here has its text side"):
+        launch(fake(folder), port=0, block=False, search_folder=folder)  # type: ignore[arg-type]
 
 
 def test_a_taken_port_names_the_flag(folder: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from api_server import PNG, served
 from command import Call
 
@@ -36,8 +37,9 @@ REQUESTS = [line for line in LINES if line.startswith(("curl ", "printf "))]
 
 @pytest.fixture
 def workplace(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("quickstart", "mine"):
+    for name in ("quickstart", "mine", "scenes"):
         shutil.copytree(run_folder, tmp_path / "runs" / name)
+    _teach_reasons(tmp_path / "runs" / "scenes")
     (tmp_path / "photo.png").write_bytes(PNG)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -46,7 +48,7 @@ def workplace(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def address(workplace: Path) -> Iterator[str]:
     """The adapter behind the server that the page's clients talk to."""
-    names = [workplace / "runs" / "quickstart", workplace / "runs" / "mine"]
+    names = [workplace / "runs" / name for name in ("quickstart", "mine", "scenes")]
     with Engine(names, device="cpu", dtype="float32", offline=True) as engine, served(engine, api_key=None) as url:
         yield url
 
@@ -79,7 +81,7 @@ def test_every_request_is_answered(address: str) -> None:
     documented = json.loads(blocks("json")[0].replace("…", ""))
     assert documented.keys() == json.loads(answer).keys()
     assert documented["choices"][0].keys() == json.loads(answer)["choices"][0].keys()
-    assert [model["id"] for model in json.loads(models)["data"]] == ["quickstart", "mine"]
+    assert [model["id"] for model in json.loads(models)["data"]] == ["quickstart", "mine", "scenes"]
     named = re.findall(r"querybridge_\w+", PAGE)
     assert named and all(name in metrics for name in named)
 
@@ -87,19 +89,29 @@ def test_every_request_is_answered(address: str) -> None:
 def test_the_python_example_runs(
     workplace: Path, address: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = blocks("python")
+    example = "\n".join(blocks("python"))  # each goes on from the one before
     (workplace / "example.py").write_text(example.replace(ADDRESS, address), encoding="utf-8")
     monkeypatch.setenv("NO_PROXY", "*")
     runpy.run_path("example.py")
 
-    whole, streamed, _, closed = capfd.readouterr().out.rstrip().rsplit("\n", 3)
+    whole, streamed, _, closed, thought, thought_streamed = capfd.readouterr().out.rstrip().rsplit("\n", 5)
     assert whole.rpartition(" ")[0] == streamed
     assert "'rectangle':" in closed
+    reasons, answer = thought.split(" so: ")
+    assert reasons and answer and reasons + answer == thought_streamed
 
 
 def test_every_limit_stands_on_the_page() -> None:
     assert "--max-waiting" in PAGE
     assert all(f"--{field.name.replace('_', '-')}" in PAGE for field in fields(Limits))
+
+
+def _teach_reasons(run: Path) -> None:
+    """Have a run's recipe say that it learned both stages; what it answers is no matter here."""
+    for file in run.rglob("recipe.yaml"):
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values |= {"task": "reason", "reason": {"rationale_tokens": 8}}
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from PIL import Image
 from qformer.decoding import Decoding
 from serve.page.chat import Conversation
 from serve.page.inputs import Settings
-from serve.page.reason import Thought, as_messages
+from serve.page.reason import Thinking, as_messages
 from serve.page.vqa import as_table, parse_line
 from serve.page.words import about, head, how_it_went, look_note, reason_note, search_note
 from serve.tickets import Answer
@@ -135,6 +135,24 @@ def test_one_answer_at_a_time_in_a_conversation(
         client.predict(said("me too"), api_name="/chat")
     client.predict(api_name="/stop")
     job.result()
+
+
+def test_what_is_cleared_while_it_is_written_stays_away(
+    client: Client, engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.predict(said("one", folder / "red.png"), api_name="/chat")
+    monkeypatch.setattr(engine, "pause", 0.02)
+    job = client.submit(said("count"), api_name="/chat")
+    while not job.outputs():
+        time.sleep(0.01)
+    with pytest.raises(AppError, match="still being written"):
+        client.predict(api_name="/undo")
+    client.predict(api_name="/clear")
+    job.result()
+    monkeypatch.setattr(engine, "pause", 0.0)
+
+    assert engine.tickets[1].stopped
+    assert client.predict(said("two"), api_name="/chat") == "asked 'two' about nothing after 0 turns"
 
 
 def test_a_failed_turn_leaves_the_conversation_as_it_was(client: Client, engine: FakeEngine, folder: Path) -> None:
@@ -303,15 +321,15 @@ def test_a_line_is_a_question_with_or_without_choices() -> None:
 
 def test_words_of_anybody_are_shown_as_they_are() -> None:
     table = as_table([{"question": "<b>?", "answer": "<script>", "confidence": 0.5}])
-    thought = as_messages(Thought("<img src=x>", "<b>", 1.0))
+    thought = as_messages(Thinking("<img src=x>", "<b>", 1.0))
 
     assert "<script>" not in table and "&lt;script&gt;" in table and "&lt;b&gt;?" in table
     assert thought[0]["content"] == "&lt;img src=x&gt;" and thought[1]["content"] == "&lt;b&gt;"
 
 
 def test_a_thought_is_open_while_it_grows_and_folded_behind_the_answer() -> None:
-    (growing,) = as_messages(Thought("It is"))
-    folded, answer = as_messages(Thought("It is round.", "a ball", 2.31))
+    (growing,) = as_messages(Thinking("It is"))
+    folded, answer = as_messages(Thinking("It is round.", "a ball", 2.31))
 
     assert growing["metadata"] == {"title": "Thinking", "status": "pending"}
     assert folded["metadata"] == {"title": "Thought", "status": "done", "duration": 2.3}

@@ -17,6 +17,7 @@ from tiny import COLOURS, draw_captions, draw_data, save_tiny_bert, tiny_values
 from adapters.data.prompts import Turn
 from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
+from qformer.decoding import Decoding
 from serve.engine import Engine
 from serve.explain import CAVEAT
 from serve.loaded import picture_ref
@@ -74,10 +75,10 @@ def test_a_conversation_is_the_engines(client: Client, engine: Engine, red: Path
     first = client.predict({"text": "what?", "files": [handle_file(red)]}, longest=16, api_name="/chat")
     second = client.predict({"text": "sure?", "files": []}, longest=16, adapter="plain", api_name="/chat")
     asked = [Turn("user", "what?", (picture_ref(red),)), Turn("assistant", first), Turn("user", "sure?")]
-    settings = engine.chat(asked[:1], adapter="finds").decoding
+    settings = Decoding(max_new_tokens=16)
 
-    assert first == engine.chat(asked[:1], adapter="finds", decoding=_longest(settings, 16)).result().text
-    assert second == engine.chat(asked, adapter="plain", decoding=_longest(settings, 16)).result().text
+    assert first == engine.chat(asked[:1], adapter="finds", decoding=settings).result().text
+    assert second == engine.chat(asked, adapter="plain", decoding=settings).result().text
 
 
 def test_answers_and_choices_are_the_engines(client: Client, engine: Engine, red: Path) -> None:
@@ -87,7 +88,7 @@ def test_answers_and_choices_are_the_engines(client: Client, engine: Engine, red
     turn = Turn("user", "what colour?", (picture_ref(red),))
     expected = engine.choose([turn], ["red", "blue"]).result()
 
-    assert open_one["answer"] == engine.adapter().ask(red, "what colour?", decoding=_longest(None, 8))
+    assert open_one["answer"] == engine.adapter().ask(red, "what colour?", decoding=Decoding(max_new_tokens=8))
     assert 0 < open_one["confidence"] <= 1
     assert closed["answer"] == expected.text
     assert closed["choices"] == pytest.approx(expected.choices)
@@ -96,7 +97,7 @@ def test_answers_and_choices_are_the_engines(client: Client, engine: Engine, red
 def test_a_caption_is_the_engines(client: Client, engine: Engine, red: Path) -> None:
     said = client.predict(handle_file(red), "greedy", longest=8, api_name="/caption")
 
-    assert said == engine.adapter().caption(red, decoding=_longest(None, 8))
+    assert said == engine.adapter().caption(red, decoding=Decoding(max_new_tokens=8))
     assert len(client.predict(handle_file(red), "varied", longest=8, api_name="/caption").splitlines()) >= 1
 
 
@@ -149,11 +150,3 @@ def test_where_the_bridge_looks_is_drawn(client: Client, red: Path) -> None:
 def test_a_query_that_is_none_is_told(client: Client, red: Path) -> None:
     with pytest.raises(AppError, match="take 1 to 3"):
         client.predict(handle_file(red), query=4, api_name="/look")
-
-
-def _longest(decoding: Any, tokens: int) -> Any:
-    from dataclasses import replace
-
-    from qformer.decoding import Decoding
-
-    return replace(decoding or Decoding(), max_new_tokens=tokens)
