@@ -20,6 +20,8 @@ from adapters.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+FENCED = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 # In a clean clone, by hand and by CI: one takes minutes, the other is what runs this test.
 SET_UP = {"./scripts/quickstart.sh", "./scripts/test.sh"}
 
@@ -151,3 +153,28 @@ def test_recipes_named_in_the_readme_ship() -> None:
     named = set(re.findall(r"\b(gpu_\w+|easy_vqa_cpu|domain_cpu)\b", README))
     assert named and named <= set(recipe_module.shipped_recipes())
     assert all(yaml.safe_load(path.read_text()) for path in recipe_module.shipped_recipes().values())
+
+
+def test_the_chinese_readme_has_the_same_code_blocks() -> None:
+    assert FENCED.findall(README)
+    assert FENCED.findall(CHINESE) == FENCED.findall(README)
+
+
+def test_the_chinese_readme_has_the_same_headings_and_tables() -> None:
+    def shape(text: str) -> tuple[list[str], list[int]]:
+        """The levels of its headings and the bars in each row of its tables, in order."""
+        prose = FENCED.sub("", text)
+        rows = re.findall(r"^\|.*$", prose, flags=re.MULTILINE)
+        return re.findall(r"^#+(?= )", prose, flags=re.MULTILINE), [row.count("|") for row in rows]
+
+    levels, rows = shape(README)
+    assert levels and rows
+    assert shape(CHINESE) == (levels, rows)
+
+
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["english", "chinese"])
+def test_relative_links_lead_to_files_in_the_english_and_the_chinese_readme(text: str) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", text))
+    relative = [target.partition("#")[0] for target in targets if "://" not in target]
+    assert {"README.md", "README.zh-CN.md"} & set(relative), "each links to the other"
+    assert [target for target in relative if not (ROOT / target).exists()] == []
