@@ -92,13 +92,15 @@ def test_the_python_example_runs(
     example = "\n".join(blocks("python"))  # each goes on from the one before
     (workplace / "example.py").write_text(example.replace(ADDRESS, address), encoding="utf-8")
     monkeypatch.setenv("NO_PROXY", "*")
-    runpy.run_path("example.py")
+    message = runpy.run_path("example.py")["message"]
+    out = capfd.readouterr().out
+    reasons, answer = message.reasoning_content, message.content
+    thoughts = f"{reasons} so: {answer}\n{reasons}{answer}\n"  # what a tiny model writes may have line ends in it
 
-    whole, streamed, _, closed, thought, thought_streamed = capfd.readouterr().out.rstrip().rsplit("\n", 5)
+    whole, streamed, _, closed = out.removesuffix(thoughts).rstrip().rsplit("\n", 3)
     assert whole.rpartition(" ")[0] == streamed
     assert "'rectangle':" in closed
-    reasons, answer = thought.split(" so: ")
-    assert reasons and answer and reasons + answer == thought_streamed
+    assert reasons and answer and out.endswith(thoughts)
 
 
 def test_every_limit_stands_on_the_page() -> None:

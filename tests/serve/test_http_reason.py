@@ -85,7 +85,7 @@ def hall(
     tmp_path_factory: pytest.TempPathFactory,
     cache_folder: Path,
 ) -> Iterator[Engine]:
-    """An engine with an adapter of each kind; the first has learned how reasons begin."""
+    """An engine with an adapter of each kind; the first has learned something."""
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"both": ["rationale", "answer"], "thinks": ["rationale"], "direct": ["direct"]}
     with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +120,6 @@ def test_reasons_come_first_then_the_answer(client: OpenAI, hall: Engine, red: P
     told = ask(client, shown(red), said(COLOUR), stream=stream)
     thought = expected(hall, red, COLOUR)
 
-    assert thought.rationale.startswith("It")
     assert (told.rationale, told.text) == (thought.rationale, thought.answer)
     loaded, example = hall.adapter(), question_example(red, COLOUR)
     first = hall.submit(asked_rationale(loaded, example), decoding=Decoding(max_new_tokens=TOKENS)).result(60)
@@ -134,11 +133,12 @@ def test_reasons_come_first_then_the_answer(client: OpenAI, hall: Engine, red: P
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices_and_context_belong_to_the_question(client: OpenAI, hall: Engine, red: Path, stream: bool) -> None:
-    extra = {"answer_choices": ["red", " green ", "blue"], "context": "A square."}
+    extra = {"answer_choices": ["red", " green ", "blue", "black"], "context": "A square."}
     told = ask(client, shown(red), said(COLOUR), stream=stream, extra=extra)
-    thought = expected(hall, red, COLOUR, choices=["red", "green", "blue"], context="A square.")
+    thought = expected(hall, red, COLOUR, choices=["red", "green", "blue", "black"], context="A square.")
     plain = ask(client, shown(red), said(COLOUR))
 
+    assert thought.rationale.startswith("It")  # it was asked as it has learned to be
     assert (told.rationale, told.text) == (thought.rationale, thought.answer)
     assert told.usage.prompt_tokens > plain.usage.prompt_tokens + 2 * len(
         "Choices: red, green, blue Context: A square."
