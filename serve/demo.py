@@ -71,9 +71,11 @@ def build_page(engine: Engine, *, finder: Finder | None = None) -> gr.Blocks:
             looks, look_question = look_tab(desk)
         desk.share_pictures()
         desk.open_endpoints()
-        with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
-            for control in settings:
-                control.render()
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            for pair in (settings[:2], settings[2:]):
+                with gr.Row():
+                    for control in pair:
+                        control.render()
         with gr.Accordion("About this adapter", open=False):
             facts = gr.HTML(about(adapter), elem_classes="about", elem_id="about")
 
@@ -160,19 +162,19 @@ def _make_settings() -> list[Any]:
     """The controls of `Settings`, in its order, not on the page yet."""
     return [
         gr.Slider(
-            0, MAX_TOKENS, 0, step=8, label="Longest answer, in tokens", info="0: as each tab needs", render=False,
+            0, MAX_TOKENS, 0, step=8, label="Longest answer", info="In tokens; 0: as each tab needs", render=False,
             elem_id="longest",
         ),
         gr.Slider(
-            0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest word; above: drawn by lot",
+            0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest word; above: by lot",
             render=False, elem_id="temperature",
         ),
         gr.Slider(
-            0.05, 1, 1, step=0.05, label="Top-p", info="Drawn among the likeliest words of this share together",
+            0.05, 1, 1, step=0.05, label="Top-p", info="The share of the likeliest words that are drawn from",
             render=False, elem_id="top-p",
         ),
         gr.Slider(
-            0, MAX_BEAMS, 0, step=1, label="Beams", info="0: as each tab needs. More than 1 gives no confidence",
+            0, MAX_BEAMS, 0, step=1, label="Beams", info="0: as each tab needs; above 1: no confidence",
             render=False, elem_id="beams",
         ),
     ]  # fmt: skip

@@ -46,6 +46,7 @@ table.answers .bar i { display: block; height: 100%; border-radius: 9px; backgro
 .about dt { opacity: .75; }
 .about dd { margin: 0; overflow-wrap: anywhere; }
 .about p { margin: .8rem 0 0; opacity: .75; font-size: .9rem; }
+[data-testid=status-tracker]:has(.error) { display: none !important; }
 footer .divider { display: none !important; }
 button:focus-visible, [role=tab]:focus-visible, input:focus-visible { outline: 2px solid var(--color-accent) !important;
   outline-offset: 2px; }
