@@ -144,6 +144,9 @@ def test_a_conversation(open_view: Callable[..., View], folder: Path) -> None:
     view.send("what is this?", folder / "text.jpg")
     view.says("image 'text.jpg' is not a picture")
     assert page.input_value("#chat-box textarea") == "what is this?"
+    page.locator("#chat").get_by_text("asked 'which is red?'").click(
+        trial=True
+    )  # and nothing lies over the conversation
 
 
 def test_stop_and_clear(open_view: Callable[..., View], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
