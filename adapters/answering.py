@@ -120,12 +120,15 @@ class Answerer:
         """Rows of token ids [B, N] in words; `log_probs` is of the same shape."""
         stops = set(self.assembly.model.language.stop_ids)
         said = []
-        for row, tokens in enumerate(ids.tolist()):
+        chances = (
+            [None] * len(ids) if log_probs is None else log_probs.tolist()
+        )  # one wait for the device, not one a row
+        for tokens, chance in zip(ids.tolist(), chances, strict=True):
             # What stands behind a stop is filling, and its kind depends on the rows beside it
             written = list(takewhile(lambda token: token not in stops, tokens))
             ended = len(written) < len(tokens)
             count = len(written) + ended
-            log_prob = log_probs[row, :count].mean().item() if log_probs is not None and count else None
+            log_prob = sum(chance[:count]) / count if chance is not None and count else None
             said.append(Said(self.assembly.prompts.decode(written), count, ended, log_prob))
         return said
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ def rows(data_file: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def source(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
 
 
 @pytest.fixture

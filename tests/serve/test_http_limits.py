@@ -32,12 +32,6 @@ def url(engine: FakeEngine) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as pool:
-        yield pool
-
-
 def body(**changes: Any) -> dict[str, Any]:
     return {"model": "first", "messages": [user("what is it?")]} | changes
 

@@ -245,12 +245,6 @@ def url(engine: Thinker) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as pool:
-        yield pool
-
-
 def body(**changes: Any) -> dict[str, Any]:
     return {"model": "first", "messages": [user("why?")], "reason": True} | changes
 
