@@ -31,6 +31,7 @@ def build_optimiser(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
         lr=train.learning_rate,
         betas=train.betas,
         eps=1e-8,
+        fused=True,  # one pass over the weights
     )
 
 

@@ -148,7 +148,7 @@ def pretrain(
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * rate
             mine = batch[rank::world][: len(batch) // world]  # as many on every process
-            paired = max(1, round(train.pair_share * len(mine)))
+            paired = max(1, round(train.pair_share * len(mine))) if position.step >= train.contrastive_steps else 0
             losses = prepared(*model_inputs(sight, mine), paired=paired)
             accelerator.backward(losses.total)
             said = torch.stack([losses.total, losses.contrastive, losses.matching, losses.generation]).detach()

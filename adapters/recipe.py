@@ -75,6 +75,9 @@ class BridgeSection(_Section):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     instruction_aware: bool = False
     text_branch: bool = Field(default=False, description="keep the text side of the first stage: search, classify")
+    text_pooling: Literal["first", "mean"] = Field(
+        default="first", description="what ITC takes of a text: its first token's output, or the mean over tokens"
+    )
 
 
 class LoraSection(_Section):
@@ -128,6 +131,7 @@ class TrainSection(_Section):
         default=0, ge=0, description="steps between two that keep the text side true beside an LLM; 0 never does"
     )
     pair_share: float = Field(default=1.0, gt=0, le=1, description="first stage: share of a step that ITM and ITG see")
+    contrastive_steps: int = Field(default=0, ge=0, description="first stage: steps of ITC alone before all three")
     row_tokens: int = Field(default=384, ge=16, description="answers about one picture share a sequence up to here")
     micro_batch_tokens: int = Field(default=1024, ge=16, description="tokens in memory at once, padding included")
     learning_rate: float = Field(default=3e-4, gt=0, description="bridge, norm and projection")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
     # BLIP-2, section 3.1: BERT-base with 32 queries on ViT-g's features. The defaults below.
@@ -61,6 +61,8 @@ class BridgeConfig:
         text_branch: has word and position embeddings and a feed-forward block for text (stage 1).
         instruction_aware: the instruction's tokens go beside the queries (InstructBLIP, arXiv 2305.06500,
             section 2.3). Brings the same text parts as `text_branch`.
+        text_pooling: what stands for a text where ITC compares it: its "first" token's output, which is BLIP-2's
+            [CLS], or the "mean" over its tokens, for which sentence encoders such as MiniLM are trained.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -79,6 +81,7 @@ class BridgeConfig:
     layer_norm_eps: float = 1e-12
     text_branch: bool = False
     instruction_aware: bool = False
+    text_pooling: Literal["first", "mean"] = "first"
 
     def __post_init__(self) -> None:
         """Check every field, so that a configuration that exists is a sound one."""
@@ -91,6 +94,8 @@ class BridgeConfig:
             raise ValueError(f"num_heads ({self.num_heads}) must divide hidden_size ({self.hidden_size})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        if self.text_pooling not in ("first", "mean"):
+            raise ValueError(f"text_pooling must be 'first' or 'mean', not {self.text_pooling!r}")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps must be above 0, not {self.layer_norm_eps!r}")
 

@@ -30,6 +30,7 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError, first_line
 from qformer.generation import Beginning, Generated, OnStep, Watch, stacked
 from qformer.head import head_sees
+from qformer.lora import speed_up_lora
 from qformer.precision import keep_four_bit_trainable
 from qformer.strict import describe_differences
 
@@ -390,6 +391,7 @@ class LanguageModel(nn.Module):
                 one.model = wrapped
         else:
             self.model.add_adapter(name, config)
+        speed_up_lora(self.model)
         self._lora = name
         if len(self._family) > 1:
             self._family.remove(self)

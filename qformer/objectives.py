@@ -45,6 +45,7 @@ class Heads(nn.Module):
     def __init__(self, config: BridgeConfig, embedding_width: int = EMBEDDING_WIDTH) -> None:
         super().__init__()
         width = config.hidden_size
+        self.text_pooling = config.text_pooling
         self.image_projection = nn.Linear(width, embedding_width)
         self.text_projection = nn.Linear(width, embedding_width)
         self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
@@ -61,9 +62,14 @@ class Heads(nn.Module):
         """Queries [I, Q, D] to unit vectors [I, Q, E]."""
         return F.normalize(self.image_projection(queries).float(), dim=-1)
 
-    def text_embeddings(self, text: Tensor) -> Tensor:
-        """Text [T, L, D] to the unit vector of its first token, [T, E]."""
-        return F.normalize(self.text_projection(text[:, 0]).float(), dim=-1)
+    def text_embeddings(self, text: Tensor, mask: Tensor) -> Tensor:
+        """Text [T, L, D] and where it has tokens, [T, L], to the unit vector of each, [T, E]."""
+        if self.text_pooling == "mean":
+            present = mask.unsqueeze(-1)
+            pooled = (text * present).sum(dim=1) / present.sum(dim=1)
+        else:
+            pooled = text[:, 0]
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
 
     def matching_logits(self, queries: Tensor) -> Tensor:
         """Queries that have seen the text, [B, Q, D], to (no, yes) logits [B, 2]: the mean over the queries'."""
@@ -73,6 +79,12 @@ class Heads(nn.Module):
         """Text outputs [N, D] to logits [N, V] over the table of words [V, D]."""
         mapped = self.word_norm(F.gelu(self.word_map(hidden)))
         return F.linear(mapped, words.to(mapped.dtype)).float() + self.word_bias
+
+    def untouched(self) -> Tensor:
+        """A loss of 0 that has the heads of ITM and ITG in its graph: several processes wait for all gradients."""
+        heads = (self.matching, self.word_map, self.word_norm)
+        unused = [self.word_bias, *(parameter for head in heads for parameter in head.parameters())]
+        return torch.stack([parameter.sum() for parameter in unused]).sum() * 0.0
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:

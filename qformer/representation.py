@@ -96,7 +96,7 @@ class RepresentationModel(nn.Module):
             text: the pictures' texts.
             image_ids: [I] which picture each row is, the same number wherever the same picture stands.
             paired: only the first so many pictures go through ITM and ITG, which cost most of a step; ITC, which lives
-                on many pictures at once, takes all. None for all.
+                on many pictures at once, takes all. None for all; 0 leaves the two losses at 0.
             generator: source of the draw of hard negatives.
         """
         with self.autocast():
@@ -104,7 +104,7 @@ class RepresentationModel(nn.Module):
             alone = self.bridge(None, image_keys_values=seen, return_keys_values=True)
             read = self.bridge(None, text_ids=text.ids, text_mask=text.mask)
             own_images = self.heads.image_embeddings(alone.queries)  # [I, Q, E]
-            own_texts = self.heads.text_embeddings(read.text)  # [T, E]
+            own_texts = self.heads.text_embeddings(read.text, text.mask)  # [T, E]
             text_of = image_ids[text.images]  # [T]
             all_images, all_texts = gather_rows(image_ids), gather_rows(text_of)
             first, first_text = rank() * len(image_ids), rank() * len(text_of)
@@ -121,6 +121,8 @@ class RepresentationModel(nn.Module):
                     text_rows=slice(first_text, first_text + len(text_of)),
                 )
             paired = len(image_ids) if paired is None else min(paired, len(image_ids))
+            if paired == 0:
+                return Losses(contrastive, self.heads.untouched(), self.heads.untouched())
             matching = self._matching(features, seen, text, scores.detach(), all_images, all_texts, paired, generator)
             generation = self._generation(alone.keys_values, text, paired)
         return Losses(contrastive, matching, generation)
@@ -194,7 +196,7 @@ class RepresentationModel(nn.Module):
     def encode_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Texts' unit vectors, [T, E]."""
         with self.autocast():
-            return self.heads.text_embeddings(self.bridge(None, text_ids=ids, text_mask=mask).text)
+            return self.heads.text_embeddings(self.bridge(None, text_ids=ids, text_mask=mask).text, mask)
 
     def match_scores(self, features: Sequence[Tensor], ids: Tensor, mask: Tensor, images: Tensor) -> Tensor:
         """Log-odds [B] that text b belongs to picture `images[b]` of the features'."""

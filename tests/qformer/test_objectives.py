@@ -98,15 +98,24 @@ def test_heads_give_unit_vectors_means_over_queries_and_words() -> None:
     heads = Heads(BridgeConfig.preset("tiny"), 8)
     queries, text = torch.randn(2, 4, 32), torch.randn(3, 6, 32)
     assert torch.allclose(heads.image_embeddings(queries).norm(dim=-1), torch.ones(2, 4))
-    moved = text.clone()
+    moved, mask = text.clone(), torch.ones(3, 6, dtype=torch.bool)
     moved[:, 1:] += 1  # only the first token speaks for a text
-    assert torch.equal(heads.text_embeddings(text), heads.text_embeddings(moved))
+    assert torch.equal(heads.text_embeddings(text, mask), heads.text_embeddings(moved, mask))
     each = torch.stack([heads.matching(queries[:, q]) for q in range(4)])
     assert torch.allclose(heads.matching_logits(queries), each.mean(dim=0), atol=1e-6)
     words = torch.randn(61, 32)
     hidden = torch.nn.functional.gelu(heads.word_map(text[0]))
     expected = heads.word_norm(hidden) @ words.T + heads.word_bias
     assert torch.allclose(heads.word_logits(text[0], words), expected, atol=1e-5)
+
+
+def test_a_text_can_be_the_mean_of_its_tokens_padding_left_out() -> None:
+    torch.manual_seed(0)
+    heads = Heads(BridgeConfig.preset("tiny", text_pooling="mean"), 8)
+    text = torch.randn(1, 6, 32)
+    mask = torch.tensor([[True, True, True, True, False, False]])
+    expected = torch.nn.functional.normalize(heads.text_projection(text[0, :4].mean(dim=0)), dim=-1)
+    assert torch.allclose(heads.text_embeddings(text, mask)[0], expected, atol=1e-6)
 
 
 def test_the_temperature_stays_in_its_range() -> None:

@@ -56,7 +56,7 @@ def test_contrastive_loss_from_separate_passes() -> None:
     ]  # no padding at all
     scores = similarity(
         torch.cat([model.heads.image_embeddings(q) for q in queries]),
-        torch.cat([model.heads.text_embeddings(t) for t in texts]),
+        torch.cat([model.heads.text_embeddings(t, torch.ones(t.shape[:2])) for t in texts]),
     )
     expected = contrastive_loss(scores / model.heads.temperature, images, images[text.images])
     found = model([features], text, images).contrastive
@@ -109,6 +109,15 @@ def test_a_share_of_the_pictures_is_paired(monkeypatch: pytest.MonkeyPatch) -> N
     alone = model([features[:2]], few, images[:2])
     assert torch.allclose(share.matching, alone.matching, atol=1e-5)
     assert torch.allclose(share.generation, alone.generation, atol=1e-5)
+
+
+def test_without_pairs_only_the_contrastive_loss_counts_and_every_weight_has_a_gradient() -> None:
+    model, (features, text, images) = make_model(), make_batch()
+    losses = model([features], text, images, paired=0)
+    assert losses.total.item() == losses.contrastive.item() == model([features], text, images).contrastive.item()
+    losses.total.backward()
+    assert all(parameter.grad is not None for parameter in model.heads.parameters())
+    assert model.heads.matching.weight.grad.abs().max() == 0
 
 
 def test_pictures_without_negatives_still_match_their_own_text() -> None:
