@@ -136,7 +136,7 @@ def finetune(
         data={
             "train": train_data.name,
             "answers": answers,
-            "pictures": len(pictures),
+            "pictures": len({image.digest() for picture in pictures for image in picture.images}),
             "fingerprint": train_data.fingerprint,
             "bad rows left out": len(train_data.skipped),
         },

@@ -27,6 +27,7 @@ class SourceSection(_Section):
     file: str
     task: Literal["vqa", "caption", "reason"] | None = Field(default=None, description="left out, told from the rows")
     limit: int | None = Field(default=None, ge=1, description="only the first so many rows")
+    repeat: int = Field(default=1, ge=1, description="passes over it in an epoch, where other files need but one")
 
 
 Sources = str | tuple[SourceSection, ...]
@@ -129,6 +130,9 @@ class TrainSection(_Section):
     captions: int = Field(default=2, ge=1, description="first stage: captions drawn of each picture of a step")
     text_side_every: int = Field(
         default=0, ge=0, description="steps between two that keep the text side true beside an LLM; 0 never does"
+    )
+    text_side_batch: int | None = Field(
+        default=None, ge=2, description="pictures that the text side sees in such a step; left out, batch_size"
     )
     pair_share: float = Field(default=1.0, gt=0, le=1, description="first stage: share of a step that ITM and ITG see")
     contrastive_steps: int = Field(default=0, ge=0, description="first stage: steps of ITC alone before all three")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from accelerate.utils import broadcast_object_list
 
 from adapters.checkpoint import Position
-from adapters.data.examples import DataSet, merge, split_by_image
+from adapters.data.examples import DataSet, merge, repeat, split_by_image
 from adapters.data.images import ImageRef
 from adapters.data.readers import read_data
 from adapters.features import FeatureCache
@@ -49,9 +49,11 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
         task = None if recipe.task == "mixed" else recipe.task
         listed = (SourceSection(file=sources, limit=limit),) if isinstance(sources, str) else sources
         options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "offline": offline}
-        return merge(
-            [read_data(part.file, task=part.task or task, limit=part.limit or limit, **options) for part in listed]
+        read_parts = (
+            (read_data(part.file, task=part.task or task, limit=part.limit or limit, **options), part.repeat)
+            for part in listed
         )
+        return merge([repeat(rows, times) for rows, times in read_parts])
 
     train = read(data.train, data.limit)
     if data.terms:
@@ -59,7 +61,8 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
     if data.val is not None:
         return train, read(data.val, data.val_limit)
     train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not hang on the run's seed
-    return train, replace(val, examples=spread(val.examples, data.val_limit))
+    once = [example for example in val.examples if example.turn == 0]
+    return train, replace(val, examples=spread(once, data.val_limit))
 
 
 def spread(items: Sequence[Item], most: int | None) -> tuple[Item, ...]:

@@ -54,7 +54,7 @@ class TextSideKeeper:
     Args:
         assembly: with its text side; its modules are the ones that are trained.
         examples: training data; its English captions are learned from.
-        train: batch size, captions and share of pairs, as in the first stage.
+        train: pictures a step, captions and share of pairs.
     """
 
     def __init__(self, assembly: Assembly, examples: Sequence[Example], train: TrainSection) -> None:
@@ -66,7 +66,8 @@ class TextSideKeeper:
     def losses(self, step: int) -> Losses:
         """The objectives on pictures drawn for this step, the same in a resumed run."""
         rng = random.Random(f"{self.train.seed}:text side:{step}")
-        chosen = rng.sample(self.pictures, min(self.train.batch_size, len(self.pictures)))
+        wanted = self.train.text_side_batch or self.train.batch_size
+        chosen = rng.sample(self.pictures, min(wanted, len(self.pictures)))
         batch = [(picture, draw_captions(picture, self.train.captions, rng)) for picture in chosen]
         paired = max(1, round(self.train.pair_share * len(batch)))
         losses: Losses = self.model(*model_inputs(self.sight, batch), paired=paired)

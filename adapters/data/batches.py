@@ -106,7 +106,7 @@ def tokenise(
             questions = [Question(prompt.own, (answer,), example.question, end) for answer in counted]
         else:  # one of the answers people gave is drawn each epoch, so each counts by its share
             questions = [Question(prompt.own, counted, example.question)]
-        key = (*(image.digest() for image in example.images), prompt.shared)
+        key = (*(image.digest() for image in example.images), prompt.shared, example.turn)
         grouped.setdefault(key, (example.images, prompt.shared, []))[2].extend(questions)
     return [Picture(images, shared, tuple(questions)) for images, shared, questions in grouped.values()]
 

@@ -34,6 +34,7 @@ class Example:
         rationale: of such a row: the reasons for the answer; "" where there are none.
         kind: of such a row: what kind of question it is, where it says so.
         steps: of such a row: how many steps its reasoning has, where it says so.
+        turn: which of an epoch's passes over its file this is, counted from 0.
     """
 
     images: tuple[ImageRef, ...]
@@ -49,6 +50,7 @@ class Example:
     rationale: str = ""
     kind: str | None = None
     steps: int | None = None
+    turn: int = 0
 
     @property
     def answer(self) -> str:
@@ -128,6 +130,12 @@ def merge(parts: Sequence[DataSet]) -> DataSet:
         faults=tuple(fault for part in parts for fault in part.faults),
         row_digests=tuple(digest for part in parts for digest in part.row_digests),
     )
+
+
+def repeat(data: DataSet, times: int) -> DataSet:
+    """A data set whose rows come so often in an epoch, each time at another place of it."""
+    turns = (replace(example, turn=turn) for turn in range(times) for example in data.examples)
+    return replace(data, examples=tuple(turns))
 
 
 def split_by_image(dataset: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSet]:

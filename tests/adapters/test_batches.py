@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from tiny import draw_captions
+from tiny import draw_captions, draw_data, tiny_values
 from transformers import AutoTokenizer
 
 from adapters.data.batches import Picture, Question, plan_epoch, plan_validation, tokenise
 from adapters.data.images import ImageRef
 from adapters.data.prompts import PromptBuilder
 from adapters.data.readers import read_data
+from adapters.recipe import parse_recipe
+from adapters.run_data import read_split
 
 
 def pictures(count: int = 20, questions: int = 7) -> list[Picture]:
@@ -89,3 +92,20 @@ def test_prefixes_are_for_captions_to_encoder_decoders_alone(language_folders: d
         for picture in tokenise(data, prompts, max_tokens=200):
             closing = 1 if kind == "t5" and picture.questions[0].own[-1] == tokenizer.eos_token_id else 0
             assert {question.prefix_end for question in picture.questions} == {None if expected is None else closing}
+
+
+def test_a_file_may_come_several_times_in_an_epoch(language_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each pass has sequences of its own, at places of their own; what is held out is held out of all, and once."""
+    file = str(draw_data(tmp_path, "few.jsonl"))
+    values: Any = tiny_values(tmp_path, language_folders["llama"], file)
+    values["data"] |= {"train": [{"file": file, "repeat": 3}], "val_fraction": 0.25}
+    train, val = read_split(parse_recipe(values, "test"))
+    values["data"]["train"] = file
+    once, held_out = read_split(parse_recipe(values, "test"))
+    assert Counter(example.id for example in train.examples) == {example.id: 3 for example in once.examples}
+    assert [example.id for example in val.examples] == [example.id for example in held_out.examples]
+    prompts = PromptBuilder(AutoTokenizer.from_pretrained(language_folders["llama"]), 2)
+    repeated, single = (tokenise(data, prompts, max_tokens=200) for data in (train, once))
+    assert repeated == single * 3
+    steps = plan_epoch(repeated, seed=0, epoch=0, batch_size=2, row_tokens=200)
+    assert [row.images for step in steps for row in step.rows].count(single[0].images) == 3

@@ -17,13 +17,14 @@ from tiny import save_tiny_bert, tiny_values
 
 from adapters import pretrain as pretrain_module
 from adapters.artefact import load_artefact, load_sight_artefact, read_facts
+from adapters.assembly import assemble
 from adapters.data.captioned import Captioned, captioned, draw_captions
 from adapters.data.readers import read_data
 from adapters.finetune import finetune
 from adapters.pretrain import pretrain
 from adapters.recipe import Recipe, parse_recipe
 from adapters.retrieval import Retriever
-from adapters.text_side import model_inputs
+from adapters.text_side import TextSideKeeper, model_inputs
 from qformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache_here")
@@ -206,6 +207,19 @@ def test_the_text_side_is_kept_beside_an_llm(recipe_of: Any, tmp_path: Path) -> 
         with torch.no_grad():
             losses.append(float(sight.representation().eval()(*model_inputs(sight, batch)).total))
     assert losses[0] < 0.8 * losses[1]
+
+
+def test_the_text_side_may_see_more_pictures_than_a_step_has(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(batch_size=2, text_side_every=1, text_side_batch=7, pair_share=0.4)
+    keeper = TextSideKeeper(assemble(recipe), read_data(str(recipe.data.train)).examples, recipe.train)
+    seen: list[tuple[int, int]] = []
+
+    def losses(features: object, text: object, numbers: torch.Tensor, *, paired: int) -> None:
+        seen.append((len(numbers), paired))
+
+    monkeypatch.setattr(keeper, "model", losses)
+    keeper.losses(step=0)
+    assert seen == [(7, 3)]
 
 
 def test_keeping_the_text_side_is_refused_before_anything_is_loaded(recipe_of: Any, tmp_path: Path) -> None:
