@@ -138,6 +138,11 @@ class Reporter:
             draw_curve(self.folder)
 
 
+_CURVES = {"loss": "training loss", "val_loss": "validation loss"}
+_FIRST_STAGE_CURVES = {"itc": "ITC", "itm": "ITM", "itg": "ITG"}
+_SCORES = {"val_exact_match": "exact match", "mean_recall": "mean recall"}
+
+
 def _cut_after(path: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run takes again, and a line that was only half written."""
     if not path.is_file():
@@ -153,26 +158,35 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 def draw_curve(folder: Path) -> Path:
-    """Read a run's metrics.jsonl and draw loss and validation scores into loss.png; returns its path."""
+    """Read a run's metrics.jsonl and draw losses and validation scores into loss.png; returns its path.
+
+    Of the first stage each objective has a curve; steps that leave one out have no point on it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    first_stage = any("itc" in row for row in rows)
+    curves = _FIRST_STAGE_CURVES if first_stage else _CURVES
+
+    def points(name: str) -> list[tuple[int, float]]:
+        skipped = 0.0 if name in ("itm", "itg") else None
+        return [(row["step"], row[name]) for row in rows if name in row and row[name] != skipped]
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, label in (("loss", "training loss"), ("val_loss", "validation loss")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if name == "val_loss" else None)
+    for name, label in curves.items():
+        if found := points(name):
+            axes.plot(*zip(*found, strict=True), label=label, marker="o" if name == "val_loss" else None)
     axes.set_xlabel("optimiser steps")
-    axes.set_ylabel("loss per supervised token")
-    scores = [(row["step"], row["val_exact_match"]) for row in rows if "val_exact_match" in row]
-    if scores:
-        right = axes.twinx()
-        right.plot(*zip(*scores, strict=True), color="tab:green", marker="s", label="validation exact match")
-        right.set_ylim(0, 1)
-        right.set_ylabel("exact match")
-    figure.legend(loc="outside upper center", ncols=3)
+    axes.set_ylabel("loss of each objective" if first_stage else "loss per supervised token")
+    for name, label in _SCORES.items():
+        if found := points(name):
+            right = axes.twinx()
+            right.plot(*zip(*found, strict=True), color="black", marker="s", label=f"validation {label}")
+            right.set_ylim(0, 1)
+            right.set_ylabel(label)
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(folder / "loss.png", dpi=120)
     return folder / "loss.png"

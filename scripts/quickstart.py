@@ -37,20 +37,25 @@ def main() -> int:
     hush_libraries()
     began = time.monotonic()
     train(offline=options.offline)
+    from adapters.sight import FrozenModels
     from serve.loaded import load_adapter
 
-    engine = load_adapter(RUN, offline=options.offline)
+    frozen = FrozenModels()
+    engine = load_adapter(RUN, offline=options.offline, frozen=frozen)
     show_scores(engine, offline=options.offline)
     show_answers(engine, offline=options.offline)
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. The adapter is {RUN / 'best'}. Next:")
     print(f'  .venv/bin/querybridge ask {RUN}/pictures/1.png "what shape is present?" --adapter {RUN}')
+    print("  .venv/bin/querybridge caption YOUR_PHOTO.jpg")
     print("  .venv/bin/querybridge finetune YOUR_DATA.jsonl --out runs/mine")
     print(f"  .venv/bin/querybridge demo --adapter {RUN}", flush=True)
     if not options.no_demo:
+        from adapters.artefact import shipped_adapters
         from serve.demo import launch
         from serve.engine import Engine
 
-        launch(Engine([engine]), port=options.port, open_browser=True)
+        shipped = [load_adapter(name, offline=options.offline, frozen=frozen) for name in shipped_adapters()]
+        launch(Engine([engine, *shipped]), port=options.port, open_browser=True)
     return 0
 
 
