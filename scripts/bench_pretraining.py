@@ -3,8 +3,8 @@
     .venv/bin/python scripts/bench_pretraining.py photo_stage1 --set data.train=captions_train.jsonl
 
 Operations are counted by torch over one whole step, forward and backward; the peak is that of a plain product of two
-2048 × 2048 matrices, measured between the steps. Medians. Where the recipe begins with ITC alone, such steps are measured
-too.
+2048 × 2048 matrices, measured between the steps. Medians. Where the recipe begins with ITC alone, such steps are
+measured too.
 """
 
 from __future__ import annotations

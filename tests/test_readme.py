@@ -45,6 +45,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, vision_folder: Path, lan
     pictures = folder / "runs" / "quickstart" / "pictures"
     pictures.mkdir()
     shutil.copy(folder / "red0.png", pictures / "1.png")
+    (folder / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "photo.jpg", folder / "docs")
     row = {"image": "pictures/1.png", "question": "what colour?", "answer": "red"}
     (pictures.parent / "questions.jsonl").write_text(json.dumps(row) + "\n")
     return folder
@@ -68,6 +70,7 @@ def in_workplace(
         return parse_recipe(values, str(name))
 
     monkeypatch.setattr(recipe_module, "load_recipe", load_tiny)
+    monkeypatch.setattr("serve.loaded.default_adapter", lambda: "runs/quickstart")  # the shipped one has its own tests
     return workplace
 
 
