@@ -16,7 +16,7 @@ from qformer.objectives import similarity
 from qformer.representation import RepresentationModel
 
 RERANKED = 16  # candidates that ITM ranks anew
-_LAST = -1e4  # below every score of a candidate: ITC's cosines lie in -1…1, ITM's log-odds in the tens
+_LAST = -1e4  # below every score of a candidate: ITC's logits lie in -1000…1000, ITM's log-odds in the tens
 
 
 class Retriever:
@@ -85,8 +85,8 @@ class Retriever:
             on_progress: called with (pairs done, pairs in all).
 
         Returns:
-            Scores [I, T] to rank texts by for each picture, and [I, T] to rank pictures by for each text: the log-odds
-            of ITM and the cosine of ITC added for the candidates, far below them for the rest.
+            Scores [I, T] to rank texts by for each picture, and [I, T] to rank pictures by for each text: `combined`
+            for the candidates, far below them for the rest.
         """
         by_image = torch.zeros_like(scores, dtype=torch.bool)
         by_image.scatter_(1, scores.topk(min(most, scores.shape[1]), dim=1).indices, True)
@@ -100,8 +100,17 @@ class Retriever:
             odds[part[:, 0], part[:, 1]] = self.match(images, texts, part)
             if on_progress is not None:
                 on_progress(min(start + step, len(pairs)), len(pairs))
-        both = odds + scores
+        both = self.combined(odds, scores)
         return both.where(by_image, scores + _LAST), both.where(by_text, scores + _LAST)
+
+    def combined(self, odds: Tensor, scores: Tensor) -> Tensor:
+        """ITM's log-odds and ITC's cosine as one score, of the same shape.
+
+        Each counts as the evidence it was trained to be: the cosine over its temperature is ITC's logit. BLIP-2 adds
+        the bare cosine, next to nothing beside the odds; a matching head that has learned little then undoes what ITC
+        knows.
+        """
+        return odds + scores / self.model.heads.temperature.item()
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         assert self.sight.tokenizer is not None

@@ -222,7 +222,7 @@ def rank(
         pairs = torch.tensor([[row, 0] for row in range(len(best))])
         odds = retriever.match([refs[index] for index in best], [query], pairs)
         matches = dict(zip(best, odds.sigmoid().tolist(), strict=True))
-        order = (odds + scores[best]).argsort(descending=True).tolist()
+        order = retriever.combined(odds, scores[best]).argsort(descending=True).tolist()
         best = [best[place] for place in order]
     return [(index, Hit(refs[index].label, scores[index].item(), matches.get(index))) for index in best[:most]]
 
