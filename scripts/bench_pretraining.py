@@ -76,7 +76,7 @@ def main() -> int:
             "peak_gflop_per_second": peak / 1e9,
             "share_of_peak": operations / step / peak,
         }
-        return {name: round(value, 3) for name, value in found.items()}
+        return {name: float(f"{value:.4g}") for name, value in found.items()}
 
     settings = {"recipe": recipe.description, "dtype": options.dtype, "threads": torch.get_num_threads()}
     kinds = {"ITC alone": 0} if train.contrastive_steps else {}

@@ -57,15 +57,12 @@ def main() -> int:
 def sources(data: Path, part: str) -> list[dict[str, Any]]:
     """The files that stage 2 learns from, or is chosen by."""
     flickr = data / "flickr8k"
-    whole = part == "train"
-    # Most of an epoch's time goes to English captions; the others have what they can do with, of it.
-    zh, reasons = (2000, 1500) if whole else (100, 50)  # pictures, statements
-    few = {} if whole else {"limit": 100}
-    often = {"repeat": 2} if whole else {}  # few pictures, and each question is asked of them once
+    # Rows of each file: most of an epoch goes to English captions, and DAQUAR, a small set, comes twice.
+    rest, zh, reasons, repeat = (None, 2000, 1500, 2) if part == "train" else (100, 100, 50, 1)
     return [
-        {"file": f"{flickr}/captions_{part}.jsonl", **few},
+        {"file": f"{flickr}/captions_{part}.jsonl", "limit": rest},
         {"file": f"{flickr}/captions_{part}.zh.jsonl", "limit": zh},
-        {"file": f"{data}/daquar/questions_{part}.jsonl", **few, **often},
+        {"file": f"{data}/daquar/questions_{part}.jsonl", "limit": rest, "repeat": repeat},
         {"file": f"{flickr}/reasons_{part}.jsonl", "task": "reason", "limit": reasons},
     ]
 
