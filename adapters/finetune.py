@@ -36,6 +36,7 @@ from adapters.sight import default_device
 from adapters.starting import has_lora, start_from_artefact
 from adapters.stopping import interruptible
 from adapters.text_side import TextSideKeeper, check_keeping
+from qformer.compiling import compile_blocks
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 
@@ -126,6 +127,8 @@ def finetune(
             )
     elif rank:  # the same weights on every process, but chances of its own
         torch.manual_seed(train.seed + 1000 * rank)
+    if train.compile:
+        compile_blocks(model.language.base)
     keeper = TextSideKeeper(assembly, train_data.examples, train) if train.text_side_every else None
     prepared = accelerator.prepare(model)
     answers = sum(len(picture.questions) for picture in pictures)
@@ -242,6 +245,7 @@ def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # blocks compiled for training run here as they are: few steps, many shapes
 def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], recipe: Recipe) -> dict[str, float]:
     """Loss per supervised token over the validation rows; for questions the exact match of greedy answers, and for
     rows with reasons the scores of `adapters.reasoning.validate_reasons`."""

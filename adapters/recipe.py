@@ -147,6 +147,7 @@ class TrainSection(_Section):
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = Field(default=1.0, gt=0)
+    compile: bool = Field(default=False, description="torch.compile the LLM's blocks; on a CPU that needs g++")
     validate_every: int = Field(default=200, ge=1, description="steps")
     patience: int | None = Field(default=None, ge=1, description="validations without a gain before stopping")
     log_every: int = Field(default=10, ge=1, description="steps")

@@ -1,4 +1,4 @@
-"""Make the photo adapter that ships: both stages, its scores, and its folder in adapters/shipped/photo.
+"""Make the photo adapter that ships: the first stage, two runs of the second, its scores, and adapters/shipped/photo.
 
     .venv/bin/python scripts/make_photo.py DATA
 
@@ -12,16 +12,36 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE1, STAGE2 = Path("runs") / "photo_stage1", Path("runs") / "photo_stage2"
+RUNS = Path("runs")
+STAGE1, STAGE2, MORE = RUNS / "photo_stage1", RUNS / "photo_stage2", RUNS / "photo_more"
 FLICKR = "Flickr8k (Hodosh et al. 2013) - non-commercial research"
-MORE = (  # what stage 2 adds; it inherits the first stage's
+ADDED_TERMS = (  # by stage 2; it inherits the first stage's
     "Flickr8k-CN (Li et al. 2016) - non-commercial research; DAQUAR (Malinowski and Fritz 2014) on NYU Depth"
     " v2 - research; e-SNLI-VE (Do et al. 2020, Kayser et al. 2021) - research"
 )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Rows of each file that a run learns from; None takes all. Questions may come several times."""
+
+    english: int | None = None
+    chinese: int = 2000
+    questions: int | None = None
+    reasons: int = 1500
+    repeat: int = 2
+
+
+MIXTURE = Mixture()
+MIXTURE_MORE = Mixture(chinese=400, reasons=200)  # English and questions go on; the rest is kept in mind
+MIXTURE_VAL = Mixture(english=100, chinese=100, questions=100, reasons=50, repeat=1)
+FASTER = ["train.compile=true", "train.row_tokens=256", "train.micro_batch_tokens=1792"]
+ANOTHER_RUN = ["train.seed=1", "train.learning_rate=4e-4", "train.epochs=2", "train.validate_every=700"]
 SHIPPED = ROOT / "adapters" / "shipped" / "photo"
 
 
@@ -31,6 +51,7 @@ def main() -> int:
     parser.add_argument("data", type=Path, help="the folder that holds flickr8k/ and daquar/")
     parser.add_argument("--set1", action="append", default=[], metavar="KEY=VALUE", help="override stage 1's recipe")
     parser.add_argument("--set2", action="append", default=[], metavar="KEY=VALUE", help="override stage 2's recipe")
+    parser.add_argument("--set3", action="append", default=[], metavar="KEY=VALUE", help="override its second run's")
     parser.add_argument("--limit", type=int, help="score only the first so many rows of each file")
     options = parser.parse_args()
     from serve.cli import hush_libraries
@@ -44,26 +65,29 @@ def main() -> int:
     first = [f"data.train={data}/flickr8k/captions_train.jsonl", f"data.val={data}/flickr8k/captions_val.jsonl"]
     first += [f"data.terms={FLICKR}", *options.set1]
     train(pretrain, "photo_stage1", STAGE1, first, dtype="bfloat16")  # faster than float32 where the CPU knows it
-    second = [f"data.{part}={json.dumps(sources(data, part))}" for part in ("train", "val")]
-    train(finetune, "photo_stage2", STAGE2, [*second, f"data.terms={MORE}", *options.set2], start_from=str(STAGE1))
+    for out, start, mixture, overrides in (
+        (STAGE2, STAGE1, MIXTURE, [*FASTER, *options.set2]),
+        (MORE, STAGE2, MIXTURE_MORE, [*FASTER, *ANOTHER_RUN, *options.set3]),
+    ):
+        second = [f"data.train={json.dumps(sources(data, 'train', mixture))}"]
+        second += [f"data.val={json.dumps(sources(data, 'val', MIXTURE_VAL))}", f"data.terms={ADDED_TERMS}"]
+        train(finetune, "photo_stage2", out, [*second, *overrides], start_from=str(start))
     found = scores(data, options.limit)
-    publish(STAGE2 / "best", SHIPPED, found)
+    publish(MORE / "best", SHIPPED, found)
     size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
     print(json.dumps(found, indent=2))
     print(f"{SHIPPED.relative_to(ROOT)}: {size / 1e6:.1f} MB")
     return 0
 
 
-def sources(data: Path, part: str) -> list[dict[str, Any]]:
-    """The files that stage 2 learns from, or is chosen by."""
+def sources(data: Path, part: str, mixture: Mixture) -> list[dict[str, Any]]:
+    """The files that the second stage learns from, or is chosen by."""
     flickr = data / "flickr8k"
-    # Rows of each file: most of an epoch goes to English captions, and DAQUAR, a small set, comes twice.
-    rest, zh, reasons, repeat = (None, 2000, 1500, 2) if part == "train" else (100, 100, 50, 1)
     return [
-        {"file": f"{flickr}/captions_{part}.jsonl", "limit": rest},
-        {"file": f"{flickr}/captions_{part}.zh.jsonl", "limit": zh},
-        {"file": f"{data}/daquar/questions_{part}.jsonl", "limit": rest, "repeat": repeat},
-        {"file": f"{flickr}/reasons_{part}.jsonl", "task": "reason", "limit": reasons},
+        {"file": f"{flickr}/captions_{part}.jsonl", "limit": mixture.english},
+        {"file": f"{flickr}/captions_{part}.zh.jsonl", "limit": mixture.chinese},
+        {"file": f"{data}/daquar/questions_{part}.jsonl", "limit": mixture.questions, "repeat": mixture.repeat},
+        {"file": f"{flickr}/reasons_{part}.jsonl", "task": "reason", "limit": mixture.reasons},
     ]
 
 
@@ -92,7 +116,7 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
     from serve.loaded import load_adapter
     from serve.retrieval import load_retriever
 
-    engine = load_adapter(STAGE2)
+    engine = load_adapter(MORE)
     captions = {"en": data / "flickr8k" / "captions_val.jsonl", "zh": data / "flickr8k" / "captions_val.zh.jsonl"}
     found: dict[str, float] = {}
     for language, file in captions.items():
@@ -105,7 +129,7 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
         found[f"DAQUAR, exact match{where}"] = told["exact_match"]
         told = evaluate_reasons(engine, statements, limit=limit, blank_images=blank)
         found[f"statements, answered with reasons{where}"] = told["accuracy"]
-    retriever, _ = load_retriever(STAGE2)
+    retriever, _ = load_retriever(MORE)
     told = evaluate_retrieval(retriever, captions["en"], limit=limit)
     return found | {f"retrieval, {name}": told[name] for name in ("i2t_R@1", "t2i_R@1", "itc_i2t_R@1", "itc_t2i_R@1")}
 

@@ -199,20 +199,16 @@ def _rows(picture: Picture, rng: random.Random | None, row_tokens: int) -> list[
     if rng is not None:
         rng.shuffle(questions)
     rows: list[Row] = []
-    branches: list[Branch] = []
-    length = len(picture.shared)
     for question in questions:
         answer = rng.choice(question.answers) if rng is not None else question.answers[0]
         own = question.own
         if rng is not None and question.prefix_end is not None:
             own, answer = split_prefix(own, answer, question.prefix_end, rng)
         branch = Branch(own, answer, question.instruction)
-        if branches and length + len(branch) > row_tokens:
-            rows.append(Row(picture.images, picture.shared, tuple(branches)))
-            branches, length = [], len(picture.shared)
-        branches.append(branch)
-        length += len(branch)
-    rows.append(Row(picture.images, picture.shared, tuple(branches)))
+        if rows and len(longer := replace(rows[-1], branches=(*rows[-1].branches, branch))) <= row_tokens:
+            rows[-1] = longer
+        else:
+            rows.append(Row(picture.images, picture.shared, (branch,)))
     return rows
 
 

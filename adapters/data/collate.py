@@ -1,14 +1,16 @@
 """From tokenised prompts and answers to batches of tensors.
 
-Several answers about one picture share a sequence: the prompt's part up to the last image stands once, and each
-question with its answer sees that part and itself. Positions and masks make it equal to as many separate sequences
-(tested), at a fraction of the work.
+Several answers about one picture share a sequence: the prompt's part up to the last image stands once, and so does what
+all their questions begin with, since captions are asked for alike. Each question with its answer sees that and itself.
+Positions and masks make it equal to as many separate sequences (tested), at a fraction of the work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -35,14 +37,25 @@ class Branch:
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence: pictures, the part of the prompt all branches share, and the branches."""
+    """One sequence: pictures, the part of the prompt up to the last of them, and the branches."""
 
     images: tuple[ImageRef, ...]
     shared: tuple[int, ...]
     branches: tuple[Branch, ...]
 
+    @cached_property
+    def common(self) -> int:
+        """How many tokens the branches begin with alike; they stand once.
+
+        The last token of each prompt is never among them: from it the first of the answer is told.
+        """
+        if len(self.branches) == 1:
+            return 0
+        columns = zip(*(branch.own[:-1] for branch in self.branches), strict=False)
+        return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
     def __len__(self) -> int:
-        return len(self.shared) + sum(len(branch) for branch in self.branches)
+        return len(self.shared) + self.common + sum(len(branch) - self.common for branch in self.branches)
 
 
 def padded_length(length: int) -> int:
@@ -62,15 +75,17 @@ def collate_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
     present = torch.zeros(shape, dtype=torch.bool)
     branch_of = torch.full(shape, -1, dtype=torch.long)  # 0 is the shared part, 1, 2, … the branches
     for r, row in enumerate(rows):
-        start = len(row.shared)
-        ids[r, :start] = torch.tensor(row.shared)
+        seen = row.shared + row.branches[0].own[: row.common]  # by all branches
+        start = len(seen)
+        ids[r, :start] = torch.tensor(seen)
         positions[r, :start] = torch.arange(start)
         branch_of[r, :start] = 0
         for b, branch in enumerate(row.branches, start=1):
-            end = start + len(branch)
-            ids[r, start:end] = torch.tensor(branch.own + branch.answer)
+            rest = branch.own[row.common :] + branch.answer
+            end = start + len(rest)
+            ids[r, start:end] = torch.tensor(rest)
             labels[r, end - len(branch.answer) : end] = torch.tensor(branch.answer)
-            positions[r, start:end] = torch.arange(len(row.shared), len(row.shared) + len(branch))
+            positions[r, start:end] = torch.arange(len(seen), len(seen) + len(rest))
             branch_of[r, start:end] = b
             start = end
         present[r, :start] = True

@@ -48,8 +48,25 @@ def test_rows_carry_labels_positions_and_slots() -> None:
     assert collate_rows([row(BRANCHES[2])], pad_id=0).attention_mask.shape == (1, 16)
 
 
+def test_what_prompts_begin_with_stands_once() -> None:
+    """Captions are asked for in the same words; the prompt's last token stays with each answer."""
+    asked = row(Branch((11, 12, 13), (14, 1)), Branch((11, 12, 13), (15, 16, 1)))
+    assert (asked.common, len(asked)) == (2, 5 + 2 + 3 + 4)
+    batch = collate_rows([asked], pad_id=0)
+    assert batch.labels is not None and batch.position_ids is not None
+    assert batch.ids[0].tolist() == [3, 7, 0, 0, 9, 11, 12, 13, 14, 1, 13, 15, 16, 1, 0, 0]
+    assert batch.labels[0].tolist() == [IGNORED] * 8 + [14, 1, IGNORED, 15, 16, 1] + [IGNORED] * 2
+    assert batch.position_ids[0].tolist() == [*range(10), 7, 8, 9, 10, 0, 0]
+    assert row(BRANCHES[0]).common == 0  # nobody to share with
+    assert row(Branch((11,), (2,)), Branch((11, 12), (2,))).common == 0
+
+
+ALIKE = (Branch((11, 12, 13), (14, 1)), Branch((11, 12, 13), (15, 16, 1)), Branch((11, 12, 17, 18), (34,)))
+
+
+@pytest.mark.parametrize("branches", [BRANCHES, ALIKE])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
-def test_packed_equals_separate(language_folders: dict[str, Path], kind: str) -> None:
+def test_packed_equals_separate(language_folders: dict[str, Path], kind: str, branches: tuple[Branch, ...]) -> None:
     """Loss, and the gradient that reaches the image's vectors and LoRA, of packed rows and of one question a row."""
     language = load_language_model(language_folders[kind], quantize="none", compute_dtype=torch.float32)
     language.add_lora(LoraSettings(rank=4, alpha=8))
@@ -59,7 +76,7 @@ def test_packed_equals_separate(language_folders: dict[str, Path], kind: str) ->
             nn.init.normal_(parameter, std=0.05)
     vectors = torch.randn(1, 2, language.width)
     found = []
-    for rows in ([row(*BRANCHES)], [row(branch) for branch in BRANCHES]):
+    for rows in ([row(*branches)], [row(branch) for branch in branches]):
         batch = collate_rows(rows, pad_id=0)
         image = vectors.clone().requires_grad_()
         embeds = language.embed(batch.ids)

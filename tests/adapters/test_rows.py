@@ -109,3 +109,22 @@ def test_a_language_without_a_request_for_captions_is_named(jsonl: Callable[...,
     message = complaint(jsonl(CAPTION | {"language": "zh"}, CAPTION | {"language": "fr"}))
     assert "row 2 (line 2): 'language' is 'fr': take one of en, zh" in message
     assert read_data(jsonl(VQA | {"language": "fr"})).examples[0].language == "fr"  # a question brings its own words
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("Two dogs , one of them wet , run . ", "Two dogs, one of them wet, run."),
+        ("A boy shouts ' go ! '", "A boy shouts ' go! '"),
+        ("A ball costs .5 dollars", "A ball costs .5 dollars"),
+        ("A dog runs", "A dog runs"),
+    ],
+)
+def test_punctuation_of_captions_is_closed_up(jsonl: Callable[..., Path], written: str, read: str) -> None:
+    (example,) = read_data(jsonl({"image": "a.png", "caption": written})).examples
+    assert example.answers == (read,)
+
+
+def test_answers_stay_as_they_were_written(jsonl: Callable[..., Path]) -> None:
+    (example,) = read_data(jsonl({"image": "a.png", "question": "what ?", "answer": "yes ."})).examples
+    assert (example.question, example.answers) == ("what ?", ("yes .",))
