@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from serve.http import build_app
 from serve.http_server import Listener, make_server
 from serve.tickets import Answer, Busy, Ticket
 
+CHAT = "/v1/chat/completions"
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
@@ -132,3 +134,37 @@ def openai_client(url: str, **options: Any) -> OpenAI:
 
 def http(url: str, **options: Any) -> httpx.Client:
     return httpx.Client(base_url=url, trust_env=False, timeout=60, **options)
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A request that `served` over a FakeEngine takes."""
+    return {"model": "first", "messages": [user("what is it?")]} | changes
+
+
+def post(url: str, values: Any = None, **options: Any) -> httpx.Response:
+    with http(url) as client:
+        return client.post(CHAT, **({"json": values if values is not None else body()} | options))
+
+
+def half_a_request(url: str, header: bytes = b"", rest: bytes = b'{"messages"') -> socket.socket:
+    """A connection over which a request has begun: without a header of its own, one whose body ends with `rest`."""
+    host, port = url.removeprefix("http://").split(":")
+    line = socket.create_connection((host, int(port)), timeout=30)
+    length = len(rest) if rest.endswith(b"}") else 100
+    lines = (b"POST /v1/chat/completions HTTP/1.1", b"Host: localhost", b"Content-Type: application/json")
+    line.sendall(b"\r\n".join((*lines, header or b"Content-Length: %d" % length, b"", rest)))
+    return line
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    assert set(reply.json()) == {"error"}
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    return dict(reply.json()["error"])
+
+
+def figures(url: str) -> dict[str, float]:
+    with http(url) as client:
+        reply = client.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain; version=")
+    lines = [line for line in reply.text.splitlines() if not line.startswith("#")]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
