@@ -199,7 +199,7 @@ def find_recipe(name: str) -> Path:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     shipped = shipped_recipes()
-    if path.stem in shipped and (path.parent == Path(".") or path.parent.name == "recipes"):
+    if path.stem in shipped and path.suffix in ("", ".yaml") and path.parent in (Path("."), Path("recipes")):
         return shipped[path.stem]
     near = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.3) or sorted(shipped)
     raise UserError(f"recipe '{name}': no such file, and no shipped recipe of that name; near: {', '.join(near)}")

@@ -6,12 +6,16 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from qformer.errors import UserError
 
 
 def anonymous_memory() -> int:
@@ -61,6 +65,9 @@ class Reporter:
         total: steps of the whole run.
         start: steps already taken.
         quiet: print nothing.
+
+    Raises:
+        UserError: the folder cannot be written, here or later: most often the disk is full.
     """
 
     def __init__(self, folder: Path | None, total: int, *, start: int = 0, quiet: bool = False) -> None:
@@ -77,8 +84,9 @@ class Reporter:
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
-            _cut_after(folder / "metrics.jsonl", start)
+            with _written(folder):
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+                _cut_after(folder / "metrics.jsonl", start)
 
     def __enter__(self) -> Reporter:
         self.memory.start()
@@ -97,8 +105,9 @@ class Reporter:
         self.memory.stop()
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            self._board.close()
+        if self._board is not None and self.folder is not None:
+            with suppress(UserError) if error is not None else nullcontext(), _written(self.folder):
+                self._board.close()
 
     def say(self, text: str) -> None:
         """A line for people, on standard error."""
@@ -126,16 +135,27 @@ class Reporter:
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.folder is None:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        with _written(self.folder):
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def draw(self) -> None:
         """Draw the loss curve from metrics.jsonl into loss.png."""
         if self.folder is not None:
-            draw_curve(self.folder)
+            with _written(self.folder):
+                draw_curve(self.folder)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """What cannot be written is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: the run's log cannot be written ({error}); free space, then --resume") from error
 
 
 _CURVES = {"loss": "training loss", "val_loss": "validation loss"}

@@ -168,7 +168,7 @@ def _checked(folder: Path, source: str) -> Path:
         found = f"only {pickles[0]}, a pickle, which is never read" if pickles else "no *.safetensors"
         raise UserError(
             f"source {source!r}: {folder} holds {found}; "
-            "save the model anew with save_pretrained(folder, safe_serialization=True) or name another source"
+            "save the model anew with save_pretrained(folder) or name another source"
         )
     return folder
 

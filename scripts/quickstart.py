@@ -126,6 +126,9 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"quickstart: {error}; free space or mend rights, and run it again", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("quickstart: stopped; run it again to go on", file=sys.stderr)
         sys.exit(130)

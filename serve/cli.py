@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so `--help` answers at once
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -72,21 +73,24 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a question about one or several pictures."""
-    from serve.loaded import checked_choices, load_adapter
+    from serve.loaded import checked_choices, load_adapter, user_turn
 
     *images, question = pictures
     if not images:
         raise UserError(f'ask: only "{question}" was given; write querybridge ask IMAGE "QUESTION"')
     check_pictures(images)
+    user_turn(images, question)  # a mistake is told before the models are loaded
     asked = {"images": images, "question": question}
     if choices is not None:
+        if decoding is not None or beams is not None or max_new_tokens is not None:
+            raise UserError("--choices gives each its probability and writes nothing: leave the decoding's flags out")
         named = checked_choices(choices.split(","), where="--choices")
         shares = load_adapter(adapter, device=device, dtype=dtype, offline=offline).choose(images, question, named)
         lines = "\n".join(f"{share:6.1%}  {choice}" for choice, share in shares.items())
         report({**asked, "answer": next(iter(shares)), "choices": shares}, as_json, lines)
         return
-    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    said = engine.say(images, question, decoding=decoding_of(decoding or "greedy", beams, max_new_tokens))
+    settings = decoding_of(decoding or "greedy", beams, max_new_tokens)
+    said = load_adapter(adapter, device=device, dtype=dtype, offline=offline).say(images, question, decoding=settings)
     report({**asked, "answer": said.text, "confidence": said.confidence}, as_json, said.text)
 
 
@@ -104,11 +108,13 @@ def caption(
     as_json: JsonOption = False,
 ) -> None:
     """Describe pictures."""
+    from adapters.data.prompts import check_language
     from serve.loaded import load_adapter
 
     check_pictures(pictures)
-    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+    check_language(language)
     settings = decoding_of(decoding or "caption", beams, max_new_tokens)
+    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
     captions = {picture: engine.caption(picture, language=language, decoding=settings) for picture in pictures}
     lines = list(captions.values()) if len(captions) == 1 else [f"{name}: {text}" for name, text in captions.items()]
     report({"captions": captions, "language": language}, as_json, "\n".join(lines))
@@ -135,9 +141,11 @@ def batch(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a file of questions: rows in, rows out, each kept as it comes."""
+    from adapters.data.readers import check_source
     from serve.batch import PRESETS, VQAPredictor, run_batch
 
     settings = {kind: decoding_of(decoding or preset, beams, max_new_tokens) for kind, preset in PRESETS.items()}
+    check_source(source)
     predictor = VQAPredictor(
         adapter, decoding=settings, batch_size=batch_size, device=device, dtype=dtype, offline=offline
     )
@@ -182,16 +190,20 @@ def evaluate(
         raise UserError(f"--task {task}: take vqa, caption, reason or retrieval")
     if task != "reason" and (controls or answer_adapter is not None or rationale_tokens is not None):
         raise UserError(f"--controls, --answer-adapter and --rationale-tokens go with --task reason, not {task}")
+    from adapters.data.readers import check_source
+
+    check_source(data)
     on_progress = None if quiet else progress("done")
     if task == "reason":
         from serve.evaluate_reasons import evaluate_reasons
         from serve.reasoning import load_pair
 
+        settings = decoding_of(decoding or "greedy", beams, max_new_tokens)
         first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
         scores = evaluate_reasons(
             first, data, answerer=second, controls=controls, blank_images=blank_images, limit=limit,
             skip_bad_rows=skip_bad_rows, offline=offline, batch_size=batch_size, rationale_tokens=rationale_tokens,
-            decoding=decoding_of(decoding or "greedy", beams, max_new_tokens), on_progress=on_progress,
+            decoding=settings, on_progress=on_progress,
         )  # fmt: skip
     elif task == "retrieval":
         from serve.evaluate import evaluate_retrieval
@@ -286,10 +298,17 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except Exception:
-        traceback.print_exc()
-        print("querybridge: this is a fault of querybridge, not yours; please report the lines above", file=sys.stderr)
-        code = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"querybridge: {where}{error.strerror}; free space and run it again", file=sys.stderr)
+            code = 2
+        else:
+            traceback.print_exc()
+            print(
+                "querybridge: this is a fault of querybridge, not yours; please report the lines above", file=sys.stderr
+            )
+            code = 1
     if code == 130:  # Typer may turn Ctrl-C into this code by itself
         print("querybridge: stopped", file=sys.stderr)
     sys.exit(code)

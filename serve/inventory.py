@@ -93,7 +93,7 @@ def _recipe(name: str, path: Path) -> dict[str, Any]:
     return {
         "name": name,
         "task": recipe.task,
-        "description": comments[0] if comments else recipe.description,
+        "description": recipe.description or (comments[0] if comments else ""),
         "image_encoders": [tower.source for tower in recipe.vision.towers],
         "language": recipe.language.source,
         "needs": f"a {gpu[1]} GB GPU" if gpu else "a CPU",

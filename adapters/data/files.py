@@ -54,7 +54,7 @@ def jsonl_rows(path: Path) -> Iterator[RawRow]:
             raise UserError(f"{path} holds a JSON list, not an object a line: name it .json")
         where = place(path, number, line)
         try:
-            yield _object(json.loads(text), where, number)
+            yield _object(json.loads(text.rstrip("\r\n")), where, number)
         except json.JSONDecodeError as error:
             problem = f"broken JSON at column {error.colno} ({error.msg}): {shorten(text)}: mend the line"
             yield RawRow(where, number, {}, problem)

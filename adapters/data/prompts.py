@@ -74,6 +74,12 @@ class PromptStyle:
     letters: bool = False
 
 
+def check_language(language: str) -> None:
+    """Raise UserError where captions cannot be asked for in a language."""
+    if language not in CAPTION_REQUEST:
+        raise UserError(f"--language: '{language}' is not known; take one of {', '.join(CAPTION_REQUEST)}")
+
+
 class PromptBuilder:
     """Words and tokenises prompts for one LLM.
 
@@ -179,8 +185,7 @@ class PromptBuilder:
 
     def caption(self, language: str = "en", num_images: int = 1, *, where: str = "caption") -> Prompt:
         """The prompt that asks for a caption, in English ("en") or Chinese ("zh")."""
-        if language not in CAPTION_REQUEST:
-            raise UserError(f"--language: '{language}' is not known; take one of {', '.join(CAPTION_REQUEST)}")
+        check_language(language)
         if self.style.caption is not None and language == "en":
             wording = self.style.caption
         elif self.has_template or language != "en":

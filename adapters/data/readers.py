@@ -108,6 +108,16 @@ def read_data(
     )
 
 
+def check_source(source: str | Path) -> None:
+    """Say what is wrong with a source's name before anything slow is done; no row is read.
+
+    Raises:
+        UserError: there is no such file, it is of an unknown kind, or it is empty.
+    """
+    if str(source) not in EASY_VQA and scienceqa_folder(source) is None:
+        _open_file(Path(source).expanduser())
+
+
 def read_rows(
     source: str | Path,
     *,
@@ -192,7 +202,7 @@ def _complaint(faults: Sequence[Fault], good: int, skipping: bool) -> str:
     count = f"{len(faults)} of {len(faults) + good} rows are bad"
     if skipping:
         return f"{text}; {count}, so none are left"
-    return f"{text}; {count} (--skip-bad-rows leaves them out)"
+    return f"{text}; {count} (--skip-bad-rows leaves them out; in training, --set data.skip_bad_rows=true)"
 
 
 def _digest(row: RawRow) -> str:

@@ -129,7 +129,9 @@ def test_a_bad_row_is_named_counted_and_can_be_skipped(
     path = jsonl(VQA, "", row, VQA)
     message = complaint(path)
     assert message.startswith(f"{path} row 2 (line 3): ")
-    assert message.endswith("1 of 3 rows are bad (--skip-bad-rows leaves them out)")
+    assert message.endswith(
+        "1 of 3 rows are bad (--skip-bad-rows leaves them out; in training, --set data.skip_bad_rows=true)"
+    )
     assert len(message) < len(str(path)) * 2 + 400
     for word in words:
         assert word in message, message
