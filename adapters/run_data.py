@@ -48,7 +48,7 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
     def read(sources: Sources, limit: int | None) -> DataSet:
         task = None if recipe.task == "mixed" else recipe.task
         listed = (SourceSection(file=sources, limit=limit),) if isinstance(sources, str) else sources
-        options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "offline": offline}
+        options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "broken_pictures_too": True, "offline": offline}
         read_parts = (
             (read_data(part.file, task=part.task or task, limit=part.limit or limit, **options), part.repeat)
             for part in listed

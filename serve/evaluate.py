@@ -58,7 +58,9 @@ def evaluate(
     """
     if task not in ("vqa", "caption"):
         raise UserError(f"--task {task}: an LLM's answers are scored as vqa or caption")
-    rows = read_data(data, task=task, skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
+    rows = read_data(
+        data, task=task, skip_bad_rows=skip_bad_rows, broken_pictures_too=True, limit=limit, offline=offline
+    )
     examples = rows.examples
     languages = {example.language for example in examples}
     if task == "caption" and len(languages) > 1:
@@ -115,7 +117,9 @@ def evaluate_retrieval(
     Raises:
         UserError: the data cannot be read.
     """
-    rows = read_data(data, task="caption", skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
+    rows = read_data(
+        data, task="caption", skip_bad_rows=skip_bad_rows, broken_pictures_too=True, limit=limit, offline=offline
+    )
     pictures = captioned(rows.examples)
     if not pictures:
         raise UserError(f"{data}: no pictures with captions in English, which is what the text side reads")

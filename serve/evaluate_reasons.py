@@ -66,7 +66,9 @@ def evaluate_reasons(
     if controls and blank_images:
         raise UserError("--blank-images is one of the --controls; leave it out")
     second = None if answerer is None else answerer.assembly
-    rows = read_data(data, task="reason", skip_bad_rows=skip_bad_rows, limit=limit, offline=offline)
+    rows = read_data(
+        data, task="reason", skip_bad_rows=skip_bad_rows, broken_pictures_too=True, limit=limit, offline=offline
+    )
     languages = {example.language for example in rows.examples}
     if len(languages) > 1:
         raise UserError(f"{data}: reasons in {', '.join(sorted(languages))}; score one language a file")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.data.examples import Fault
-from adapters.data.images import ImageRef, open_image
+from adapters.data.openable import open_pictures
 from adapters.data.readers import no_rows, read_rows
 from qformer.errors import UserError
-
-_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -70,49 +65,19 @@ def check_data(
     found = read_rows(source, task=task, need_answers=need_answers, offline=offline)
     if not found.digests:
         raise UserError(no_rows(source))
-    refs = list(dict.fromkeys(image for example in found.examples for image in example.images))
-    broken: dict[ImageRef, str] = {}
-    digests: set[str] = set()
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="check")
-    try:
-        for done, (ref, result) in enumerate(zip(refs, pool.map(_examine, refs), strict=True), start=1):
-            if isinstance(result, UserError):
-                broken[ref] = str(result)
-            else:
-                digests.add(result)
-            if on_progress and (done == len(refs) or done % -(-len(refs) // 10) == 0):
-                on_progress(done, len(refs))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    faults = list(found.faults)
-    good = []
-    for example in found.examples:
-        wrong = next((image for image in example.images if image in broken), None)
-        if wrong is None:
-            good.append(example)
-        else:
-            faults.append(Fault(example.row, example.where, broken[wrong]))
+    opened = open_pictures(found.examples, on_progress)
+    good, unreadable = opened.sort(found.examples)
     longest = max(good, key=lambda example: len(example.question), default=None)
     asks = longest is not None and longest.question != ""
     return DataCheck(
         name=found.name,
         task=found.task if good else None,
         rows=len(found.digests),
-        pictures=len(refs),
-        distinct_pictures=len(digests),
+        pictures=opened.pictures,
+        distinct_pictures=len(opened.digests),
         answers=sum(len(example.answers) for example in good),
         languages=dict(Counter(example.language for example in good).most_common()),
         longest_question=len(longest.question) if longest is not None else 0,
         longest_question_row=longest.row if longest is not None and asks else 0,
-        faults=tuple(sorted(faults, key=lambda fault: fault.row)),
+        faults=tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row)),
     )
-
-
-def _examine(ref: ImageRef) -> str | UserError:
-    """The digest of a picture's bytes, or what is wrong with it, without the row that names it."""
-    try:
-        content = ref.read()
-        open_image(ImageRef(ref.label, data=content))
-    except UserError as error:
-        return UserError(str(error).removeprefix(f"{ref.where}: "))
-    return hashlib.sha256(content).hexdigest()

@@ -10,12 +10,13 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 from adapters.data.examples import DataSet, Example, Fault, Task
 from adapters.data.files import RawRow, csv_rows, json_rows, jsonl_rows, shorten
+from adapters.data.openable import open_pictures
 from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, read_row, tasks_of
 from adapters.data.scienceqa import TERMS as SCIENCEQA_TERMS
 from adapters.data.scienceqa import is_scienceqa, scienceqa_folder, scienceqa_rows
@@ -65,6 +66,7 @@ def read_data(
     task: str | None = None,
     need_answers: bool = True,
     skip_bad_rows: bool = False,
+    broken_pictures_too: bool = False,
     limit: int | None = None,
     offline: bool = False,
 ) -> DataSet:
@@ -83,6 +85,8 @@ def read_data(
         need_answers: False reads rows to be answered: answers may be absent, and a picture alone is a row
             that asks for its caption.
         skip_bad_rows: leave bad rows out and list them in `faults`.
+        broken_pictures_too: a row whose picture cannot be decoded is a bad row too; where bad rows are left out,
+            every picture is opened to know. For callers that cannot leave one out later.
         limit: take the first so many good rows; the file is not read further.
         offline: take a packaged set from the cache folder or not at all.
 
@@ -93,6 +97,10 @@ def read_data(
         UserError: the file is missing or of an unknown kind, rows are bad, or none are there.
     """
     found = read_rows(source, task=task, need_answers=need_answers, limit=limit, offline=offline)
+    if skip_bad_rows and broken_pictures_too:
+        good, unreadable = open_pictures(found.examples).sort(found.examples)
+        faults = tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row))
+        found = replace(found, examples=tuple(good), faults=faults)
     if found.faults and not (skip_bad_rows and found.examples):
         raise UserError(_complaint(found.faults, len(found.examples), skip_bad_rows))
     if not found.examples or found.task is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from data_rows import CAPTION, VQA, complaint
+from PIL import Image
 
 import qformer.sources
 from adapters.data.readers import read_data, read_rows
@@ -262,3 +263,15 @@ def test_forty_thousand_rows_are_read_quickly(folder: Path) -> None:
     start = time.process_time()
     assert len(read_data(path).examples) == 40_000
     assert time.process_time() - start < 2
+
+
+def test_a_picture_that_cannot_be_decoded_makes_a_bad_row_where_that_is_asked(jsonl: Callable[..., Path]) -> None:
+    path = jsonl(VQA, VQA | {"image": "b.png"}, VQA)
+    Image.new("RGB", (9, 9)).save(path.parent / "a.png")
+    whole = (path.parent / "a.png").read_bytes()
+    (path.parent / "b.png").write_bytes(whole[: len(whole) // 2])
+    assert len(read_data(path, skip_bad_rows=True).examples) == 3  # they are looked for, not opened
+    assert len(read_data(path, broken_pictures_too=True).examples) == 3  # what opens it later says what is wrong
+    data = read_data(path, skip_bad_rows=True, broken_pictures_too=True)
+    assert [example.row for example in data.examples] == [1, 3]
+    assert [fault.row for fault in data.faults] == [2] and "b.png" in str(data.faults[0])
