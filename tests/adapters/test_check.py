@@ -91,7 +91,7 @@ def test_an_interruption_does_not_wait_for_the_rest(
     pictures: Path, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    monkeypatch.setattr("adapters.data.check.open_image", lambda ref: (time.sleep(0.005), opened.append(ref)))
+    monkeypatch.setattr("adapters.data.openable.open_image", lambda ref: (time.sleep(0.005), opened.append(ref)))
     for number in range(95):
         (pictures / f"{number}.png").touch()
     path = jsonl(*(VQA | {"image": f"{number}.png"} for number in range(95)))
