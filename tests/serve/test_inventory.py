@@ -40,7 +40,7 @@ def test_every_recipe_is_listed_with_what_it_needs() -> None:
     recipes = {item["name"]: item for item in list_models()["recipes"]}
     assert set(recipes) == set(shipped_recipes())
     assert recipes["easy_vqa_cpu"]["needs"] == "a CPU"
-    assert recipes["easy_vqa_cpu"]["description"].startswith("Questions about one coloured shape")
+    assert recipes["easy_vqa_cpu"]["description"].startswith("Answers questions about the shape")
     assert all("GPU" in item["needs"] for name, item in recipes.items() if name.startswith("gpu_"))
     assert recipes["gpu_blip2_opt"]["language"] == load_recipe("gpu_blip2_opt").language.source
 
