@@ -18,7 +18,7 @@ def compile_blocks(model: nn.Module) -> int:
         How many blocks there are.
 
     Raises:
-        UserError: torch.compile does not work on this machine.
+        UserError: torch.compile does not work on this machine, or the model names no blocks.
     """
     device = next(model.parameters()).device
     try:  # at once, on something small, rather than in the first step
@@ -30,6 +30,8 @@ def compile_blocks(model: nn.Module) -> int:
         ) from error
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise UserError(f"train.compile: {type(model).__name__} names no blocks to compile; --set train.compile=false")
     for block in blocks:
         block.compile(dynamic=True)
     return len(blocks)

@@ -186,12 +186,12 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score an adapter on a data set, with what language alone would score beside it."""
+    from adapters.data.readers import check_source
+
     if task not in ("vqa", "caption", "reason", "retrieval"):
         raise UserError(f"--task {task}: take vqa, caption, reason or retrieval")
     if task != "reason" and (controls or answer_adapter is not None or rationale_tokens is not None):
         raise UserError(f"--controls, --answer-adapter and --rationale-tokens go with --task reason, not {task}")
-    from adapters.data.readers import check_source
-
     check_source(data)
     on_progress = None if quiet else progress("done")
     if task == "reason":

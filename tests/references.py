@@ -22,6 +22,15 @@ def randomise(model: nn.Module, *, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+@torch.no_grad()
+def stir_lora(model: nn.Module, *, seed: int, only: str = "lora_") -> None:
+    """Draw LoRA's matrices anew: B starts at zero, and what it does could not be seen."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if only in name:
+            parameter.normal_(std=0.05)
+
+
 def close(got: Tensor | None, expected: Tensor) -> None:
     assert got is not None
     torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from references import stir_lora
 
 from adapters.data.collate import Branch, Row, collate_encoder_decoder, collate_prompts, collate_rows, packed_mask
 from adapters.data.images import blank_image
@@ -70,10 +70,7 @@ def test_packed_equals_separate(language_folders: dict[str, Path], kind: str, br
     """Loss, and the gradient that reaches the image's vectors and LoRA, of packed rows and of one question a row."""
     language = load_language_model(language_folders[kind], quantize="none", compute_dtype=torch.float32)
     language.add_lora(LoraSettings(rank=4, alpha=8))
-    torch.manual_seed(5)
-    for name, parameter in language.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.05)
+    stir_lora(language, seed=5)
     vectors = torch.randn(1, 2, language.width)
     found = []
     for rows in ([row(*branches)], [row(branch) for branch in branches]):

@@ -1,4 +1,4 @@
-"""A run's log on a disk that is full, and the artefact and state that are written beside it: one line, no traceback."""
+"""A run's log on a disk that is full, and the command's last word on one: one line, no traceback."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from references import stir_lora
 
 from qformer.compiling import compile_blocks
 from qformer.errors import UserError
@@ -19,11 +20,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(language_folders: dict
     for compiled in (False, True):
         language = load_language_model(language_folders["llama"], quantize=quantize, compute_dtype=torch.float32)
         language.add_lora(LoraSettings(rank=4, alpha=8))
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for name, parameter in language.named_parameters():
-                if "lora_" in name:
-                    parameter.normal_(std=0.05)
+        stir_lora(language, seed=3)
         if compiled:
             try:
                 assert compile_blocks(language.base) == language.config.num_hidden_layers
@@ -51,4 +48,9 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(UserError, match=r"train.compile: torch.compile does not work here \(no compiler\).*=false"):
+        compile_blocks(torch.nn.Linear(2, 2))
+
+
+def test_a_model_without_named_blocks_is_told() -> None:
+    with pytest.raises(UserError, match="names no blocks"):
         compile_blocks(torch.nn.Linear(2, 2))

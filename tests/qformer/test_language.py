@@ -9,6 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from references import stir_lora
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.decoding import Decoding
@@ -179,11 +180,7 @@ def test_checkpointing_keeps_less_and_computes_the_same(language_folders: dict[s
     for checkpointing in (False, True):
         language = load(language_folders["llama"])
         language.add_lora(LoraSettings(rank=4, alpha=8))
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for name, parameter in language.named_parameters():
-                if "lora_" in name:
-                    parameter.normal_(std=0.05)
+        stir_lora(language, seed=3)
         if checkpointing:
             language.enable_checkpointing()
         language.train()

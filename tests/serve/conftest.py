@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from api_server import served
 from command import Call, Outcome
 from data_rows import write_jsonl
 from PIL import Image, ImageDraw
@@ -121,6 +122,13 @@ def rows(data_file: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def source(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.fixture
+def url(engine: Any) -> Iterator[str]:
+    """The address of a server over the module's engine."""
+    with served(engine) as url:
+        yield url
 
 
 @pytest.fixture

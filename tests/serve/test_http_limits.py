@@ -38,12 +38,6 @@ def engine() -> FakeEngine:
     return FakeEngine()
 
 
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
-
-
 # how much, how long --------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,12 +12,6 @@ from api_server import FakeEngine, body, figures, finish, http, post, served
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine()
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
 
 
 def test_metrics_count_what_was_done(url: str, engine: FakeEngine, pool: ThreadPoolExecutor) -> None:

@@ -51,12 +51,6 @@ def engine() -> Thinker:
     return Thinker()
 
 
-@pytest.fixture
-def url(engine: Thinker) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
-
-
 def body(**changes: Any) -> dict[str, Any]:
     return {"model": "first", "messages": [user("why?")], "reason": True} | changes
 
