@@ -150,7 +150,9 @@ def finetune(
         open_run_folder(out, recipe)
     began = time.monotonic() - position.seconds
     with (
-        Reporter(out if main else None, total, start=position.step, quiet=quiet or not main) as report,
+        Reporter(
+            out if main else None, total, device=accelerator.device, start=position.step, quiet=quiet or not main
+        ) as report,
         interruptible() as stop,
     ):
         report.say(describe_trainable(assembly))

@@ -6,7 +6,7 @@ Recipes are YAML files. Unknown keys, wrong types and impossible values are one-
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -224,17 +224,20 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise UserError(f"{path}{where}: this is not YAML ({getattr(error, 'problem', None) or error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections such as 'train:', this file holds {_kind(values)}")
+    overrides = list(overrides)
     for override in overrides:
         _override(values, override)
-    return parse_recipe(values, str(path))
+    return parse_recipe(values, str(path), overrides)
 
 
-def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
-    """Check a recipe given as a mapping. `where` names it in errors."""
+def parse_recipe(values: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe given as a mapping. `where` names it in errors, but for what an override has brought in."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from error
+        place = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
+        given = [text for text in overrides if f"{place}.".startswith(f"{text.partition('=')[0]}.")]
+        raise UserError(f"{f'--set {given[-1]}' if given else where}: {_explain(error)}") from error
 
 
 def _explain(error: ValidationError) -> str:

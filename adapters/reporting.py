@@ -31,8 +31,8 @@ def anonymous_memory() -> int:
 class MemoryWatch:
     """The peak of memory while it runs: on a GPU what torch allocated, else RssAnon, looked at ten times a second."""
 
-    def __init__(self) -> None:
-        self.on_gpu = torch.cuda.is_available()
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
         self.kind = "GPU" if self.on_gpu else "RssAnon"
         self._peak = 0
         self._stop = threading.Event()
@@ -63,6 +63,7 @@ class Reporter:
     Args:
         folder: the run's folder; metrics.jsonl, tensorboard/ and loss.png are written there. None writes nothing.
         total: steps of the whole run.
+        device: where the model is; tells whose memory is watched.
         start: steps already taken.
         quiet: print nothing.
 
@@ -70,13 +71,15 @@ class Reporter:
         UserError: the folder cannot be written, here or later: most often the disk is full.
     """
 
-    def __init__(self, folder: Path | None, total: int, *, start: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, total: int, *, device: torch.device, start: int = 0, quiet: bool = False
+    ) -> None:
         self.folder = folder
         self.total = total
         self.start = start
         self.quiet = quiet
         self.console = Console(stderr=True)
-        self.memory = MemoryWatch()
+        self.memory = MemoryWatch(device)
         self._began = self._printed = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None

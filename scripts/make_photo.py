@@ -1,4 +1,4 @@
-"""Make the photo adapter that ships: the first stage, two runs of the second, its scores, and adapters/shipped/photo.
+"""Make the photo adapter that ships: the first stage, three runs of the second, its scores, adapters/shipped/photo.
 
     .venv/bin/python scripts/make_photo.py DATA
 
@@ -12,13 +12,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs")
 STAGE1, STAGE2, MORE = RUNS / "photo_stage1", RUNS / "photo_stage2", RUNS / "photo_more"
+LAST = RUNS / "photo_last"
+MADE = RUNS / "photo_questions"
 FLICKR = "Flickr8k (Hodosh et al. 2013) - non-commercial research"
 ADDED_TERMS = (  # by stage 2; it inherits the first stage's
     "Flickr8k-CN (Li et al. 2016) - non-commercial research; DAQUAR (Malinowski and Fritz 2014) on NYU Depth"
@@ -28,21 +30,59 @@ ADDED_TERMS = (  # by stage 2; it inherits the first stage's
 
 @dataclass(frozen=True)
 class Mixture:
-    """Rows of each file that a run learns from; None takes all. Questions may come several times."""
+    """Rows of each file that a run learns from; None takes all, 0 none. Questions may come several times.
+
+    Args:
+        english: pictures with English captions.
+        chinese: pictures with Chinese captions.
+        questions: questions on rooms.
+        made: questions made from the English captions.
+        reasons: statements with reasons.
+        repeat: how often the questions on rooms come.
+    """
 
     english: int | None = None
     chinese: int = 2000
     questions: int | None = None
+    made: int | None = 0
     reasons: int = 1500
     repeat: int = 2
 
 
-MIXTURE = Mixture()
-MIXTURE_MORE = Mixture(chinese=400, reasons=200)  # English and questions go on; the rest is kept in mind
-MIXTURE_VAL = Mixture(english=100, chinese=100, questions=100, reasons=50, repeat=1)
-FASTER = ["train.compile=true", "train.row_tokens=144", "train.micro_batch_tokens=1536"]
-ANOTHER_RUN = ["train.seed=1", "train.learning_rate=4e-4", "train.epochs=2", "train.validate_every=700"]
-ANOTHER_RUN += ["train.text_side_every=16"]
+VALIDATION = Mixture(english=100, chinese=100, questions=100, reasons=50, repeat=1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the second stage: its folder, what it starts from, what it learns, its changes to the recipe."""
+
+    out: Path
+    start: Path
+    mixture: Mixture
+    overrides: tuple[str, ...] = ()
+    validation: Mixture = VALIDATION
+
+
+FASTER = ("train.compile=true", "train.row_tokens=144", "train.micro_batch_tokens=1536")
+AGAIN = ("train.learning_rate=4e-4", "train.validate_every=700")
+RUNS_OF_STAGE2 = (
+    Run(STAGE2, STAGE1, Mixture()),
+    # English and questions go on; the rest is kept in mind
+    Run(
+        MORE,
+        STAGE2,
+        Mixture(chinese=400, reasons=200),
+        (*AGAIN, "train.seed=1", "train.epochs=2", "train.text_side_every=16"),
+    ),
+    # what can be asked of a photo taken outdoors; and rooms, of which little has been learned
+    Run(
+        LAST,
+        MORE,
+        Mixture(chinese=800, made=None, reasons=300, repeat=3),
+        (*AGAIN, "train.seed=2"),
+        replace(VALIDATION, made=100),
+    ),
+)
 SHIPPED = ROOT / "adapters" / "shipped" / "photo"
 
 
@@ -51,8 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder that holds flickr8k/ and daquar/")
     parser.add_argument("--set1", action="append", default=[], metavar="KEY=VALUE", help="override stage 1's recipe")
-    parser.add_argument("--set2", action="append", default=[], metavar="KEY=VALUE", help="override stage 2's recipe")
-    parser.add_argument("--set3", action="append", default=[], metavar="KEY=VALUE", help="override its second run's")
+    parser.add_argument("--set2", action="append", default=[], metavar="KEY=VALUE", help="override stage 2's, each run")
     parser.add_argument("--limit", type=int, help="score only the first so many rows of each file")
     options = parser.parse_args()
     from serve.cli import hush_libraries
@@ -66,15 +105,15 @@ def main() -> int:
     first = [f"data.train={data}/flickr8k/captions_train.jsonl", f"data.val={data}/flickr8k/captions_val.jsonl"]
     first += [f"data.terms={FLICKR}", *options.set1]
     train(pretrain, "photo_stage1", STAGE1, first, dtype="bfloat16")  # faster than float32 where the CPU knows it
-    for out, start, mixture, overrides in (
-        (STAGE2, STAGE1, MIXTURE, [*FASTER, *options.set2]),
-        (MORE, STAGE2, MIXTURE_MORE, [*FASTER, *ANOTHER_RUN, *options.set3]),
-    ):
-        second = [f"data.train={json.dumps(sources(data, 'train', mixture))}"]
-        second += [f"data.val={json.dumps(sources(data, 'val', MIXTURE_VAL))}", f"data.terms={ADDED_TERMS}"]
-        train(finetune, "photo_stage2", out, [*second, *overrides], start_from=str(start))
+    for part in ("train", "val"):
+        make_questions(data, part)
+    for run in RUNS_OF_STAGE2:
+        second = [f"data.train={json.dumps(sources(data, 'train', run.mixture))}", f"data.terms={ADDED_TERMS}"]
+        second += [f"data.val={json.dumps(sources(data, 'val', run.validation))}"]
+        overrides = [*second, *FASTER, *run.overrides, *options.set2]
+        train(finetune, "photo_stage2", run.out, overrides, start_from=str(run.start))
     found = scores(data, options.limit)
-    publish(MORE / "best", SHIPPED, found)
+    publish(LAST / "best", SHIPPED, found)
     size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
     print(json.dumps(found, indent=2))
     print(f"{SHIPPED.relative_to(ROOT)}: {size / 1e6:.1f} MB")
@@ -84,12 +123,31 @@ def main() -> int:
 def sources(data: Path, part: str, mixture: Mixture) -> list[dict[str, Any]]:
     """The files that the second stage learns from, or is chosen by."""
     flickr = data / "flickr8k"
-    return [
+    listed = [
         {"file": f"{flickr}/captions_{part}.jsonl", "limit": mixture.english},
         {"file": f"{flickr}/captions_{part}.zh.jsonl", "limit": mixture.chinese},
-        {"file": f"{data}/daquar/questions_{part}.jsonl", "limit": mixture.questions, "repeat": mixture.repeat},
+        {"file": f"{MADE}/rooms_{part}.jsonl", "limit": mixture.questions, "repeat": mixture.repeat},
+        {"file": f"{MADE}/captions_{part}.jsonl", "limit": mixture.made},
         {"file": f"{flickr}/reasons_{part}.jsonl", "task": "reason", "limit": mixture.reasons},
     ]
+    return [source for source in listed if source["limit"] != 0]
+
+
+def make_questions(data: Path, part: str) -> None:
+    """Write the questions that the English captions answer, and DAQUAR's with answers spelt as people spell them."""
+    from adapters.data.caption_questions import choose_questions
+    from adapters.data.readers import read_data
+
+    captioned = read_data(data / "flickr8k" / f"captions_{part}.jsonl", task="caption").examples
+    chosen = choose_questions([row.answers for row in captioned], most=4)
+    made = [(row, one.question, one.answer) for row, each in zip(captioned, chosen, strict=True) for one in each]
+    rooms = read_data(data / "daquar" / f"questions_{part}.jsonl", task="vqa").examples
+    spelt = [(row, row.question, row.answer.replace("_", " ")) for row in rooms]
+    MADE.mkdir(parents=True, exist_ok=True)
+    for name, asked in (("captions", made), ("rooms", spelt)):
+        rows = ({"image": str(row.images[0].path), "question": text, "answer": answer} for row, text, answer in asked)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (MADE / f"{name}_{part}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def train(run: Callable[..., Any], recipe: str, out: Path, overrides: list[str], **options: Any) -> None:
@@ -117,7 +175,7 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
     from serve.loaded import load_adapter
     from serve.retrieval import load_retriever
 
-    engine = load_adapter(MORE)
+    engine = load_adapter(LAST)
     captions = {"en": data / "flickr8k" / "captions_val.jsonl", "zh": data / "flickr8k" / "captions_val.zh.jsonl"}
     found: dict[str, float] = {}
     for language, file in captions.items():
@@ -130,7 +188,7 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
         found[f"DAQUAR, exact match{where}"] = told["exact_match"]
         told = evaluate_reasons(engine, statements, limit=limit, blank_images=blank)
         found[f"statements, answered with reasons{where}"] = told["accuracy"]
-    retriever, _ = load_retriever(MORE)
+    retriever, _ = load_retriever(LAST)
     told = evaluate_retrieval(retriever, captions["en"], limit=limit)
     return found | {f"retrieval, {name}": told[name] for name in ("i2t_R@1", "t2i_R@1", "itc_i2t_R@1", "itc_t2i_R@1")}
 

@@ -75,23 +75,28 @@ def train(*, offline: bool) -> None:
     (RUN / "finished").touch()
 
 
-def show_scores(engine: LoadedAdapter, *, offline: bool) -> None:
-    """Exact match on fixed test questions, beside the same model on a blank picture and the commonest answers."""
+def measure(engine: LoadedAdapter, *, offline: bool) -> dict[str, float]:
+    """Answer the test questions with their pictures and without."""
     from serve.evaluate import evaluate
 
+    print(f"answering {TEST_QUESTIONS} test questions, then again without the pictures", file=sys.stderr)
+    seeing = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, offline=offline)
+    blind = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, blank_images=True, offline=offline)
+    return {
+        "n": seeing["n"],
+        "exact_match": seeing["exact_match"],
+        "blank_images": blind["exact_match"],
+        "commonest_answer": seeing["commonest_answer"],
+    }
+
+
+def show_scores(engine: LoadedAdapter, *, offline: bool) -> None:
+    """Exact match on fixed test questions, beside the same model on a blank picture and the commonest answers."""
     path = RUN / "scores.json"
-    if path.exists():
+    try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        print(f"answering {TEST_QUESTIONS} test questions, then again without the pictures", file=sys.stderr)
-        seeing = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, offline=offline)
-        blind = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, blank_images=True, offline=offline)
-        scores = {
-            "n": seeing["n"],
-            "exact_match": seeing["exact_match"],
-            "blank_images": blind["exact_match"],
-            "commonest_answer": seeing["commonest_answer"],
-        }
+    except (FileNotFoundError, ValueError):  # not measured yet, or stopped while it was written
+        scores = measure(engine, offline=offline)
         path.write_text(json.dumps(scores, indent=2), encoding="utf-8")
     print(f"\nexact answers to {scores['n']} test questions about pictures it has never seen")
     print(f"  this adapter                           {scores['exact_match']:7.1%}")

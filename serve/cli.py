@@ -218,9 +218,7 @@ def evaluate(
         from serve.evaluate import evaluate as run
         from serve.loaded import load_adapter
 
-        preset = decoding or ("caption" if task == "caption" else "greedy")
-        longest = 16 if decoding is None and task != "caption" else None
-        settings = decoding_of(preset, beams, max_new_tokens or longest)
+        settings = decoding_of(decoding or ("caption" if task == "caption" else "greedy"), beams, max_new_tokens)
         engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
         scores = run(
             engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,

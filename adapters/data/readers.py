@@ -17,7 +17,7 @@ from typing import get_args
 from adapters.data.examples import DataSet, Example, Fault, Task
 from adapters.data.files import RawRow, csv_rows, json_rows, jsonl_rows, shorten
 from adapters.data.openable import open_pictures
-from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, read_row, tasks_of
+from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, has_captions, read_row, tasks_of
 from adapters.data.scienceqa import TERMS as SCIENCEQA_TERMS
 from adapters.data.scienceqa import is_scienceqa, scienceqa_folder, scienceqa_rows
 from qformer.errors import UserError
@@ -156,6 +156,7 @@ def read_rows(
     faults: list[Fault] = []
     digests: list[str] = []
     found_task: Task | None = None
+    settled_by: RawRow | None = None
     for row in opened.rows:
         digests.append(_digest(row))
         try:
@@ -163,9 +164,9 @@ def read_rows(
                 raise BadRow(row.problem)
             tasks = tasks_of(row.fields, need_answers=need_answers)
             if found_task is None:
-                found_task = _settle_task(task, tasks, row)
+                found_task, settled_by = _settle_task(task, tasks, row), row
             elif found_task not in tasks or (task is None and tasks[0] == "reason" != found_task):
-                raise BadRow(_stray(tasks[0], found_task))
+                raise BadRow(_stray(tasks[0], found_task, row, settled_by))
             examples.append(read_row(row, found_task, pictures, need_answers=need_answers))
         except BadRow as error:
             missing = error.label if isinstance(error, MissingImage) else None
@@ -191,8 +192,14 @@ def _settle_task(asked: str | None, tasks: tuple[Task, ...], row: RawRow) -> Tas
     raise UserError(f"--task {asked}, but {row.where} is a {tasks[0]} row: give --task {tasks[0]}, or none")
 
 
-def _stray(task: Task, among: Task) -> str:
-    """What is said of a row that is for another task than the file's."""
+def _stray(task: Task, among: Task, row: RawRow, settled_by: RawRow | None) -> str:
+    """What is said of a row that is for another task than the file's, which an earlier row has settled."""
+    if task == "caption" and among != "caption" and not has_captions(row.fields):
+        return "field 'question' is missing, which the rows before have: add it"
+    if among == "caption" and settled_by is not None and not has_captions(settled_by.fields):
+        return (
+            f"it has a question, but {settled_by.where}, a picture alone, asks for a caption: give that row a question"
+        )
     if among == "reason" and task == "vqa":
         return _NO_RATIONALE
     if task == "reason":

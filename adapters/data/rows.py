@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import stat
@@ -111,15 +112,22 @@ def tasks_of(fields: Mapping[str, Any], *, need_answers: bool) -> tuple[Task, ..
         tasks += ["reason", "vqa"]
     elif "question" in fields:
         tasks += ["vqa"] if need_answers else ["vqa", "reason"]
-    if any(name in fields for name in CAPTION_FIELDS):
+    if has_captions(fields):
         tasks.append("caption")
     if not tasks and not need_answers and not any(name in fields for name in ANSWER_FIELDS):
+        if near := difflib.get_close_matches("question", [str(name).lower() for name in fields], n=1, cutoff=0.8):
+            raise BadRow(f"field 'question' is missing, and there is '{near[0]}': is that it? Write 'question'")
         tasks.append("caption")  # a picture alone asks for its caption
     if not tasks:
         found = ", ".join(map(str, fields)) or "nothing"
         missing = "'question'" if any(name in fields for name in ANSWER_FIELDS) else "'question' or 'caption'"
         raise BadRow(f"field {missing} is missing (found: {shorten(found, 80)}): {_wanted(need_answers)}")
     return tuple(tasks)
+
+
+def has_captions(fields: Mapping[str, Any]) -> bool:
+    """Whether a row holds captions, under either name."""
+    return any(name in fields for name in CAPTION_FIELDS)
 
 
 def _wanted(need_answers: bool) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,22 @@ def artefact(assembly: Assembly, tmp_path: Path) -> Path:
     facts = Facts(assembly.fingerprints, data={"train": "squares"}, metrics={"val_exact_match": 0.5}, terms=("CC0",))
     save_artefact(tmp_path / "artefact", assembly, facts)
     return tmp_path / "artefact"
+
+
+def test_a_full_disk_leaves_the_artefact_that_stands_there(
+    assembly: Assembly, artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in artefact.rglob("*") if path.is_file()}
+
+    def half(tensors: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("adapters.artefact.save_file", half)
+    with pytest.raises(UserError, match=r"No space left on device.*free space"):
+        save_artefact(artefact, assembly, Facts(assembly.fingerprints))
+    assert {path: path.read_bytes() for path in artefact.rglob("*") if path.is_file()} == before
+    assert not list(artefact.parent.glob("*.partial*"))
 
 
 def test_the_folder_holds_what_was_trained_in_bfloat16_and_nothing_else(assembly: Assembly, artefact: Path) -> None:

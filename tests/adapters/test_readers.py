@@ -77,6 +77,16 @@ def test_task_is_told_by_the_fields_or_chosen_among_them(jsonl: Callable[..., Pa
     assert "--task 'chat'" in complaint(jsonl(VQA), task="chat")
 
 
+def test_a_forgotten_question_is_told_where_it_was_forgotten(jsonl: Callable[..., Path]) -> None:
+    picture, asked = {"image": "a.png"}, {"image": "b.png", "question": "Why?"}
+    path = jsonl(picture, asked)
+    message = complaint(path, need_answers=False)
+    assert message.startswith(f"{path} row 2") and f"but {path} row 1 (line 1), a picture alone" in message
+    assert len(read_data(path, need_answers=False, task="caption", skip_bad_rows=True).examples) == 1
+    assert "row 2 (line 2): field 'question' is missing" in complaint(jsonl(asked, picture), need_answers=False)
+    assert "there is 'qestion'" in complaint(jsonl({"image": "a.png", "qestion": "Why?"}), need_answers=False)
+
+
 def test_limit_takes_the_first_rows(jsonl: Callable[..., Path]) -> None:
     path = jsonl(VQA, "", VQA | {"answer": "b"}, "broken", VQA)
     assert [example.answers for example in read_data(path, limit=2).examples] == [("a cat",), ("b",)]

@@ -72,6 +72,12 @@ def test_an_unknown_key_is_named_with_the_near_one(tmp_path: Path, section: str 
 def test_a_wrong_type_is_named_with_its_value(tmp_path: Path, override: str, key: str, value: str) -> None:
     message = complaint(write(tmp_path, small()), override)
     assert f"'{key}" in message and value in message
+    assert message.startswith(f"--set {override}: ")
+
+
+def test_an_override_is_not_blamed_for_what_the_file_says(tmp_path: Path) -> None:
+    path = write(tmp_path, {**small(), "train": {"epochs": 0}})
+    assert complaint(path, "train.batch_size=4").startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize(

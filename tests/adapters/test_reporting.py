@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adapters.reporting import Reporter
 from qformer.errors import UserError
 from serve import cli
 
+CPU = torch.device("cpu")
 FIGURES = {"loss": 1.0, "samples_per_second": 2.0}
 
 
@@ -23,14 +25,14 @@ def full(*_: Any, **__: Any) -> None:
 def test_steps_on_a_full_disk(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    with Reporter(tmp_path, 2, quiet=True) as report:
+    with Reporter(tmp_path, 2, device=CPU, quiet=True) as report:
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         with pytest.raises(UserError, match=r"log cannot be written \(.*No space left.*free space, then --resume"):
             report.step(1, FIGURES)
 
 
 def test_the_curve_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Reporter(tmp_path, 2, quiet=True) as report:
+    with Reporter(tmp_path, 2, device=CPU, quiet=True) as report:
         report.step(1, FIGURES)
         monkeypatch.setattr("adapters.reporting.draw_curve", full)
         with pytest.raises(UserError, match="No space left"):
@@ -38,10 +40,10 @@ def test_the_curve_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_error_on_the_way_out_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="the first"), Reporter(tmp_path, 2, quiet=True) as report:
+    with pytest.raises(ValueError, match="the first"), Reporter(tmp_path, 2, device=CPU, quiet=True) as report:
         monkeypatch.setattr(report._board, "close", full)
         raise ValueError("the first")
-    with pytest.raises(UserError, match="No space left"), Reporter(tmp_path, 2, quiet=True) as report:
+    with pytest.raises(UserError, match="No space left"), Reporter(tmp_path, 2, device=CPU, quiet=True) as report:
         monkeypatch.setattr(report._board, "close", full)
 
 

@@ -89,7 +89,7 @@ def test_every_row_of_the_file_has_a_line_under_its_own_number(
     }
     for row, words in {
         2: "broken JSON",
-        4: "a caption row among vqa rows",
+        4: "field 'question' is missing, which the rows before have",
         7: "'question' is a number",
         10: "'text.jpg' is not a picture",
         11: "'gone.jpg' is not there",

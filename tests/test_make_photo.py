@@ -1,0 +1,70 @@
+"""What the photo adapter's runs learn from: made questions, answers spelt out, and every file there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from data_rows import write_jsonl
+
+from adapters.data.readers import read_data
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def make_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_photo", ROOT / "scripts" / "make_photo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "make_photo", module)  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "MADE", tmp_path / "made")
+    return module
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    for place in ("flickr8k/images", "daquar/images"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "a.jpg").write_bytes(b"a picture, which is looked for and not opened")
+    for part in ("train", "val"):
+        captions = {"image": "images/a.jpg", "captions": ["Two dogs run on the beach .", "Two white dogs ."]}
+        write_jsonl(folder / f"flickr8k/captions_{part}.jsonl", [captions])
+        write_jsonl(folder / f"flickr8k/captions_{part}.zh.jsonl", [captions | {"language": "zh"}])
+        reason = {
+            "image": "images/a.jpg",
+            "question": "True?",
+            "choices": ["yes", "no"],
+            "rationale": "",
+            "answer": "yes",
+        }
+        write_jsonl(folder / f"flickr8k/reasons_{part}.jsonl", [reason])
+        room = {"image": "images/a.jpg", "question": "what is left of the door ?", "answer": "garbage_bin, floor_mat"}
+        write_jsonl(folder / f"daquar/questions_{part}.jsonl", [room])
+    return folder
+
+
+def test_every_run_finds_its_files(make_photo: ModuleType, data: Path) -> None:
+    for part in ("train", "val"):
+        make_photo.make_questions(data, part)
+    for run in make_photo.RUNS_OF_STAGE2:
+        for part, mixture in (("train", run.mixture), ("val", run.validation)):
+            for source in make_photo.sources(data, part, mixture):
+                assert read_data(source["file"], task=source.get("task"), limit=source["limit"]).examples
+    first, *_, last = (make_photo.sources(data, "train", run.mixture) for run in make_photo.RUNS_OF_STAGE2)
+    assert len(last) == len(first) + 1  # the first run has no made questions
+
+
+def test_made_questions_are_answered_by_captions_and_rooms_are_spelt_out(make_photo: ModuleType, data: Path) -> None:
+    make_photo.make_questions(data, "train")
+    lines = (make_photo.MADE / "captions_train.jsonl").read_text().splitlines()
+    answers = {row["question"]: row["answer"] for row in map(json.loads, lines)}
+    assert answers["how many dogs are there?"] == "2" and answers["where are the dogs?"] == "on the beach"
+    (room,) = read_data(make_photo.MADE / "rooms_train.jsonl").examples
+    assert room.answers == ("garbage bin, floor mat",) and room.images[0].path == data / "daquar/images/a.jpg"
