@@ -19,7 +19,7 @@ from adapters.data.examples import Example
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt
 from qformer.decoding import Decoding
-from qformer.generation import Beginning
+from qformer.generation import Beginning, Generated, OnStep
 
 _ONE_LOOP = 64 * 2**20  # bytes of beginnings that a loop over many questions keeps from batch to batch
 
@@ -93,15 +93,29 @@ class Answerer:
             decoding: how tokens are chosen.
             on_step: called after each token with what every row said so far; True ends a row. Not in beam search.
         """
-        assembly, language = self.assembly, self.assembly.model.language
-        assembly.model.eval()
-        language.activate()
-        pad, device = assembly.prompts.tokenizer.pad_token_id, assembly.model.device
 
         def step(ids: Tensor, log_probs: Tensor) -> Tensor:
             assert on_step is not None
             return torch.tensor(on_step(self._said(ids, log_probs)), dtype=torch.bool, device=ids.device)
 
+        made = self._generate(asked, decoding, step if on_step is not None else None)
+        return self._said(made.ids, made.log_probs)
+
+    @torch.no_grad()
+    def write(self, asked: Sequence[Asked], decoding: Decoding) -> list[tuple[int, ...]]:
+        """Answer a batch in token ids, each up to and with its end token, where it came to one."""
+        stops = set(self.assembly.model.language.stop_ids)
+        written = []
+        for tokens in self._generate(asked, decoding, None).ids.tolist():
+            end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
+            written.append(tuple(tokens[: end + 1]))
+        return written
+
+    def _generate(self, asked: Sequence[Asked], decoding: Decoding, on_step: OnStep | None) -> Generated:
+        assembly, language = self.assembly, self.assembly.model.language
+        assembly.model.eval()
+        language.activate()
+        pad, device = assembly.prompts.tokenizer.pad_token_id, assembly.model.device
         if language.can_continue:
             beginnings = self._beginnings(asked)
             prompts = [Prompt((), one.prompt.own, 0) for one in asked]
@@ -110,11 +124,9 @@ class Answerer:
             beginnings, prompts, vectors = None, [one.prompt for one in asked], self._vectors(asked)
         side = "right" if language.is_encoder_decoder else "left"
         batch = collate_prompts(prompts, pad, side=side).to(device)
-        made = assembly.model.generate(
-            batch, vectors, decoding, beginnings=beginnings, on_step=step if on_step is not None else None
-        )
+        made = assembly.model.generate(batch, vectors, decoding, beginnings=beginnings, on_step=on_step)
         self._forget()
-        return self._said(made.ids, made.log_probs)
+        return made
 
     def _said(self, ids: Tensor, log_probs: Tensor | None) -> list[Said]:
         """Rows of token ids [B, N] in words; `log_probs` is of the same shape."""

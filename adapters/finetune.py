@@ -32,6 +32,7 @@ from adapters.recipe import Recipe, TrainSection
 from adapters.reporting import Reporter
 from adapters.run_data import Result, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
+from adapters.self_critical import Critic, check_self_critical, greedy_cider
 from adapters.sight import default_device
 from adapters.starting import has_lora, start_from_artefact
 from adapters.stopping import interruptible
@@ -82,6 +83,9 @@ def finetune(
     train_data, val_data = read_split(recipe, offline=offline)
     if train.text_side_every:
         check_keeping(recipe, train_data, processes=world)
+    if train.self_critical:
+        check_self_critical(train_data, train.self_critical)
+        check_self_critical(val_data, train.self_critical, what="validation data")
     starting = start_from if state is None else None  # a resumed run already holds what it started from
     if starting is not None:
         begun = find_artefact(starting)  # a mistake here is told before anything is loaded
@@ -130,6 +134,7 @@ def finetune(
     if train.compile:
         compile_blocks(model.language.base)
     keeper = TextSideKeeper(assembly, train_data.examples, train) if train.text_side_every else None
+    critic = Critic(assembly, train_data, train.self_critical) if train.self_critical else None
     prepared = accelerator.prepare(model)
     answers = sum(len(picture.questions) for picture in pictures)
     steps_an_epoch = len(_plan(pictures, 0, train, row_tokens, accelerator.num_processes))
@@ -160,6 +165,7 @@ def finetune(
         if position.step == 0:  # a broken evaluation fails now, not after an hour
             validate(assembly, Step(validation.rows[:2]), val_data.examples[:2], recipe)
         losses: list[float] = []
+        rewards: list[float] = []
         timer = time.monotonic()
         samples = 0
         for step in _steps_from(position, pictures, train, row_tokens, accelerator.num_processes):
@@ -171,13 +177,18 @@ def finetune(
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * rate
             loss = 0.0
-            share = step.micro_batches(train.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
-            for index, rows in enumerate(share):
-                last = index == len(share) - 1
+            share = step.share(rank, world)
+            if critic is not None:
+                share, reward = critic.rewrite(share)
+                rewards.append(float(accelerator.reduce(torch.tensor(reward, device=accelerator.device), "mean")))
+            # each token of the step weighs the same, whatever micro-batch or process it is in
+            supervised = int(accelerator.reduce(torch.tensor(share.supervised, device=accelerator.device)))
+            batches = share.micro_batches(train.micro_batch_tokens)
+            for index, rows in enumerate(batches):
+                last = index == len(batches) - 1
                 with nullcontext() if last else accelerator.no_sync(prepared):
                     summed, _ = prepared(*model_inputs(assembly, rows))
-                    # each token of the step weighs the same, whatever micro-batch or process it is in
-                    part = summed / step.supervised
+                    part = summed / supervised
                     accelerator.backward(part * accelerator.num_processes)
                 loss += part.item()
             if keeper is not None and position.step % train.text_side_every == 0:
@@ -204,15 +215,17 @@ def finetune(
                         "learning_rate": train.learning_rate * rate,
                         "gradient_norm": norm,
                         "samples_per_second": samples / elapsed,
+                        **({"reward": sum(rewards) / len(rewards)} if rewards else {}),
                     },
                 )
-                losses, samples, timer = [], 0, time.monotonic()
+                losses, rewards, samples, timer = [], [], 0, time.monotonic()
             if position.step % train.validate_every == 0 or position.step == total:
                 metrics = validate(assembly, validation, val_data.examples, recipe)
                 report.validation(position.step, metrics)
                 position.seconds = time.monotonic() - began
                 generators = generators_of_all()
-                improved = note_validation(position, -metrics["val_loss"], metrics, train.patience)
+                chosen_by = metrics["val_CIDEr"] if critic is not None else -metrics["val_loss"]
+                improved = note_validation(position, chosen_by, metrics, train.patience)
                 if main:
                     measured = replace(facts, metrics=metrics, steps=position.step)
                     save_artefact(out / "last", assembly, measured)
@@ -249,8 +262,8 @@ def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # blocks compiled for training run here as they are: few steps, many shapes
 def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], recipe: Recipe) -> dict[str, float]:
-    """Loss per supervised token over the validation rows; for questions the exact match of greedy answers, and for
-    rows with reasons the scores of `adapters.reasoning.validate_reasons`."""
+    """Loss per supervised token over the validation rows; for questions the exact match of greedy answers, for rows
+    with reasons the scores of `adapters.reasoning.validate_reasons`, and for captions that are trained by it CIDEr."""
     assembly.model.eval()
     summed = 0.0
     for rows in validation.micro_batches(recipe.train.micro_batch_tokens):
@@ -261,6 +274,8 @@ def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], 
     if asked:
         said = answer_examples(assembly, asked, "vqa", decoding=Decoding(max_new_tokens=10))
         metrics["val_exact_match"] = score(said, [example.answers for example in asked])["exact_match"]
+    if recipe.train.self_critical:
+        metrics["val_CIDEr"] = greedy_cider(assembly, examples, recipe.task)
     if reasoned := [example for example in examples if (example.task or recipe.task) == "reason"]:
         metrics |= {f"val_{name}": value for name, value in validate_reasons(assembly, reasoned).items()}
     return metrics

@@ -136,6 +136,9 @@ class TrainSection(_Section):
     )
     pair_share: float = Field(default=1.0, gt=0, le=1, description="first stage: share of a step that ITM and ITG see")
     contrastive_steps: int = Field(default=0, ge=0, description="first stage: steps of ITC alone before all three")
+    self_critical: int = Field(
+        default=0, ge=0, description="captions sampled of a picture and weighed by CIDEr-D; 0 learns its own captions"
+    )
     row_tokens: int = Field(default=384, ge=16, description="answers about one picture share a sequence up to here")
     micro_batch_tokens: int = Field(default=1024, ge=16, description="tokens in memory at once, padding included")
     learning_rate: float = Field(default=3e-4, gt=0, description="bridge, norm and projection")

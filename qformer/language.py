@@ -182,6 +182,7 @@ class LanguageModel(nn.Module):
         labels: Tensor,
         *,
         position_ids: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """Cross-entropy summed over the supervised positions; logits exist at those positions alone.
 
@@ -191,13 +192,17 @@ class LanguageModel(nn.Module):
             labels: causal: [B, T], `IGNORED` where nothing is to be learned, not shifted. Encoder-decoder: [B, S],
                 the decoder's targets.
             position_ids: [B, T], needed with a four-dimensional mask.
+            weights: as `labels`, what each label's loss counts; left out, 1.
 
         Returns:
             The summed loss (a float32 scalar) and the number of positions it sums over.
         """
         logits, targets = self._supervised(inputs_embeds, attention_mask, labels, position_ids)
         wanted = targets[targets != IGNORED]
-        return F.cross_entropy(logits, wanted, reduction="sum"), len(wanted)
+        if weights is None:
+            return F.cross_entropy(logits, wanted, reduction="sum"), len(wanted)
+        counted = weights[labels != IGNORED]  # [N]: labels stand one later than their targets, in the same order
+        return (F.cross_entropy(logits, wanted, reduction="none") * counted).sum(), len(wanted)
 
     @torch.no_grad()
     def answer_log_probs(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

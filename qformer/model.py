@@ -27,6 +27,7 @@ class TokenBatch:
         image_slots: [B, T] bool, True where a vector of an image goes; read row by row, they are filled in order.
         labels: [B, T] (causal) or [B, S] (encoder-decoder), or None when only asking.
         position_ids: [B, T], or None for 0, 1, 2, …
+        weights: [B, T], what each label's loss counts, or None where all count alike.
     """
 
     ids: Tensor
@@ -34,6 +35,7 @@ class TokenBatch:
     image_slots: Tensor
     labels: Tensor | None = None
     position_ids: Tensor | None = None
+    weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
@@ -127,6 +129,7 @@ class VisionLanguageModel(nn.Module):
             batch.attention_mask,
             batch.labels,
             position_ids=batch.position_ids,
+            weights=batch.weights,
         )
 
     @torch.no_grad()

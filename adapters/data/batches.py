@@ -28,12 +28,14 @@ class Question:
         instruction: the question as text.
         prefix_end: None; or, for a caption to an encoder-decoder, how many of `own`'s last tokens close the prompt:
             each epoch a chance beginning of the caption goes in front of them, to the encoder; the rest is learned.
+        caption: the language of the answers, where they are captions.
     """
 
     own: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     instruction: str
     prefix_end: int | None = None
+    caption: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,15 @@ class Step:
         """Answers learned from in this step."""
         return sum(len(row.branches) for row in self.rows)
 
-    def micro_batches(self, max_tokens: int, rank: int = 0, world: int = 1) -> list[tuple[Row, ...]]:
-        """One process's share of the rows, longest first so that little is padding, cut to fit a token budget."""
+    def share(self, rank: int, world: int) -> Step:
+        """One process's part: alike in length to the others'."""
+        return Step(tuple(sorted(self.rows, key=len, reverse=True)[rank::world]))
+
+    def micro_batches(self, max_tokens: int) -> list[tuple[Row, ...]]:
+        """The rows, longest first so that little is padding, cut to fit a token budget."""
         cut: list[tuple[Row, ...]] = []
         current: list[Row] = []
-        for row in sorted(self.rows, key=len, reverse=True)[rank::world]:
+        for row in sorted(self.rows, key=len, reverse=True):
             if current and (len(current) + 1) * padded_length(len(current[0])) > max_tokens:
                 cut.append(tuple(current))
                 current = []
@@ -103,7 +109,8 @@ def tokenise(
             )
         if task == "caption":  # every caption is learned from
             end = prompts.closing_tokens if prompts.is_encoder_decoder else None
-            questions = [Question(prompt.own, (answer,), example.question, end) for answer in counted]
+            language = example.language
+            questions = [Question(prompt.own, (answer,), example.question, end, language) for answer in counted]
         else:  # one of the answers people gave is drawn each epoch, so each counts by its share
             questions = [Question(prompt.own, counted, example.question)]
         key = (*(image.digest() for image in example.images), prompt.shared, example.turn)
@@ -204,7 +211,7 @@ def _rows(picture: Picture, rng: random.Random | None, row_tokens: int) -> list[
         own = question.own
         if rng is not None and question.prefix_end is not None:
             own, answer = split_prefix(own, answer, question.prefix_end, rng)
-        branch = Branch(own, answer, question.instruction)
+        branch = Branch(own, answer, question.instruction, question.caption)
         if rows and len(longer := replace(rows[-1], branches=(*rows[-1].branches, branch))) <= row_tokens:
             rows[-1] = longer
         else:

@@ -25,11 +25,21 @@ LENGTH_STEP = 16  # tokens that training sequences are rounded up to
 
 @dataclass(frozen=True)
 class Branch:
-    """One question with its answer: token ids after the shared part. `instruction` is the question as text."""
+    """One question with its answer, as token ids after the shared part.
+
+    Attributes:
+        own: the question.
+        answer: the answer, with its end token.
+        instruction: the question as text.
+        caption: the language, where the answer is a caption.
+        weight: what the answer's loss counts; below zero, it is unlearned.
+    """
 
     own: tuple[int, ...]
     answer: tuple[int, ...]
     instruction: str = ""
+    caption: str | None = None
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.own) + len(self.answer)
@@ -73,6 +83,7 @@ def collate_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
     labels = torch.full(shape, IGNORED, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)
     present = torch.zeros(shape, dtype=torch.bool)
+    weights = torch.ones(shape)
     branch_of = torch.full(shape, -1, dtype=torch.long)  # 0 is the shared part, 1, 2, … the branches
     for r, row in enumerate(rows):
         seen = row.shared + row.branches[0].own[: row.common]  # by all branches
@@ -85,15 +96,16 @@ def collate_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
             end = start + len(rest)
             ids[r, start:end] = torch.tensor(rest)
             labels[r, end - len(branch.answer) : end] = torch.tensor(branch.answer)
+            weights[r, end - len(branch.answer) : end] = branch.weight
             positions[r, start:end] = torch.arange(len(seen), len(seen) + len(rest))
             branch_of[r, start:end] = b
             start = end
         present[r, :start] = True
     slots = ids == IMAGE_SLOT
     ids = ids.masked_fill(slots, pad_id)
-    if all(len(row.branches) == 1 for row in rows):
-        return TokenBatch(ids, present.long(), slots, labels, positions)
-    return TokenBatch(ids, packed_mask(branch_of), slots, labels, positions)
+    mask = present.long() if all(len(row.branches) == 1 for row in rows) else packed_mask(branch_of)
+    weighed = any(branch.weight != 1.0 for row in rows for branch in row.branches)
+    return TokenBatch(ids, mask, slots, labels, positions, weights if weighed else None)
 
 
 def packed_mask(branch_of: Tensor) -> Tensor:

@@ -113,39 +113,52 @@ def _common_subsequence(first: Tokens, second: Tokens) -> int:
 
 
 def cider(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """CIDEr-D of each picture, times ten.
+    """CIDEr-D of each picture, times ten; the weights come from these very references."""
+    scorer = Cider(references)
+    return [scorer.score(said, captions) for said, captions in zip(predictions, references, strict=True)]
+
+
+class Cider:
+    """CIDEr-D with weights from a corpus of references.
 
     Vedantam et al. 2015 (arXiv 1411.5726), the variant CIDEr-D: the cosine of tf-idf vectors with clipped counts, a
     Gaussian penalty on the difference of lengths, averaged over the references and over n-grams of one to four words.
     A document is a picture: all of its references together.
-    """
-    pictures_with: Counter[Ngram] = Counter()
-    for captions in references:
-        pictures_with.update({ngram for caption in captions for order in ORDERS for ngram in _ngrams(caption, order)})
-    log_pictures = math.log(max(len(references), 1))
 
-    def vector(tokens: Tokens, order: int) -> tuple[dict[Ngram, float], float]:
+    Args:
+        corpus: the references of each picture, as tokens.
+    """
+
+    def __init__(self, corpus: Sequence[Sequence[Tokens]]) -> None:
+        self._pictures_with: Counter[Ngram] = Counter()
+        for captions in corpus:
+            self._pictures_with.update(
+                {ngram for caption in captions for order in ORDERS for ngram in _ngrams(caption, order)}
+            )
+        self._log_pictures = math.log(max(len(corpus), 1))
+
+    def score(self, said: Tokens, captions: Sequence[Tokens]) -> float:
+        """CIDEr-D of one caption against a picture's references, times ten."""
+        return 10 * _mean(list(self._similarities(said, captions)))
+
+    def _vector(self, tokens: Tokens, order: int) -> tuple[dict[Ngram, float], float]:
         """The tf-idf weights of a caption's n-grams, and their norm."""
         weights = {
-            ngram: count * (log_pictures - math.log(max(pictures_with[ngram], 1)))
+            ngram: count * (self._log_pictures - math.log(max(self._pictures_with[ngram], 1)))
             for ngram, count in _ngrams(tokens, order).items()
         }
         return weights, math.sqrt(sum(weight * weight for weight in weights.values()))
 
-    def similarities(said: Tokens, captions: Sequence[Tokens]) -> Iterator[float]:
+    def _similarities(self, said: Tokens, captions: Sequence[Tokens]) -> Iterator[float]:
         """The clipped cosine, with its penalty, for each length of n-gram and each reference."""
         for order in ORDERS:
-            ours, our_norm = vector(said, order)
+            ours, our_norm = self._vector(said, order)
             for caption in captions:
-                theirs, their_norm = vector(caption, order)
+                theirs, their_norm = self._vector(caption, order)
                 product = sum(min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in ours.keys() & theirs.keys())
                 norms = our_norm * their_norm
                 apart = len(said) - len(caption)
                 yield product / norms * math.exp(-(apart**2) / (2 * CIDER_SIGMA**2)) if norms else 0.0
-
-    return [
-        10 * _mean(list(similarities(said, captions))) for said, captions in zip(predictions, references, strict=True)
-    ]
 
 
 def _ngrams(tokens: Tokens, order: int) -> Counter[Ngram]:

@@ -47,7 +47,7 @@ def test_micro_batches_fit_their_budget_and_split_among_processes() -> None:
     whole = step.micro_batches(120)
     assert all(len(batch) * max(map(len, batch)) <= 120 for batch in whole)
     assert sum(map(len, whole)) == len(step.rows)
-    shares = [step.micro_batches(120, rank, 3) for rank in range(3)]
+    shares = [step.share(rank, 3).micro_batches(120) for rank in range(3)]
     rows = [row for share in shares for batch in share for row in batch]
     assert Counter(map(id, rows)) == Counter(map(id, step.rows))
 

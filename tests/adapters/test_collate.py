@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,30 @@ def test_packed_equals_separate(language_folders: dict[str, Path], kind: str, br
     assert torch.allclose(packed_loss, loss, atol=1e-4)
     assert torch.allclose(packed_image, image, atol=1e-5)
     assert torch.allclose(packed_lora, lora, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_weighed_answers_count_by_their_weights(language_folders: dict[str, Path], kind: str) -> None:
+    """A packed row's loss is the weighed sum of its answers' losses, each taken alone."""
+    language = load_language_model(language_folders[kind], quantize="none", compute_dtype=torch.float32)
+    weights = (0.5, -2.0, 1.0)
+    weighed = [replace(branch, weight=weight) for branch, weight in zip(ALIKE, weights, strict=True)]
+
+    def loss_of(*branches: Branch) -> float:
+        batch = collate_rows([row(*branches)], pad_id=0)
+        vectors = torch.linspace(-1, 1, 2 * language.width).view(2, -1)
+        embeds = language.embed(batch.ids).masked_scatter(batch.image_slots.unsqueeze(-1), vectors)
+        loss, count = language.supervised_loss(
+            embeds, batch.attention_mask, batch.labels, position_ids=batch.position_ids, weights=batch.weights
+        )
+        assert count == sum(len(branch.answer) for branch in branches)
+        return loss.item()
+
+    alone = [loss_of(branch) for branch in ALIKE]
+    expected = sum(weight * loss for weight, loss in zip(weights, alone, strict=True))
+    assert loss_of(*weighed) == pytest.approx(expected, abs=1e-4)
+    assert loss_of(weighed[1]) == pytest.approx(-2 * alone[1], abs=1e-4)
+    assert collate_rows([row(*ALIKE)], pad_id=0).weights is None
 
 
 def test_prompts_are_padded_on_the_side_asked_for() -> None:
