@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from adapters.data.prompts import Prompt
 from qformer.decoding import Decoding
 from qformer.generation import Beginning, Generated, OnStep
 
+_CHOICE_TOKENS = 1024  # of choices, or of rows with them, that are looked at in one pass
 _ONE_LOOP = 64 * 2**20  # bytes of beginnings that a loop over many questions keeps from batch to batch
 
 
 _Key = tuple[object, ...]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Answerer:
         decoding: Decoding,
         *,
         on_step: Callable[[list[Said]], Sequence[bool]] | None = None,
+        stopped: Callable[[], bool] | None = None,
     ) -> list[Said]:
         """Answer a batch.
 
@@ -92,13 +95,14 @@ class Answerer:
             asked: at least one prompt; an answer does not depend on the others.
             decoding: how tokens are chosen.
             on_step: called after each token with what every row said so far; True ends a row. Not in beam search.
+            stopped: looked at after each token of a beam search; True ends it with what was found.
         """
 
         def step(ids: Tensor, log_probs: Tensor) -> Tensor:
             assert on_step is not None
             return torch.tensor(on_step(self._said(ids, log_probs)), dtype=torch.bool, device=ids.device)
 
-        made = self._generate(asked, decoding, step if on_step is not None else None)
+        made = self._generate(asked, decoding, step if on_step is not None else None, stopped)
         return self._said(made.ids, made.log_probs)
 
     @torch.no_grad()
@@ -106,12 +110,23 @@ class Answerer:
         """Answer a batch in token ids, each up to and with its end token, where it came to one."""
         stops = set(self.assembly.model.language.stop_ids)
         written = []
-        for tokens in self._generate(asked, decoding, None).ids.tolist():
+        for tokens in self._generate(asked, decoding).ids.tolist():
             end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
             written.append(tuple(tokens[: end + 1]))
         return written
 
-    def _generate(self, asked: Sequence[Asked], decoding: Decoding, on_step: OnStep | None) -> Generated:
+    def knows(self, asked: Asked) -> bool:
+        """Whether all its pictures' vectors are kept: they have been opened, and need not be again."""
+        keys = (("vectors", image.digest(), self._read_with(asked)) for image in asked.images)
+        return all(key in self._kept for key in keys)
+
+    def _generate(
+        self,
+        asked: Sequence[Asked],
+        decoding: Decoding,
+        on_step: OnStep | None = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> Generated:
         assembly, language = self.assembly, self.assembly.model.language
         assembly.model.eval()
         language.activate()
@@ -124,7 +139,9 @@ class Answerer:
             beginnings, prompts, vectors = None, [one.prompt for one in asked], self._vectors(asked)
         side = "right" if language.is_encoder_decoder else "left"
         batch = collate_prompts(prompts, pad, side=side).to(device)
-        made = assembly.model.generate(batch, vectors, decoding, beginnings=beginnings, on_step=on_step)
+        made = assembly.model.generate(
+            batch, vectors, decoding, beginnings=beginnings, on_step=on_step, stopped=stopped
+        )
         self._forget()
         return made
 
@@ -145,25 +162,53 @@ class Answerer:
         return said
 
     @torch.no_grad()
-    def choose(self, asked: Asked, choices: Sequence[str]) -> list[float]:
-        """The probability of each choice, if one of them must be the answer.
+    def choose(
+        self,
+        asked: Sequence[Asked],
+        choices: Sequence[Sequence[str]],
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> list[list[float]]:
+        """The probability of each choice, if one of them must be the answer, for a batch of questions.
 
         A choice weighs by its whole probability as an answer, its end token included: a softmax over the sums of
-        log-probabilities.
+        log-probabilities. A prompt is read once for all its choices, where the LLM can pack.
+
+        Args:
+            asked: at least one prompt; an answer does not depend on the others.
+            choices: of each prompt.
+            stopped: looked at between passes; where nobody waits any more, the rest is left undone, with even shares.
         """
         assembly, language = self.assembly, self.assembly.model.language
         assembly.model.eval()
         language.activate()
-        answers = [tuple(assembly.prompts.answer_ids(choice)) for choice in choices]
-        prompt, pad = asked.prompt, assembly.prompts.tokenizer.pad_token_id
-        rows = [Row(asked.images, prompt.shared, (Branch(prompt.own, answer),)) for answer in answers]
-        collate = collate_encoder_decoder if language.is_encoder_decoder else collate_rows
-        batch = collate(rows, pad).to(assembly.model.device)
-        assert batch.labels is not None
-        vectors = self._vectors([asked] * len(choices))
+        packs = language.can_pack and not assembly.reads_instructions
+        rows: list[tuple[int, Row]] = []  # with the question that each belongs to
+        for number, (one, named) in enumerate(zip(asked, choices, strict=True)):
+            branches = [Branch(one.prompt.own, tuple(assembly.prompts.answer_ids(choice))) for choice in named]
+            for part in _parts(branches, _CHOICE_TOKENS, len) if packs else [[branch] for branch in branches]:
+                rows.append((number, Row(one.images, one.prompt.shared, tuple(part))))
+        sums: list[list[float]] = [[] for _ in asked]
+        for batch in _parts(rows, _CHOICE_TOKENS, lambda pair: len(pair[1])):
+            if stopped():
+                return [[1 / len(named)] * len(named) for named in choices]
+            found = self._log_probs([row for _, row in batch], [asked[number] for number, _ in batch])
+            for (number, _), each in zip(batch, found, strict=True):
+                sums[number] += each
         self._forget()
-        sums = language.answer_log_probs(assembly.model.place(batch, vectors), batch.attention_mask, batch.labels)
-        return [float(share) for share in sums.softmax(dim=0)]
+        return [torch.tensor(each).softmax(dim=0).tolist() for each in sums]
+
+    def _log_probs(self, rows: Sequence[Row], asked: Sequence[Asked]) -> list[list[float]]:
+        """The log-probability of each branch's whole answer, a list a row."""
+        assembly, language = self.assembly, self.assembly.model.language
+        collate = collate_encoder_decoder if language.is_encoder_decoder else collate_rows
+        batch = collate(rows, assembly.prompts.tokenizer.pad_token_id).to(assembly.model.device)
+        assert batch.labels is not None
+        embeds = assembly.model.place(batch, self._vectors(asked))
+        tokens = language.label_log_probs(embeds, batch.attention_mask, batch.labels, position_ids=batch.position_ids)
+        lengths = [len(branch.answer) for row in rows for branch in row.branches]
+        whole = iter(part.sum().item() for part in tokens.split(lengths))
+        return [[next(whole) for _ in row.branches] for row in rows]
 
     def _beginnings(self, asked: Sequence[Asked]) -> list[Beginning | None]:
         """Keys and values over each prompt's shared part; None for a prompt without pictures."""
@@ -219,6 +264,19 @@ class Answerer:
         held = sum(entry.nbytes for entry in self._kept.values())
         while held > self.keep_bytes and self._kept:
             held -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _parts(items: Sequence[Item], most: int, length: Callable[[Item], int]) -> list[list[Item]]:
+    """Items in their order, cut into parts of a summed length; a longer one is a part of its own."""
+    parts: list[list[Item]] = []
+    held = most
+    for item in items:
+        if held + length(item) > most:
+            parts.append([])
+            held = 0
+        parts[-1].append(item)
+        held += length(item)
+    return parts
 
 
 def answer_examples(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, StoppingCriteria
 
+from qformer.decoding import Decoding
+
 OnStep = Callable[[Tensor, Tensor], Tensor | None]
 """Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
 
@@ -82,6 +84,40 @@ class Watch(StoppingCriteria):
         if self.on_step is not None:
             ended = self.on_step(input_ids[:, self.skip :], torch.cat(self.log_probs, dim=1))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device) if ended is None else ended
+
+
+class Halt(StoppingCriteria):
+    """Ends all rows once the caller says so.
+
+    Args:
+        stopped: looked at after each token.
+    """
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Called by transformers after each token."""
+        return torch.full((len(input_ids),), self.stopped(), dtype=torch.bool, device=input_ids.device)
+
+
+def generation_options(decoding: Decoding, *, pad_id: int, stop_ids: list[int]) -> dict[str, Any]:
+    """What transformers' `generate` is told of a decoding."""
+    sampling = decoding.temperature > 0 and decoding.num_beams == 1
+    options: dict[str, Any] = {
+        "max_new_tokens": decoding.max_new_tokens,
+        "num_beams": decoding.num_beams,
+        "do_sample": sampling,
+        "repetition_penalty": decoding.repetition_penalty,
+        "pad_token_id": pad_id,
+        "eos_token_id": stop_ids,
+        "use_cache": True,
+    }
+    if decoding.num_beams > 1:
+        options["length_penalty"] = decoding.length_penalty
+    if sampling:
+        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    return options
 
 
 def stacked(

@@ -7,7 +7,7 @@ Only LoRA's matrices are ever trainable here (QLoRA, arXiv 2305.14314).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError, first_line
-from qformer.generation import Beginning, Generated, OnStep, Watch, stacked
+from qformer.generation import Beginning, Generated, Halt, OnStep, Watch, generation_options, stacked
 from qformer.head import head_sees
 from qformer.lora import speed_up_lora
 from qformer.precision import keep_four_bit_trainable
@@ -205,13 +205,17 @@ class LanguageModel(nn.Module):
         return (F.cross_entropy(logits, wanted, reduction="none") * counted).sum(), len(wanted)
 
     @torch.no_grad()
-    def answer_log_probs(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Log-probability of each row's whole answer, [B]; arguments as in `supervised_loss`, one answer a row."""
-        logits, targets = self._supervised(inputs_embeds, attention_mask, labels, None)
-        supervised = targets != IGNORED
-        sums = torch.zeros(len(targets), device=logits.device)
-        rows = supervised.nonzero()[:, 0]  # [N]
-        return sums.index_add_(0, rows, -F.cross_entropy(logits, targets[supervised], reduction="none"))
+    def label_log_probs(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probability of each supervised token, [N] in reading order; arguments as in `supervised_loss`."""
+        logits, targets = self._supervised(inputs_embeds, attention_mask, labels, position_ids)
+        return -F.cross_entropy(logits, targets[targets != IGNORED], reduction="none")
 
     def _supervised(
         self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None
@@ -259,6 +263,7 @@ class LanguageModel(nn.Module):
         *,
         beginnings: Sequence[Beginning | None] | None = None,
         on_step: OnStep | None = None,
+        stopped: Callable[[], bool] | None = None,
     ) -> Generated:
         """Continue prompts that are padded on the left (on the right for an encoder-decoder).
 
@@ -269,21 +274,9 @@ class LanguageModel(nn.Module):
             beginnings: what `read` gave for each row; None for a row that starts with `inputs_embeds`.
             on_step: called after each token with all new ones, [B, N], and their log-probabilities; what it returns,
                 bool [B], ends rows. Not in beam search, which may still change its mind.
+            stopped: looked at after each token of a beam search; True ends it with what was found.
         """
-        sampling = decoding.temperature > 0 and decoding.num_beams == 1
-        options: dict[str, Any] = {
-            "max_new_tokens": decoding.max_new_tokens,
-            "num_beams": decoding.num_beams,
-            "do_sample": sampling,
-            "repetition_penalty": decoding.repetition_penalty,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": self.stop_ids,
-            "use_cache": True,
-        }
-        if decoding.num_beams > 1:
-            options["length_penalty"] = decoding.length_penalty
-        if sampling:
-            options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        options = generation_options(decoding, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids)
         if beginnings is not None and any(beginnings):
             cache, read = stacked(beginnings, self.config, repeats=decoding.num_beams)
             options["past_key_values"] = cache
@@ -294,6 +287,8 @@ class LanguageModel(nn.Module):
         watch = Watch(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
         if watch is not None:
             options["stopping_criteria"] = StoppingCriteriaList([watch])
+        elif stopped is not None:
+            options["stopping_criteria"] = StoppingCriteriaList([Halt(stopped)])
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
         with (

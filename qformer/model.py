@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -146,6 +146,7 @@ class VisionLanguageModel(nn.Module):
         *,
         beginnings: Sequence[Beginning | None] | None = None,
         on_step: OnStep | None = None,
+        stopped: Callable[[], bool] | None = None,
     ) -> Generated:
         """Answers to prompts, or to what comes after their beginnings; see `LanguageModel.generate`."""
         return self.language.generate(
@@ -154,6 +155,7 @@ class VisionLanguageModel(nn.Module):
             decoding,
             beginnings=beginnings,
             on_step=on_step,
+            stopped=stopped,
         )
 
     def trainable_parts(self) -> dict[str, nn.Module]:

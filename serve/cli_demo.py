@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qformer.errors import UserError
 from serve.cli_common import DeviceOption, DtypeOption, OfflineOption
 
 
@@ -30,6 +32,8 @@ def demo(
     offline: OfflineOption = False,
 ) -> None:
     """Open the web page on 127.0.0.1."""
+    if auth is None and "QUERYBRIDGE_DEMO_AUTH" in os.environ:  # typer takes an empty variable for none
+        raise UserError("QUERYBRIDGE_DEMO_AUTH: it is set and empty; write user:password, or unset it")
     from serve.demo import launch
     from serve.engine import Engine
 

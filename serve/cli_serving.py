@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -42,13 +43,16 @@ def serve(
     offline: OfflineOption = False,
 ) -> None:
     """Serve an OpenAI-compatible API on 127.0.0.1."""
-    if api_key is not None and not api_key.strip():
+    if api_key is None and "QUERYBRIDGE_API_KEY" in os.environ:  # typer takes an empty variable for none
+        raise UserError("QUERYBRIDGE_API_KEY: it is set and empty; give a long random string, or unset it")
+    if api_key is not None and not (api_key := api_key.strip()):
         raise UserError("--api-key: it is empty; give a long random string, or leave it out")
     from serve.http_server import Listener
 
     listener = Listener(host, port)
     from serve.engine import Engine
-    from serve.http import LOOPBACK_NAMES, build_app
+    from serve.hosts import LOOPBACK_NAMES
+    from serve.http import build_app
     from serve.http_chat import Limits
     from serve.http_server import serve as run
 

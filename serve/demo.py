@@ -11,17 +11,21 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from qformer.errors import UserError
 from serve.engine import Engine
+from serve.hosts import OwnNamesOnly
 from serve.page.caption import caption_tab
 from serve.page.chat import chat_tab
 from serve.page.desk import IMMEDIATE, Desk
 from serve.page.examples import find_examples
+from serve.page.guard import fetch_nothing, private_uploads, tidy_ending
 from serve.page.inputs import MAX_BEAMS, MAX_TOKENS
 from serve.page.look import look_tab
 from serve.page.reason import reason_tab
@@ -109,7 +113,8 @@ def launch(
         open_browser: open the page in the user's browser.
         auth: "user:password" that the page asks for; left out, whoever uses this machine may use it.
         search_folder: a folder of pictures that may be searched on the page; its index is brought up to date first.
-        block: False returns at once, with the page served by a thread; `close()` ends it.
+        block: False returns at once, with the page served by a thread; `close()` ends it, and uploads lie where
+            Gradio keeps them. Else they lie in a folder of their own, which goes with the page.
 
     Returns:
         The page; `local_url` is its address.
@@ -119,6 +124,24 @@ def launch(
         KeyboardInterrupt: Ctrl-C was pressed; the server is closed by then.
     """
     login = _login(auth)
+    with ExitStack() as ending:
+        if block:
+            ending.enter_context(private_uploads())
+            ending.enter_context(tidy_ending())
+        page = _open(engine, port, open_browser, login, search_folder)
+        if not block:
+            return page
+        try:
+            while True:
+                time.sleep(1)
+        finally:
+            page.close(verbose=False)
+
+
+def _open(
+    engine: Engine, port: int, open_browser: bool, login: tuple[str, str] | None, search_folder: str | Path | None
+) -> gr.Blocks:
+    """Index the folder, build the page and serve it by a thread."""
     finder = Finder(engine, None if search_folder is None else find_folder(search_folder))
     port = _free_port(port)
     for name, report in finder.index_folder(lambda name, done, total: _tell(f"{name}: encoded {done}/{total}")).items():
@@ -126,6 +149,7 @@ def launch(
         _tell(f"{name}: {report.pictures} pictures may be searched{left_out}")
     page = build_page(engine, finder=finder)
     _keep_proxies_out()
+    fetch_nothing()
     try:
         page.launch(
             server_name=HOST,
@@ -143,19 +167,14 @@ def launch(
             pwa=False,
             run_history=False,  # it would keep people's pictures in the browser
             footer_links=["api"],
+            app_kwargs={} if login else {"middleware": [Middleware(OwnNamesOnly)]},
             theme=make_theme(),
             css=CSS,
         )
     except OSError as error:  # taken since we looked
         raise UserError(_port_taken(port)) from error
     _tell(f"the page is at {page.local_url} (Ctrl-C ends it)")
-    if not block:
-        return page
-    try:
-        while True:
-            time.sleep(1)
-    finally:
-        page.close(verbose=False)
+    return page
 
 
 def _make_settings() -> list[Any]:

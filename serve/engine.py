@@ -20,7 +20,7 @@ from adapters.data.prompts import Turn
 from adapters.sight import FrozenModels
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.loaded import LoadedAdapter, Picture, checked_choices, load_adapter, short_name
+from serve.loaded import LoadedAdapter, Picture, checked_choices, load_adapter, ranked, short_name
 from serve.tickets import Answer, Busy, Ticket
 
 T = TypeVar("T")
@@ -191,9 +191,10 @@ class Engine:
                         request._fail(RuntimeError("the engine was closed"))
                     return
             time.sleep(_GATHER)
-            with self._arrived:
-                chosen = self._next()
+            chosen: _Errand | list[Ticket] = []
             try:
+                with self._arrived:
+                    chosen = self._next()
                 if isinstance(chosen, _Errand):
                     chosen.do()
                 else:
@@ -212,7 +213,7 @@ class Engine:
             return first
         chosen = [first]
         for request in list(self._waiting):
-            if len(chosen) == self.max_batch or first.choices or not isinstance(request, Ticket):
+            if len(chosen) == self.max_batch or not isinstance(request, Ticket):
                 continue
             if _batch_key(request) == _batch_key(first) and _have_room([*chosen, request]):
                 chosen.append(request)
@@ -269,22 +270,30 @@ def _answer(tickets: Sequence[Ticket]) -> None:
     if not tickets:
         return
     adapter = tickets[0].adapter
-    if tickets[0].choices:
-        for ticket in tickets:
-            shares = adapter._choose(ticket.asked, ticket.choices)
-            best = next(iter(shares))
-            length = len(ticket.asked.prompt.ids)
-            ticket._finish(Answer(best, adapter.name, "stop", shares[best], 0, length, shares))
-        return
     readable = _those_that_can_be_read(tickets)
     if not readable:
+        return
+
+    def stopped() -> bool:
+        return all(ticket.stopped for ticket in readable)
+
+    if tickets[0].choices:
+        found = adapter.answerer.choose(
+            [ticket.asked for ticket in readable], [ticket.choices for ticket in readable], stopped=stopped
+        )
+        for ticket, each in zip(readable, found, strict=True):
+            shares = ranked(ticket.choices, each)
+            best = next(iter(shares))
+            finish: Literal["stop", "stopped"] = "stopped" if ticket.stopped else "stop"
+            length = len(ticket.asked.prompt.ids)
+            ticket._finish(Answer(best, adapter.name, finish, shares[best], 0, length, shares))
         return
 
     def on_step(said: list[Said]) -> list[bool]:
         return [_look(ticket, one) for ticket, one in zip(readable, said, strict=True)]
 
     decoding = replace(tickets[0].decoding, max_new_tokens=max(ticket.decoding.max_new_tokens for ticket in readable))
-    said = adapter.answerer([ticket.asked for ticket in readable], decoding, on_step=on_step)
+    said = adapter.answerer([ticket.asked for ticket in readable], decoding, on_step=on_step, stopped=stopped)
     for ticket, one in zip(readable, said, strict=True):
         if not ticket.done:
             _finish(ticket, one)
@@ -295,7 +304,7 @@ def _those_that_can_be_read(tickets: Sequence[Ticket]) -> list[Ticket]:
     good = []
     for ticket in tickets:
         try:
-            if len(tickets) > 1:
+            if len(tickets) > 1 and not ticket.adapter.answerer.knows(ticket.asked):
                 for image in ticket.asked.images:
                     open_image(image)
             good.append(ticket)

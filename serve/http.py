@@ -19,12 +19,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.engine import Engine
+from serve.hosts import LOOPBACK_NAMES, host_name
 from serve.http_chat import ChatService, Limits
 from serve.http_errors import ApiError, closing, fault
 from serve.http_fetch import PictureFetcher
 from serve.http_metrics import MEDIA_TYPE, Metrics
 
-LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 _GONE = 499  # what other servers write down where a client did not wait for its answer
 
 
@@ -54,8 +54,8 @@ def build_app(
     def allowed(request: Request) -> None:
         if api_key is not None:
             _check_key(request, api_key)
-        elif hosts is not None and _host_of(request) not in hosts:
-            raise ApiError(403, f"this server is not called '{_host_of(request)}'; use its address, or set an API key")
+        elif hosts is not None and (name := host_name(request.headers)) not in hosts:
+            raise ApiError(403, f"this server is not called '{name}'; use its address, or set an API key")
 
     # Their pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="querybridge", docs_url=None, redoc_url=None, openapi_url=None)
@@ -114,11 +114,6 @@ def _check_key(request: Request, api_key: str) -> None:
             401, f"{told}; send the header 'Authorization: Bearer KEY'", code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )  # fmt: skip
-
-
-def _host_of(request: Request) -> str:
-    host = request.headers.get("host", "").lower()
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
 async def _body(request: Request, limits: Limits, deadline: float) -> bytearray:

@@ -74,7 +74,9 @@ class LoadedAdapter:
         Raises:
             UserError: a picture cannot be read, the question is empty, or there are fewer than two choices.
         """
-        return self._choose(self.asked([user_turn(pictures, question)]), checked_choices(choices))
+        named = checked_choices(choices)
+        (shares,) = self.answerer.choose([self.asked([user_turn(pictures, question)])], [named])
+        return ranked(named, shares)
 
     def caption(self, picture: Picture, *, language: str = "en", decoding: Decoding | None = None) -> str:
         """Describe a picture in English ("en") or Chinese ("zh").
@@ -157,10 +159,6 @@ class LoadedAdapter:
             )
         return asked
 
-    def _choose(self, asked: Asked, choices: Sequence[str]) -> dict[str, float]:
-        shares = self.answerer.choose(asked, choices)
-        return dict(sorted(zip(choices, shares, strict=True), key=lambda pair: -pair[1]))
-
 
 def user_turn(pictures: Picture | Sequence[Picture], text: str) -> Turn:
     """A user's turn from pictures and words.
@@ -186,6 +184,11 @@ def checked_choices(choices: Sequence[str], *, where: str = "choices") -> tuple[
     if len(set(names)) < len(names):
         raise UserError(f"{where}: one stands there twice; name each once")
     return names
+
+
+def ranked(choices: Sequence[str], shares: Sequence[float]) -> dict[str, float]:
+    """Choices with their probabilities, the likeliest first."""
+    return dict(sorted(zip(choices, shares, strict=True), key=lambda pair: -pair[1]))
 
 
 def short_name(name: str) -> str:

@@ -5,6 +5,7 @@ Training, evaluation and serving all come through here, so a model is asked in t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,6 +108,12 @@ class PromptBuilder:
         self.is_encoder_decoder = is_encoder_decoder
         self.style = style or PromptStyle()
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._control = _any_of(
+            {
+                *tokenizer.all_special_tokens,
+                *(str(one) for one in tokenizer.added_tokens_decoder.values() if one.special),
+            }
+        )
 
     @property
     def closing_tokens(self) -> int:
@@ -133,7 +140,7 @@ class PromptBuilder:
             raise UserError("messages: only the first may be the system's")
         said: list[dict[str, str]] = []
         for number, turn in enumerate(turns, start=1):
-            text = self._question(turn.text) if turn.role == "user" else turn.text.strip()
+            text = self._plain(self._question(turn.text) if turn.role == "user" else turn.text.strip())
             said.append({"role": turn.role, "content": _marked(text, len(turn.images), f"message {number}")})
         count = sum(len(turn.images) for turn in turns)
         if not self.has_template:
@@ -196,6 +203,7 @@ class PromptBuilder:
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer, its end token included."""
+        answer = self._plain(answer)
         if not self.has_template:
             text = answer if self.is_encoder_decoder else " " + answer
             return [*self._tokens(text), self.tokenizer.eos_token_id]
@@ -237,8 +245,15 @@ class PromptBuilder:
             )
         return wording.replace("{question}", question.strip())
 
+    def _plain(self, text: str) -> str:
+        """Text that says nothing to the model but its words: what spells a control token is pulled apart.
+
+        Else whoever writes a question could end it and begin a turn in another's name.
+        """
+        return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+
     def _encode(self, text: str, num_images: int, where: str) -> Prompt:
-        text = _marked(text, num_images, where)
+        text = _marked(self._plain(text), num_images, where)
         if self.has_template:
             messages = [{"role": "user", "content": text}]
             if self.style.system is not None:
@@ -264,6 +279,12 @@ class PromptBuilder:
 
     def _tokens(self, text: str, *, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    """Finds control tokens in a text; the mark of a picture is none."""
+    longest_first = sorted(tokens - {IMAGE_MARK}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _marked(text: str, num_images: int, where: str) -> str:

@@ -15,6 +15,7 @@ import gradio as gr
 from adapters.data.images import ImageRef, open_image
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.page.guard import inside
 from serve.tickets import Busy
 
 MAX_TOKENS = 512
@@ -53,7 +54,7 @@ def uploaded(file: Any, folder: Path) -> ImageRef:
     if not isinstance(file, Mapping) or not file.get("path"):
         raise UserError("There is no picture yet: drop one on the page, or press it to choose a file")
     path = Path(str(file["path"]))
-    if not path.resolve().is_relative_to(folder):
+    if not inside(str(path), folder):
         raise UserError("The picture was not uploaded: send the file itself, not a path on this machine")
     ref = ImageRef(Path(str(file.get("orig_name") or path.name)).name, path=path)
     check_kept(ref)

@@ -162,12 +162,65 @@ def test_choices_share_one_probability(assembly: Assembly, pictures: list[ImageR
     answerer = Answerer(assembly)
     asked = Asked(assembly.prompts.vqa("what is it?"), (pictures[0],))
     said = answerer([asked], GREEDY)[0]
-    shares = answerer.choose(asked, [said.text or "a", "zq", "qz"])
+    named = [said.text or "a", "zq", "qz"]
+    (shares,) = answerer.choose([asked], [named])
 
     assert sum(shares) == pytest.approx(1, abs=1e-5)
-    reordered = answerer.choose(asked, ["qz", "zq"])
-    assert reordered[0] / reordered[1] == pytest.approx(shares[2] / shares[1], rel=1e-3)
-    assert shares != answerer.choose(Asked(asked.prompt, (pictures[1],)), [said.text or "a", "zq", "qz"])
+    ((first, second),) = answerer.choose([asked], [["qz", "zq"]])
+    assert first / second == pytest.approx(shares[2] / shares[1], rel=1e-3)
+    assert [shares] != answerer.choose([Asked(asked.prompt, (pictures[1],))], [named])
+
+
+def test_choices_do_not_depend_on_their_batch_nor_on_what_is_looked_at_in_one_pass(
+    assembly: Assembly, pictures: list[ImageRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer = Answerer(assembly)
+    asked = [Asked(assembly.prompts.vqa(text), (pictures[n],)) for n, text in enumerate(["what?", "who was it then?"])]
+    choices = [["a", "long answer", "b"], ["yes", "no"]]
+    alone = [answerer.choose([one], [named])[0] for one, named in zip(asked, choices, strict=True)]
+    for together in (answerer.choose(asked, choices), answerer.choose(asked[::-1], choices[::-1])[::-1]):
+        for found, expected in zip(together, alone, strict=True):
+            assert found == pytest.approx(expected, abs=1e-4)
+    monkeypatch.setattr("adapters.answering._CHOICE_TOKENS", 1)  # a row a choice, a pass a row
+    for found, expected in zip(answerer.choose(asked, choices), alone, strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_is_read_once_for_all_its_choices(
+    assembly: Assembly, pictures: list[ImageRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if assembly.model.language.is_encoder_decoder:
+        pytest.skip("an encoder-decoder reads a prompt for each choice")
+    asked = Asked(assembly.prompts.vqa("what is it, and what has it been before it was painted red?"), (pictures[0],))
+    shapes = []
+    place = assembly.model.place
+    monkeypatch.setattr(
+        assembly.model, "place", lambda batch, vectors: shapes.append(batch.ids.shape) or place(batch, vectors)
+    )
+    Answerer(assembly).choose([asked], [[f"choice {number}" for number in range(8)]])
+    ((rows, length),) = shapes
+    assert rows == 1 and length < 3 * len(asked.prompt.ids)
+
+
+def test_choosing_stops_where_nobody_waits(
+    assembly: Assembly, pictures: list[ImageRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer = Answerer(assembly)
+    asked = Asked(assembly.prompts.vqa("what is it?"), (pictures[0],))
+    monkeypatch.setattr("adapters.answering._CHOICE_TOKENS", 1)
+    passes: list[int] = []
+    monkeypatch.setattr(answerer, "_log_probs", lambda rows, _: passes.append(1) or [[0.0] * len(rows)])
+    assert answerer.choose([asked], [["a", "b", "c"]], stopped=lambda: len(passes) == 1) == [[1 / 3] * 3]
+    assert len(passes) == 1
+
+
+def test_a_beam_search_stops_where_nobody_waits(assembly: Assembly, pictures: list[ImageRef]) -> None:
+    asked = Asked(assembly.prompts.vqa("what is it?"), (pictures[0],))
+    beams = Decoding(max_new_tokens=40, num_beams=3)
+    steps: list[int] = []
+    (whole,) = Answerer(assembly)([asked], beams)
+    (cut,) = Answerer(assembly)([asked], beams, stopped=lambda: steps.append(1) or len(steps) == 3)
+    assert len(steps) <= 4 and cut.tokens <= 4 < whole.tokens
 
 
 def test_the_picture_changes_the_answer(assembly: Assembly, pictures: list[ImageRef]) -> None:
