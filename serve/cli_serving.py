@@ -35,7 +35,9 @@ def serve(
         int, typer.Option("--max-waiting", min=1, help="Requests that may wait; the next one gets status 429.")
     ] = 64,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests answered together.")] = 16,
-    max_body: Annotated[float, typer.Option("--max-body", min=0.001, help="The largest request, in MiB.")] = 20.0,
+    max_body: Annotated[
+        float, typer.Option("--max-body", min=0.001, max=4096, help="The largest request, in MiB.")
+    ] = 20.0,
     max_images: Annotated[int, typer.Option("--max-images", min=0, help="Pictures of one request.")] = 8,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")] = 512,
     device: DeviceOption = None,

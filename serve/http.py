@@ -89,7 +89,7 @@ def build_app(
             raise ApiError(404, f"The model '{name}' does not exist", param="model", code="model_not_found")
         return _model(name, began)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
         return {"status": "ok", "version": version("querybridge"), "adapters": engine.names}
 

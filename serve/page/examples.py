@@ -17,7 +17,9 @@ from qformer.errors import UserError
 COUNT = 3  # pictures
 _QUESTIONS = 3  # of each
 _SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-# Photos that are in the public domain or CC0, in packages that may be installed: file, then what may be asked.
+# Photos that are in the public domain or CC0: this repository's own where it is a checkout, and those of packages that
+# may be installed: file, then what may be asked.
+_CHECKOUT = Path(__file__).parents[2] / "docs" / "photo.jpg"
 _PHOTOS = (
     ("skimage", "data/chelsea.png", ("what animal is it?", "what colour are its eyes?")),
     ("skimage", "data/coffee.png", ("what is in the cup?", "is there a spoon?")),
@@ -49,9 +51,9 @@ def find_examples(recipe: Recipe, folder: Path) -> tuple[str, list[ExamplePictur
     if own:
         return f"from its {'validation' if recipe.data.val else 'training'} data", own
     photos = [] if _is_easy_vqa(recipe) else list(photos_at_hand())[:COUNT]
-    scenes = list(drawn_scenes(folder, COUNT - len(photos)))
-    kinds = [kind for kind, found in (("photos", photos), ("drawn scenes", scenes)) if found]
-    return f"{' and '.join(kinds)}, not from its training data", [*photos, *scenes]
+    if photos:
+        return "photos, not from its training data", photos
+    return "drawn scenes, not from its training data", list(drawn_scenes(folder, COUNT))
 
 
 def data_examples(recipe: Recipe) -> list[ExamplePicture]:
@@ -89,7 +91,9 @@ def data_examples(recipe: Recipe) -> list[ExamplePicture]:
 
 
 def photos_at_hand() -> Iterator[ExamplePicture]:
-    """Photos in installed packages; none of these is imported."""
+    """Photos of a checkout and of installed packages; none of these is imported."""
+    if _CHECKOUT.is_file():
+        yield ExamplePicture(_CHECKOUT, ("what is the man doing?", "where is the man?", "who is in the picture?"))
     for package, name, questions in _PHOTOS:
         found = importlib.util.find_spec(package)
         path = Path(found.origin).parent / name if found is not None and found.origin else None

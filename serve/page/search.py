@@ -151,7 +151,8 @@ def search_tab(desk: Desk, finder: Finder) -> gr.HTML:
                 )  # fmt: skip
                 gr.HTML(
                     "<p>The score is the cosine of picture and query; per cent is how far the matching head believes"
-                    " that words and picture belong together. The best of a bad lot still comes first.</p>",
+                    " that words and picture belong together. Searched by words, the best are put in order by both"
+                    " together. The best of a bad lot still comes first.</p>",
                     elem_classes="hint",
                 )
 
