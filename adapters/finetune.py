@@ -177,17 +177,17 @@ def finetune(
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * rate
             loss = 0.0
-            share = step.share(rank, world)
+            share, supervised = step.share(rank, world), step.supervised
             if critic is not None:
                 share, reward = critic.rewrite(share)
                 rewards.append(float(accelerator.reduce(torch.tensor(reward, device=accelerator.device), "mean")))
-            # each token of the step weighs the same, whatever micro-batch or process it is in
-            supervised = int(accelerator.reduce(torch.tensor(share.supervised, device=accelerator.device)))
+                supervised = int(accelerator.reduce(torch.tensor(share.supervised, device=accelerator.device)))
             batches = share.micro_batches(train.micro_batch_tokens)
             for index, rows in enumerate(batches):
                 last = index == len(batches) - 1
                 with nullcontext() if last else accelerator.no_sync(prepared):
                     summed, _ = prepared(*model_inputs(assembly, rows))
+                    # each token of the step weighs the same, whatever micro-batch or process it is in
                     part = summed / supervised
                     accelerator.backward(part * accelerator.num_processes)
                 loss += part.item()

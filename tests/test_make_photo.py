@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from data_rows import write_jsonl
+from scripts_as_modules import load_script
 
 from adapters.data.readers import read_data
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def make_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_photo", ROOT / "scripts" / "make_photo.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "make_photo", module)  # dataclasses look themselves up
-    spec.loader.exec_module(module)
+    module = load_script("make_photo", monkeypatch)
     monkeypatch.setattr(module, "MADE", tmp_path / "made")
     return module
 

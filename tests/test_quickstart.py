@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +9,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from scripts_as_modules import load_script
 from tiny import draw_data
 
 from adapters.data.examples import Example
 from adapters.data.readers import read_data
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture
 def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with its run's folder here."""
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("quickstart", monkeypatch)
     monkeypatch.setattr(module, "RUN", tmp_path / "run")
     (tmp_path / "run").mkdir()
     return module

@@ -45,7 +45,7 @@ IMPLIED = {
     "ocean": "water", "lake": "water", "river": "water", "pool": "water", "wave": "water", "waves": "water",
     "swimming": "water", "kayak": "water", "boat": "water", "football": "ball", "basketball": "ball", "soccer": "ball",
     "baseball": "ball", "tennis": "ball", "skateboarder": "skateboard", "skateboarding": "skateboard",
-    "motorbike": "motorcycle", "seagull": "bird", "duck": "bird", "bmx": "bike", "dogs": "dog",
+    "motorbike": "motorcycle", "seagull": "bird", "duck": "bird", "bmx": "bike",
 }  # fmt: skip
 PLACES = {
     "beach": "on the beach", "snow": "in the snow", "water": "in the water", "field": "in a field",
