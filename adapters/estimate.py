@@ -149,7 +149,9 @@ def _activations(
 ) -> int:
     """The larger of a micro-batch's activations and what AdamW's step holds while there are none."""
     if on_gpu:  # a GPU's fused attention drops inside the kernel; the CPU's would fall back to one that keeps scores
-        recipe = recipe.model_copy(update={"bridge": recipe.bridge.model_copy(update={"dropout": 0.0})})
+        recipe = recipe.model_copy(
+            update={"bridge": recipe.bridge.model_copy(update={"dropout": 0.0, "patch_dropout": 0.0})}
+        )
     attention = "sdpa" if on_gpu else "eager"
     model = build_skeleton(recipe, compute_dtype=compute, tower_dtype=tower, quantized=False, attention=attention)
     return max(rehearse(model, shape), 4 * trainable)

@@ -31,10 +31,12 @@ class Thought:
     Attributes:
         rationale: the reasons, as written or as given; None where the answer was asked for directly.
         answer: in words; where choices go by letters, the words of the choice that was named.
+        choices: each choice's probability as the answer, the likeliest first; None where the answer was written.
     """
 
     rationale: str | None
     answer: str
+    choices: Mapping[str, float] | None = None
 
 
 def reason_examples(

@@ -74,6 +74,9 @@ class BridgeSection(_Section):
     num_queries: int | None = Field(default=None, ge=1)
     num_layers: int | None = Field(default=None, ge=1)
     dropout: float | None = Field(default=None, ge=0, lt=1)
+    patch_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of a picture's patches that are left out in training"
+    )
     instruction_aware: bool = False
     text_branch: bool = Field(default=False, description="keep the text side of the first stage: search, classify")
     text_pooling: Literal["first", "mean"] = Field(

@@ -197,7 +197,7 @@ def build_bridge(section: BridgeSection, feature_norm: FeatureNorm) -> QFormer |
     config = bridge_config(section, feature_norm.width)
     if section.kind == "qformer":
         return QFormer(config)
-    for name in ("start", "text_branch", "instruction_aware", "num_queries", "num_layers"):
+    for name in ("start", "text_branch", "instruction_aware", "num_queries", "num_layers", "patch_dropout"):
         if getattr(section, name):
             raise UserError(f"bridge.{name}: only the Q-Former has it; leave it out, or set bridge.kind=qformer")
     count = vectors_of(section.kind, feature_norm.num_tokens)

@@ -182,7 +182,8 @@ class QFormer(nn.Module):
         Args:
             image_features: [B, P, encoder_width].
             image_keys_values: what `image_keys_values` made of the features, in their place.
-            image_mask: [B, P], true where a row has a feature; all true where left out.
+            image_mask: [B, P], true where a row has a feature; all true where left out. It does not go together with
+                `patch_dropout` in training.
             text_ids: [B, T] token ids: the caption in stage 1, the instruction where `instruction_aware`.
             text_mask: [B, T], true for a token, false for padding; all true where left out.
             self_mask: bool, broadcastable to [B, 1, N, N] over [queries; text], True = may attend. Given, it
@@ -196,7 +197,7 @@ class QFormer(nn.Module):
         Raises:
             ValueError: arguments that do not go together, or shapes that do not fit the configuration.
         """
-        self._check(image_features, image_keys_values, text_ids, past)
+        self._check(image_features, image_keys_values, image_mask, text_ids, past)
         if image_features is not None:
             image_keys_values = self.image_keys_values(image_features)
         parts, num_queries = [], 0
@@ -243,18 +244,29 @@ class QFormer(nn.Module):
         Args:
             image_features: [B, P, encoder_width].
 
+        In training `patch_dropout` leaves some patches out, P - K of them.
+
         Returns:
-            One [B, H, P, D/H] of keys and of values for each layer with cross-attention.
+            One [B, H, K, D/H] of keys and of values for each layer with cross-attention.
         """
         # Cached features may be half precision; outside autocast a linear map takes its own type only.
-        features = image_features.to(self.query_tokens.dtype)
+        features = self._some(image_features).to(self.query_tokens.dtype)
         blocks = [layer.cross_attention for layer in self.layers if isinstance(layer, QFormerLayer)]
         return [block.attention.project(features) for block in blocks if block is not None]
+
+    def _some(self, features: Tensor) -> Tensor:
+        """[B, P, D] → [B, K, D]: in training a picture's patches without those that are dropped, at least one."""
+        if not self.training or not self.config.patch_dropout:
+            return features
+        count = max(1, round(features.shape[1] * (1 - self.config.patch_dropout)))
+        kept = torch.rand(features.shape[:2], device=features.device).topk(count, dim=1).indices  # [B, K]
+        return features.gather(1, kept.unsqueeze(-1).expand(-1, -1, features.shape[2]))
 
     def _check(
         self,
         image_features: Tensor | None,
         image_keys_values: Sequence[KeysValues] | None,
+        image_mask: Tensor | None,
         text_ids: Tensor | None,
         past: Sequence[KeysValues] | None,
     ) -> None:
@@ -268,6 +280,8 @@ class QFormer(nn.Module):
             raise ValueError(f"image_features are {width} wide; encoder_width is {self.config.encoder_width}")
         if text_ids is not None and not self.config.has_text:
             raise ValueError("text_ids need a bridge with text_branch or instruction_aware")
+        if image_mask is not None and self.training and self.config.patch_dropout:
+            raise ValueError("image_mask says nothing of patches that patch_dropout leaves out: set it to 0")
         if past is not None and has_image:
             raise ValueError("past is for a text-only pass: leave image_features out")
         if past is not None and len(past) != len(self.layers):

@@ -57,6 +57,8 @@ class BridgeConfig:
         vocab_size: BERT's 30 522 words and `[DEC]`. Used with text only.
         max_text_positions: longest text in tokens. Used with text only.
         dropout: probability, for embeddings, attention weights and block outputs alike.
+        patch_dropout: share of a picture's patches that the bridge does not see in training, others each time
+            (Liu et al. 2022, arXiv 2208.07220), so that pictures seen often are not known by heart.
         layer_norm_eps: epsilon of every LayerNorm.
         text_branch: has word and position embeddings and a feed-forward block for text (stage 1).
         instruction_aware: the instruction's tokens go beside the queries (InstructBLIP, arXiv 2305.06500,
@@ -78,6 +80,7 @@ class BridgeConfig:
     vocab_size: int = 30523
     max_text_positions: int = 512
     dropout: float = 0.1
+    patch_dropout: float = 0.0
     layer_norm_eps: float = 1e-12
     text_branch: bool = False
     instruction_aware: bool = False
@@ -92,8 +95,9 @@ class BridgeConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must divide hidden_size ({self.hidden_size})")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        for name in ("dropout", "patch_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}")
         if self.text_pooling not in ("first", "mean"):
             raise ValueError(f"text_pooling must be 'first' or 'mean', not {self.text_pooling!r}")
         if not self.layer_norm_eps > 0:

@@ -28,7 +28,8 @@ from serve.cli_common import (
 def reason(
     pictures: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then one question.")],
     choices: Annotated[
-        str | None, typer.Option("--choices", help="What may be answered, with commas between: yes,no.")
+        str | None,
+        typer.Option("--choices", help="Answers to choose from, with commas between; each gets its probability."),
     ] = None,
     context: Annotated[str, typer.Option("--context", help="What is told beside the picture.")] = "",
     adapter: AdapterOption = None,
@@ -60,8 +61,10 @@ def reason(
     )  # fmt: skip
     if thought.rationale is None:
         print("this adapter was taught to answer directly: it gives no reasons", file=sys.stderr)
-    asked = {"images": images, "question": question, "context": context, "choices": listed}
-    lines = [f"Answer: {thought.answer}"]
-    if thought.rationale is not None:
-        lines.insert(0, f"Thought: {thought.rationale}")
-    report(asked | vars(thought), as_json, "\n".join(lines))
+    found = {"images": images, "question": question, "context": context, **vars(thought)}
+    lines = [] if thought.rationale is None else [f"Thought: {thought.rationale}"]
+    lines += [
+        f"Answer: {thought.answer}",
+        *(f"{share:6.1%}  {choice}" for choice, share in (thought.choices or {}).items()),
+    ]
+    report(found, as_json, "\n".join(lines))

@@ -142,9 +142,22 @@ class Engine:
         loaded = self.adapter(adapter)
         return self._submit(Ticket(loaded, loaded.asked(turns), Decoding(), checked_choices(choices)))
 
-    def submit(self, asked: Asked, *, adapter: str | None = None, decoding: Decoding | None = None) -> Ticket:
-        """Answer a prompt that is made already; raises as `chat`."""
+    def submit(
+        self,
+        asked: Asked,
+        *,
+        adapter: str | None = None,
+        decoding: Decoding | None = None,
+        choices: Sequence[str] = (),
+    ) -> Ticket:
+        """Answer a prompt that is made already; with one of the choices that it lists, where it lists any.
+
+        Raises as `chat`.
+        """
         loaded = self.adapter(adapter)
+        if choices:
+            worded = tuple(loaded.assembly.prompts.choice(choice, choices) for choice in choices)
+            return self._submit(Ticket(loaded, loaded.checked(asked), Decoding(), tuple(choices), worded))
         return self._submit(_ticket(loaded, loaded.checked(asked), decoding or Decoding()))
 
     def run(self, errand: Callable[[LoadedAdapter], T], *, adapter: str | None = None) -> Future[T]:
@@ -279,7 +292,7 @@ def _answer(tickets: Sequence[Ticket]) -> None:
 
     if tickets[0].choices:
         found = adapter.answerer.choose(
-            [ticket.asked for ticket in readable], [ticket.choices for ticket in readable], stopped=stopped
+            [ticket.asked for ticket in readable], [ticket.worded for ticket in readable], stopped=stopped
         )
         for ticket, each in zip(readable, found, strict=True):
             shares = ranked(ticket.choices, each)

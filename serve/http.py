@@ -22,7 +22,6 @@ from serve.engine import Engine
 from serve.hosts import LOOPBACK_NAMES, host_name
 from serve.http_chat import ChatService, Limits
 from serve.http_errors import ApiError, closing, fault
-from serve.http_fetch import PictureFetcher
 from serve.http_metrics import MEDIA_TYPE, Metrics
 
 _GONE = 499  # what other servers write down where a client did not wait for its answer
@@ -48,7 +47,7 @@ def build_app(
     """
     limits = limits or Limits()
     metrics = Metrics(lambda: engine.waiting)
-    chat = ChatService(engine, limits, metrics, PictureFetcher(limits.max_body) if allow_remote_images else None)
+    chat = ChatService(engine, limits, metrics, allow_remote_images=allow_remote_images)
     began = int(time.time())
 
     def allowed(request: Request) -> None:
@@ -195,17 +194,20 @@ class _Measured:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 500
+        status, is_whole = 500, False
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            is_whole |= message["type"] == "http.response.body" and not message.get("more_body", False)
 
         with self.metrics.in_flight.track_inprogress():
             try:
                 await self.app(scope, receive, noting)
             finally:
                 endpoint = getattr(scope.get("route"), "path", "other")
+                if status == 200 and not is_whole:  # a stream that nobody reads any more
+                    status = _GONE
                 self.metrics.requests.labels(endpoint, str(status)).inc()

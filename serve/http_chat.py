@@ -57,14 +57,14 @@ class ChatService:
         engine: what answers.
         limits: what a request may ask for.
         metrics: where answers are counted.
-        fetcher: of pictures from web addresses; None refuses them.
+        allow_remote_images: fetch pictures from web addresses, those of a request within `limits.max_body` together.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, fetcher: PictureFetcher | None = None) -> None:
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, *, allow_remote_images: bool = False) -> None:
         self.engine = engine
         self.limits = limits
         self.metrics = metrics
-        self.fetcher = fetcher
+        self.allow_remote_images = allow_remote_images
         self.is_closing = False
         self._preparers = ThreadPoolExecutor(_PREPARERS, thread_name_prefix="querybridge-http")
         self._taken = 0
@@ -136,7 +136,6 @@ class ChatService:
             deadline=deadline,
             too_late=self._too_late,
             conclude=None if plan.conclude is None else self._asking(plan.conclude),
-            in_words=plan.in_words,
         )
         reply = Reply(model, with_reasons=bool(request.reason), with_usage=request.wants_usage)
         return progress, reply, bool(request.stream)
@@ -154,20 +153,21 @@ class ChatService:
         urls = request.image_urls
         if len(urls) > self.limits.max_images:
             raise UserError(f"messages: {len(urls)} pictures, and --max-images is {self.limits.max_images}")
-        return [await self._picture(url, where) for where, url in urls]
+        fetcher = PictureFetcher(self.limits.max_body) if self.allow_remote_images else None
+        return [await self._picture(url, where, fetcher) for where, url in urls]
 
-    async def _picture(self, url: str, where: str) -> ImageRef:
+    async def _picture(self, url: str, where: str, fetcher: PictureFetcher | None) -> ImageRef:
         scheme = url[:8].lower()
         if scheme.startswith("data:"):
             return await self._in_thread(lambda: image_ref("data:" + url[5:], where=where))
         if not scheme.startswith(("http://", "https://")):  # above all no path of this machine
             raise UserError(f"{where}: image_url.url is no data URI; write data:image/png;base64,…")
-        if self.fetcher is None:
+        if fetcher is None:
             raise UserError(
                 f"{where}: web addresses of pictures are off here; send a data URI (data:image/png;base64,…), or start"
                 " the server with --allow-remote-images"
             )
-        return await self.fetcher.fetch(url, where=where)
+        return await fetcher.fetch(url, where=where)
 
     def _asking(self, conclude: Callable[[str], Ticket]) -> Callable[[str], Awaitable[Ticket]]:
         return lambda rationale: self._ask(partial(conclude, rationale))

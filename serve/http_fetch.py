@@ -11,14 +11,14 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from functools import cached_property
+from functools import cache
 
 import httpx
 
 from adapters.data.images import ImageRef
 from qformer.errors import UserError
 
-FETCH_SECONDS = 10.0  # for one picture, redirects included
+FETCH_SECONDS = 10.0  # for all pictures of a request, redirects included
 MAX_REDIRECTS = 3
 
 _PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
@@ -55,14 +55,16 @@ def is_public(address: str) -> bool:
 
 
 class PictureFetcher:
-    """Fetches pictures by http and https.
+    """Fetches the pictures of one request by http and https, all of them within one bound of bytes and of time.
 
     Args:
-        max_bytes: the largest file.
+        max_bytes: of all files together.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self._bytes_left = max_bytes
+        self._deadline: float | None = None  # in the loop's time; the clock starts with the first picture
 
     async def fetch(self, address: str, *, where: str) -> ImageRef:
         """Fetch one picture; it is not opened yet.
@@ -75,14 +77,19 @@ class PictureFetcher:
             UserError: the address is not allowed, does not answer in time, or answers with something else or too much.
         """
         label = address if len(address) <= 100 else f"{address[:100]}…"
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + FETCH_SECONDS
         try:
-            async with asyncio.timeout(FETCH_SECONDS):
+            async with asyncio.timeout_at(self._deadline):
                 data = await self._follow(address)
         except TimeoutError:
-            raise UserError(f"{where}: image '{label}' did not come within {FETCH_SECONDS:g} s") from None
+            raise UserError(
+                f"{where}: image '{label}' did not come within the {FETCH_SECONDS:g} s that a request's pictures have"
+            ) from None
         except (_Refused, httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             reason = str(error) or type(error).__name__
             raise UserError(f"{where}: image '{label}' cannot be fetched ({reason})") from error
+        self._bytes_left -= len(data)
         return ImageRef(label, data=data, where=where)
 
     async def _follow(self, address: str) -> bytes:
@@ -113,7 +120,7 @@ class PictureFetcher:
         request_to = url.copy_with(host=place)
         async with (
             httpx.AsyncClient(
-                verify=self._certificates, trust_env=False, follow_redirects=False, timeout=FETCH_SECONDS
+                verify=_certificates(), trust_env=False, follow_redirects=False, timeout=FETCH_SECONDS
             ) as client,
             client.stream(
                 "GET",
@@ -131,26 +138,27 @@ class PictureFetcher:
             return await self._read(reply)
 
     async def _read(self, reply: httpx.Response) -> bytes:
-        too_large = _Refused(f"it is larger than {self.max_bytes / 2**20:.3g} MiB")
+        too_large = _Refused(f"a request's pictures may be {self.max_bytes / 2**20:.3g} MiB together")
         declared = reply.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self.max_bytes:
+        if declared.isdecimal() and int(declared) > self._bytes_left:
             raise too_large
         data = bytearray()
         async for piece in reply.aiter_raw():
             data += piece
-            if len(data) > self.max_bytes:
+            if len(data) > self._bytes_left:
                 raise too_large
         if not data:
             raise _Refused("it is empty")
         return bytes(data)
 
-    @cached_property
-    def _certificates(self) -> ssl.SSLContext:
-        return httpx.create_ssl_context()
-
 
 class _Refused(Exception):
     """An address, or what it answers, is not taken."""
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
 
 
 async def _checked_addresses(url: httpx.URL) -> list[str]:

@@ -8,7 +8,7 @@ from functools import partial
 
 from adapters.data.examples import Example
 from adapters.data.images import ImageRef
-from adapters.reasoning import Way, in_words, taught_way
+from adapters.reasoning import Way, taught_way
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
@@ -26,12 +26,10 @@ class Plan:
     Attributes:
         begin: asks for the answer or, where there is something to conclude, for the reasons.
         conclude: asks for the answer from the reasons.
-        in_words: an answer as it is told, where that may not be as it is written.
     """
 
     begin: Callable[[], Ticket]
     conclude: Callable[[str], Ticket] | None = None
-    in_words: Callable[[str], str] | None = None
 
 
 def plan_of(request: ChatRequest, engine: Engine, pictures: Sequence[ImageRef], *, model: str, max_tokens: int) -> Plan:
@@ -68,20 +66,17 @@ def _reasoned(
     engine: Engine, loaded: LoadedAdapter, example: Example, decoding: Decoding, *, model: str, max_tokens: int
 ) -> Plan:
     """As `serve.reasoning.reason`: in two stages, or directly where that is what the adapter was taught."""
-    recipe, style = loaded.assembly.recipe, loaded.assembly.prompts.style
+    recipe = loaded.assembly.recipe
 
     def reasons() -> Ticket:
         longest = replace(decoding, max_new_tokens=min(recipe.reason.rationale_tokens, max_tokens))
         return engine.submit(asked_rationale(loaded, example), adapter=model, decoding=longest)
 
     def answer(rationale: str) -> Ticket:
-        return engine.submit(asked_answer(loaded, example, rationale), adapter=model, decoding=decoding)
+        asked = asked_answer(loaded, example, rationale)
+        return engine.submit(asked, adapter=model, decoding=decoding, choices=example.choices)
 
-    lettered = style.letters and bool(example.choices)
-    told = partial(in_words, choices=example.choices, style=style) if lettered else None
-    if _way(loaded, model) == "direct":
-        return Plan(partial(answer, ""), in_words=told)
-    return Plan(reasons, answer, told)
+    return Plan(partial(answer, "")) if _way(loaded, model) == "direct" else Plan(reasons, answer)
 
 
 def _way(loaded: LoadedAdapter, model: str) -> Way:

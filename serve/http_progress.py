@@ -35,7 +35,6 @@ class Progress:
         deadline: of all of it, in the loop's time.
         too_late: the error of an answer that is not there by then.
         conclude: asks for the answer, given what the ticket was answered: the reasons; None where that is the answer.
-        in_words: an answer as it is told, where only the whole of it can be; None tells it as it is written.
     """
 
     def __init__(
@@ -45,14 +44,12 @@ class Progress:
         deadline: float,
         too_late: Callable[[], ApiError],
         conclude: Callable[[str], Awaitable[Ticket]] | None = None,
-        in_words: Callable[[str], str] | None = None,
     ) -> None:
         self.began = time.monotonic()
         self.first: float | None = None  # when the first text, or an end, was there
         self._deadline = deadline
         self._too_late = too_late
         self._conclude = conclude
-        self._in_words = in_words
         self._answer: Answer | None = None
         self._ended_by: ApiError | None = None
         self._loop = asyncio.get_running_loop()
@@ -75,8 +72,7 @@ class Progress:
             self._follow(await self._concluding(self._conclude, thought.text))
         rationale = None if thought is None else thought.text
         async for text in self._texts():
-            if self._in_words is None:
-                yield Written(_settled(text, self._ticket.stops), rationale)
+            yield Written(_settled(text, self._ticket.stops), rationale)
         self._answer = self._whole(self._ticket.result(), thought)
         yield Written(self._answer.text, rationale)
 
@@ -142,8 +138,6 @@ class Progress:
             raise self._too_late() from None
 
     def _whole(self, answer: Answer, thought: Answer | None) -> Answer:
-        if self._in_words is not None:
-            answer = replace(answer, text=self._in_words(answer.text))
         if thought is None:
             return answer
         tokens, read = thought.tokens + answer.tokens, thought.prompt_tokens + answer.prompt_tokens

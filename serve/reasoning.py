@@ -14,10 +14,10 @@ from adapters.answering import Asked
 from adapters.artefact import find_artefact, read_recipe
 from adapters.data.batches import prompt_for
 from adapters.data.examples import Example
-from adapters.reasoning import Thought, reason_examples, way_of
+from adapters.reasoning import Thought, give_reasons, taught_way, way_of
 from adapters.sight import FrozenModels
 from qformer.decoding import Decoding
-from serve.loaded import LoadedAdapter, Picture, checked_choices, default_adapter, load_adapter, user_turn
+from serve.loaded import LoadedAdapter, Picture, checked_choices, default_adapter, load_adapter, ranked, user_turn
 
 
 def reason(
@@ -38,9 +38,10 @@ def reason(
         pictures: one, or a list; `<image>` marks in the question say where each belongs, else they come first.
         question: in words.
         context: what is told beside the pictures.
-        choices: what may be answered; none where anything may.
+        choices: what may be answered, the likeliest being the answer; none where anything may.
         answerer: another adapter that answers.
-        decoding: how tokens are chosen, and how long the answer may be; greedy and 32 tokens where left out.
+        decoding: how tokens are chosen, and how long an answer may be that is none of choices; greedy and 32 tokens
+            where left out.
         rationale_tokens: how long the reasons may be; the adapter's recipe says where left out.
 
     Returns:
@@ -51,14 +52,21 @@ def reason(
             taught its stage.
     """
     example = question_example(pictures, question, context=context, choices=choices)
-    (thought,) = reason_examples(
-        adapter.assembly,
-        [example],
-        answerer=None if answerer is None else answerer.assembly,
-        decoding=decoding,
-        rationale_tokens=rationale_tokens,
-    )
-    return thought
+    second = answerer or adapter
+    way = taught_way(adapter.assembly, None if answerer is None else answerer.assembly)
+    decoding = decoding or Decoding()
+    rationale = None
+    if way == "two-stage":
+        longest = rationale_tokens or adapter.assembly.recipe.reason.rationale_tokens
+        (rationale,) = give_reasons(adapter.assembly, [example], decoding=replace(decoding, max_new_tokens=longest))
+    asked = second.checked(asked_answer(second, example, rationale or ""))
+    if not example.choices:
+        (said,) = second.answerer([asked], decoding)
+        return Thought(rationale, said.text)
+    worded = [second.assembly.prompts.choice(choice, example.choices) for choice in example.choices]
+    (shares,) = second.answerer.choose([asked], [worded])
+    choices_by_share = ranked(example.choices, shares)
+    return Thought(rationale, next(iter(choices_by_share)), choices_by_share)
 
 
 def question_example(

@@ -50,13 +50,22 @@ class Ticket:
         asked: the prompt.
         decoding: how tokens are chosen.
         choices: what the answer must be one of, where it must.
+        worded: what the model would write for each of them, such as its letter; None for the choices themselves.
     """
 
-    def __init__(self, adapter: LoadedAdapter, asked: Asked, decoding: Decoding, choices: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        adapter: LoadedAdapter,
+        asked: Asked,
+        decoding: Decoding,
+        choices: tuple[str, ...] = (),
+        worded: tuple[str, ...] | None = None,
+    ) -> None:
         self.adapter = adapter
         self.asked = asked
         self.decoding = decoding
         self.choices = choices
+        self.worded = choices if worded is None else worded
         self.stops: tuple[str, ...] = ()
         self._changed = threading.Condition()
         self._text = ""

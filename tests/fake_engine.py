@@ -89,14 +89,21 @@ class FakeEngine:
         return self._write(f"a caption ({language}) of {picture.label}", adapter, decoding)
 
     def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> Ticket:
-        choices = checked_choices(choices)
-        shares = {choice: share for choice, share in zip(choices, (0.7, 0.2, 0.1), strict=False)}
-        return self._write(choices[0], adapter, Decoding(), shares)
+        return self._choose(checked_choices(choices), adapter)
 
-    def submit(self, asked: Asked, *, adapter: str | None = None, decoding: Decoding | None = None) -> Ticket:
+    def submit(
+        self,
+        asked: Asked,
+        *,
+        adapter: str | None = None,
+        decoding: Decoding | None = None,
+        choices: Sequence[str] = (),
+    ) -> Ticket:
         tokenizer = self.adapter(adapter).assembly.prompts.tokenizer
         prompt = tokenizer.decode([token for token in asked.prompt.ids if token >= 0])
         thinks = "step by step" in prompt
+        if choices:
+            return self._choose(choices, adapter)
         return self._write("It is round, so it may roll." if thinks else self.answer, adapter, decoding)
 
     def run(self, errand: Callable[[Any], Any], *, adapter: str | None = None) -> Future[Any]:
@@ -108,6 +115,10 @@ class FakeEngine:
         except BaseException as error:
             future.set_exception(error)
         return future
+
+    def _choose(self, choices: Sequence[str], adapter: str | None) -> Ticket:
+        shares = {choice: share for choice, share in zip(choices, (0.7, 0.2, 0.1), strict=False)}
+        return self._write(choices[0], adapter, Decoding(), shares)
 
     def _write(
         self, text: str, name: str | None, decoding: Decoding | None, choices: dict[str, float] | None = None

@@ -11,7 +11,6 @@ from typing import Any
 import gradio as gr
 
 from adapters.data.images import ImageRef
-from adapters.reasoning import in_words
 from qformer.decoding import Decoding
 from serve.engine import Engine
 from serve.loaded import checked_choices
@@ -83,7 +82,8 @@ def reason_tab(desk: Desk) -> gr.HTML:
         """Think about a question, then answer it; choices may stand with commas between them."""
         *_, last = run(picture, question, choices, adapter, longest, temperature, top_p, beams)
         assert last.finished is not None
-        return {"rationale": last.rationale, "answer": last.answer, "confidence": last.finished.confidence}
+        found = {"rationale": last.rationale, "answer": last.answer, "confidence": last.finished.confidence}
+        return found if last.finished.choices is None else found | {"choices": last.finished.choices}
 
     inputs = [picture, question, choices, desk.adapter, *desk.settings]
     asks = [button.click, question.submit, choices.submit]
@@ -102,7 +102,7 @@ def think(
         engine: what answers.
         picture: seen by both stages.
         question: in words.
-        choices: that may be answered; none leaves the answer open.
+        choices: that may be answered, the likeliest being the answer; none leaves the answer open.
         adapter: its name.
         settings: the longest thought is the recipe's, or what is set; the answer is as long as a question's.
 
@@ -111,9 +111,8 @@ def think(
         Busy: too many wait.
     """
     loaded = engine.adapter(adapter)
-    assembly = loaded.assembly
     example = question_example(picture, question, choices=choices)
-    usual = Decoding(max_new_tokens=assembly.recipe.reason.rationale_tokens)
+    usual = Decoding(max_new_tokens=loaded.assembly.recipe.reason.rationale_tokens)
     began = time.monotonic()
     ticket = engine.submit(asked_rationale(loaded, example), adapter=adapter, decoding=settings.over(usual))
     yield Thinking("")
@@ -122,11 +121,12 @@ def think(
     rationale, seconds = ticket.result().text, time.monotonic() - began
     yield Thinking(rationale, "", seconds)
     second = asked_answer(loaded, example, rationale)
-    ticket = engine.submit(second, adapter=adapter, decoding=replace(settings, longest=0).over(Decoding()))
+    short = replace(settings, longest=0).over(Decoding())
+    ticket = engine.submit(second, adapter=adapter, decoding=short, choices=choices)
     for text in read_along(ticket):
         yield Thinking(rationale, text, seconds)
     said = ticket.result()
-    yield Thinking(rationale, in_words(said.text, choices, assembly.prompts.style), seconds, said)
+    yield Thinking(rationale, said.text, seconds, said)
 
 
 def as_messages(thought: Thinking) -> list[dict[str, Any]]:

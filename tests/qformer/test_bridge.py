@@ -152,6 +152,26 @@ def test_image_mask_equals_fewer_patches(bridge: QFormer, image: Tensor) -> None
     close(masked[1], bridge(image[1:, :3]).queries[0])
 
 
+def test_patch_dropout_shows_other_patches_each_time_in_training_alone(image: Tensor) -> None:
+    bridge = QFormer(BridgeConfig.preset("tiny", dropout=0.0, patch_dropout=0.4)).eval()
+    whole = bridge.image_keys_values(image)[0].keys  # [B, H, P, D/H]
+    assert whole.shape[2] == P
+    bridge.train()
+    kept = round(0.6 * P)
+    draws = [bridge.image_keys_values(image)[0].keys for _ in range(20)]
+    places = [
+        torch.stack([torch.cdist(of_whole[0], of_draw[0]).min(dim=1).values < 1e-6 for of_whole, of_draw in pairs])
+        for pairs in (list(zip(whole, draw, strict=True)) for draw in draws)
+    ]  # [B, P] of each draw
+    assert all(draw.shape[2] == kept for draw in draws)
+    assert all((place.sum(dim=1) == kept).all() for place in places)  # whole patches, each once
+    shown = torch.stack(places)
+    assert shown.any(dim=0).all() and not shown.all(dim=0).any()  # none is always shown, or never
+    assert (shown[:, 0] != shown[:, 1]).any()  # each picture has its own draw
+    with pytest.raises(ValueError, match="patch_dropout"):
+        bridge(image, image_mask=torch.ones(2, P, dtype=torch.bool))
+
+
 def test_rows_with_nothing_to_see_leave_the_others_alone(
     bridge: QFormer, image: Tensor, text: Tensor, text_mask: Tensor
 ) -> None:

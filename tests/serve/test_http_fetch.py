@@ -39,6 +39,9 @@ class Elsewhere(BaseHTTPRequestHandler):
             self.reply(302, b"", Location=rest)
         elif what == "round":
             self.reply(302, b"", Location=f"/round/{int(rest) - 1}" if int(rest) else "/picture")
+        elif what == "slow":
+            time.sleep(0.2)
+            self.reply(200, PNG)
         elif what == "missing":
             self.reply(404, b"nothing here")
         elif what == "empty":
@@ -179,6 +182,7 @@ def test_the_certificate_must_be_the_names(tmp_path: Path, reachable: None, monk
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate"))
+    monkeypatch.setattr(http_fetch, "_certificates", http_fetch._certificates.__wrapped__)  # read anew
     with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -220,8 +224,8 @@ def test_redirects_are_followed_and_have_an_end(port: int, reachable: None) -> N
         ("missing", "status 404"),
         ("empty", "it is empty"),
         ("zipped", "compressed"),
-        ("announced", "larger than 0.0954 MiB"),
-        ("endless", "larger than 0.0954 MiB"),
+        ("announced", "may be 0.0954 MiB together"),
+        ("endless", "may be 0.0954 MiB together"),
     ],
 )
 def test_what_is_no_picture_or_too_much_is_told(port: int, reachable: None, path: str, says: str) -> None:
@@ -235,7 +239,23 @@ def test_a_server_that_drips_is_left(port: int, reachable: None, monkeypatch: py
     monkeypatch.setattr(http_fetch, "FETCH_SECONDS", 0.5)
     began = time.monotonic()
 
-    assert "did not come within 0.5 s" in refusal(f"http://127.0.0.1:{port}/dripping")
+    assert "did not come within the 0.5 s" in refusal(f"http://127.0.0.1:{port}/dripping")
+    assert time.monotonic() - began < 10
+
+
+def test_pictures_of_a_request_share_their_bounds(port: int, reachable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch_all(paths: list[str], max_bytes: int) -> None:
+        fetcher = PictureFetcher(max_bytes)
+        for path in paths:
+            await fetcher.fetch(f"http://127.0.0.1:{port}/{path}", where="message 1")
+
+    asyncio.run(fetch_all(["picture"] * 3, 3 * len(PNG)))
+    with pytest.raises(UserError, match="together"):
+        asyncio.run(fetch_all(["picture"] * 3, 3 * len(PNG) - 1))
+    monkeypatch.setattr(http_fetch, "FETCH_SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"within the 0\.5 s"):
+        asyncio.run(fetch_all(["slow"] * 20, 10**6))
     assert time.monotonic() - began < 10
 
 

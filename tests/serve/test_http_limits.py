@@ -170,6 +170,7 @@ def test_who_leaves_a_stream_stops_the_request(url: str, engine: FakeEngine, poo
     ticket._told("re")
     assert reading.result() == "re"
     eventually(lambda: ticket.stopped)
+    eventually(lambda: figures(url).get(f'querybridge_requests_total{{endpoint="{CHAT}",status="499"}}') == 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,15 @@ class Thinker(FakeEngine):
         assert name == "first"
         return self._adapter
 
-    def submit(self, asked: Asked, *, adapter: str | None = None, decoding: Decoding | None = None) -> Ticket:
-        return self._take(asked, adapter, decoding)
+    def submit(
+        self,
+        asked: Asked,
+        *,
+        adapter: str | None = None,
+        decoding: Decoding | None = None,
+        choices: Sequence[str] = (),
+    ) -> Ticket:
+        return self._take(asked, adapter, decoding, choices)
 
     def words(self, ticket: Ticket) -> str:
         """A ticket's prompt."""
@@ -108,23 +115,22 @@ def test_no_reasons_are_longer_than_the_server_allows(engine: Thinker, pool: Thr
     assert [ticket.decoding.max_new_tokens for ticket in engine.tickets] == [6, 6]
 
 
-@pytest.mark.parametrize(("written", "answer"), [("(B)", "snow"), ("It snows.", "It snows.")])
-def test_letters_are_put_into_words(
-    url: str, engine: Thinker, pool: ThreadPoolExecutor, written: str, answer: str
-) -> None:
+def test_choices_are_for_the_second_stage(url: str, engine: Thinker, pool: ThreadPoolExecutor) -> None:
+    shares = {"snow": 0.9, "rain": 0.1}
     whole = pool.submit(post, url, answer_choices=["rain", "snow"])
     finish(engine.asked(), "It is cold.")
-    finish(engine.asked(2), written)
+    finish(engine.asked(2), "snow", choices=shares)
     stream = pool.submit(post, url, answer_choices=["rain", "snow"], stream=True)
     finish(engine.asked(3), "It is cold.")
-    engine.asked(4)._told(written[:1])
-    time.sleep(0.2)
-    finish(engine.tickets[3], written)
+    finish(engine.asked(4), "snow", choices=shares)
 
     assert "(A) rain (B) snow" in engine.words(engine.tickets[0])
-    message = whole.result().json()["choices"][0]["message"]
-    assert (message["content"], message["reasoning_content"]) == (answer, "It is cold.")
-    assert [delta for delta in deltas(stream.result()) if delta.get("content")] == [{"content": answer}]
+    assert [ticket.choices for ticket in engine.tickets] == [(), ("rain", "snow")] * 2
+    reply = whole.result().json()
+    message = reply["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("snow", "It is cold.")
+    assert reply["querybridge"]["choices"] == shares
+    assert [delta for delta in deltas(stream.result()) if delta.get("content")] == [{"content": "snow"}]
 
 
 def test_the_time_is_for_both_stages(engine: Thinker, pool: ThreadPoolExecutor) -> None:

@@ -241,13 +241,12 @@ def test_a_thought_then_the_answer(client: Client, engine: FakeEngine, folder: P
     assert [decoding.max_new_tokens for decoding in engine.decodings] == [128, 32]
 
 
-def test_a_choice_named_by_its_letter_is_given_in_words(
-    client: Client, engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "answer", "(B)")
+def test_an_answer_from_a_thought_is_one_of_the_choices(client: Client, engine: FakeEngine, folder: Path) -> None:
     found = client.predict(handle_file(folder / "red.png"), "which?", "a cube, a ball", "other", api_name="/reason")
 
-    assert found["answer"] == "a ball"
+    assert found["rationale"] == "It is round, so it may roll."
+    assert (found["answer"], found["choices"]) == ("a cube", {"a cube": 0.7, "a ball": 0.2})
+    assert [ticket.choices for ticket in engine.tickets] == [(), ("a cube", "a ball")]
 
 
 def test_a_format_that_only_our_opener_straightens_comes_upright(client: Client, tmp_path: Path) -> None:

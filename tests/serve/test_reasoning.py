@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,21 @@ def test_the_thought_is_printed_and_then_the_answer(call: Call, runs: dict[str, 
     asked = ["reason", picture, "what colour?", "--choices", "red, green,blue ,black", "--context", "A square."]
     found = call(*asked, "--json", "--adapter", runs["both"], *FAST).values
     plain = call(*asked, "--adapter", runs["both"], *FAST)
-    assert plain.out == f"Thought: {found['rationale']}\nAnswer: {found['answer']}\n"
+    shares = "".join(f"{share:6.1%}  {choice}\n" for choice, share in found["choices"].items())
+    assert plain.out == f"Thought: {found['rationale']}\nAnswer: {found['answer']}\n{shares}"
     assert plain.err == ""
     assert found["rationale"].startswith("It")  # it has learned how reasons begin
     assert found == {
         "images": [str(picture)],
         "question": "what colour?",
         "context": "A square.",
-        "choices": ["red", "green", "blue", "black"],
+        "choices": found["choices"],
         "rationale": found["rationale"],
         "answer": found["answer"],
     }
+    assert set(found["choices"]) == {"red", "green", "blue", "black"}
+    assert sum(found["choices"].values()) == pytest.approx(1)
+    assert found["answer"] == next(iter(found["choices"])) == max(found["choices"], key=found["choices"].__getitem__)
 
 
 def test_lengths_are_kept(call: Call, runs: dict[str, Path], picture: Path) -> None:
@@ -96,7 +101,7 @@ def test_a_second_adapter_answers(call: Call, runs: dict[str, Path], picture: Pa
 def test_an_adapter_that_answers_directly_says_so(call: Call, runs: dict[str, Path], picture: Path) -> None:
     asked = ["reason", picture, "is it red?", "--choices", "yes,no", "--adapter", runs["direct"], *FAST]
     plain, found = call(*asked), call(*asked, "--json").values
-    assert plain.out == f"Answer: {found['answer']}\n"
+    assert plain.out.startswith(f"Answer: {found['answer']}\n")
     assert plain.err == "this adapter was taught to answer directly: it gives no reasons\n"
     assert found["rationale"] is None
 
@@ -106,9 +111,29 @@ def test_the_stages_can_be_submitted_one_by_one(runs: dict[str, Path], picture: 
     example = question_example(picture, "what colour?", choices=["red", "blue"])
     with Engine([loaded]) as engine:
         thought = engine.submit(asked_rationale(loaded, example), decoding=Decoding(max_new_tokens=TOKENS)).result()
-        answer = engine.submit(asked_answer(loaded, example, thought.text)).result()
+        second = asked_answer(loaded, example, thought.text)
+        chosen = engine.submit(second, choices=example.choices).result()
+        written = engine.submit(second).result()
     expected = reason(loaded, picture, "what colour?", choices=["red", "blue"])
-    assert (thought.text, answer.text) == (expected.rationale, expected.answer)
+    assert (thought.text, chosen.text) == (expected.rationale, expected.answer)
+    assert chosen.choices == pytest.approx(expected.choices)
+    assert written.choices is None
+
+
+def test_choices_that_go_by_letters_are_weighed_by_their_letters(runs: dict[str, Path], picture: Path) -> None:
+    loaded = load_adapter(runs["both"], device="cpu", dtype="float32")
+    prompts = loaded.assembly.prompts
+    prompts.style = replace(prompts.style, letters=True)
+    example = question_example(picture, "what colour?", choices=["red", "blue"])
+    second = asked_answer(loaded, example, "It is red.")
+    (by_letters,), (by_words,) = (
+        loaded.answerer.choose([second], [words]) for words in (["(A)", "(B)"], ["red", "blue"])
+    )
+    with Engine([loaded]) as engine:
+        found = engine.submit(second, choices=example.choices).result().choices
+    assert found == pytest.approx(dict(zip(["red", "blue"], by_letters, strict=True)))
+    assert found != pytest.approx(dict(zip(["red", "blue"], by_words, strict=True)))
+    assert set(reason(loaded, picture, "what colour?", choices=["red", "blue"]).choices or {}) == {"red", "blue"}
 
 
 @pytest.mark.parametrize(
