@@ -11,8 +11,6 @@ import typer
 from qformer.errors import UserError
 from serve.cli_common import AdapterOption, DeviceOption, JsonOption, OfflineOption, QuietOption, progress, report
 
-_LISTED = 10  # unreadable files that are named
-
 
 def search(
     folder: Annotated[Path, typer.Argument(help="A folder of pictures; folders in it are searched too.")],
@@ -42,10 +40,8 @@ def search(
     retriever, key = load_retriever(adapter, device=device, offline=offline)
     index = PictureIndex(folder, retriever, key=key)
     found = index.update(on_progress=None if quiet else progress("encoded"))
-    for line in found.unreadable[:_LISTED]:
-        print(f"left out: {line}", file=sys.stderr)
-    if len(found.unreadable) > _LISTED:
-        print(f"left out: {len(found.unreadable)} files in all (--json lists them)", file=sys.stderr)
+    for line in found.left_out():
+        print(line, file=sys.stderr)
     hits = index.search(query, most=top, rerank=rerank)
     report(
         {"folder": str(folder), "index": vars(found), "hits": [vars(hit) for hit in hits]},

@@ -145,8 +145,9 @@ def _open(
     finder = Finder(engine, None if search_folder is None else find_folder(search_folder))
     port = _free_port(port)
     for name, report in finder.index_folder(lambda name, done, total: _tell(f"{name}: encoded {done}/{total}")).items():
-        left_out = f", {len(report.unreadable)} files are left out" if report.unreadable else ""
-        _tell(f"{name}: {report.pictures} pictures may be searched{left_out}")
+        for line in report.left_out():
+            _tell(line)
+        _tell(f"{name}: {report.pictures} pictures may be searched")
     page = build_page(engine, finder=finder)
     _keep_proxies_out()
     fetch_nothing()

@@ -31,6 +31,7 @@ from serve.loaded import Picture, default_adapter, picture_ref
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEMPLATES = ("a photo of {label}", "a picture of {label}", "{label}")
 _FORMAT = 1
+_LISTED = 10  # unreadable files that are named
 _KEEP_EVERY = 30  # seconds between two writes while pictures are encoded
 
 
@@ -51,6 +52,13 @@ class IndexReport:
     encoded: int
     removed: int
     unreadable: tuple[str, ...]
+
+    def left_out(self) -> list[str]:
+        """What to tell of the unreadable files: the first few by name."""
+        lines = [f"left out: {line}" for line in self.unreadable[:_LISTED]]
+        if len(self.unreadable) > _LISTED:
+            lines.append(f"left out: {len(self.unreadable)} files in all")
+        return lines
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def caption_tab(desk: Desk) -> gr.HTML:
 
     inputs = [picture, style, language, desk.adapter, *desk.settings]
     button.click(caption, inputs, said, api_name="caption", **ASKS_MODELS)
-    picture.change(None, None, said, js="() => ''", api_visibility="private")  # no caption of another picture
+    desk.forget(picture, said, "''")
     return note
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -22,6 +23,7 @@ from serve.tickets import Answer, Ticket
 MAX_PICTURES = 8  # in a turn
 USUAL = Decoding(max_new_tokens=128)
 AGAIN = 0.7  # temperature of another try, where none is set: the same settings would give the same words
+_BEGINNING = threading.Lock()  # two requests of one session may come at once
 _PLACEHOLDER = (
     "Put in one or several pictures, and ask. They stay with the turn they came in, so you can ask on about them."
 )
@@ -54,11 +56,12 @@ class Conversation:
             UserError: an answer is being written, the conversation is too long, or there is no turn to answer anew.
             Busy: too many wait.
         """
-        self._check_idle()
-        asked = [*self.turns, turn] if turn is not None else [*self.turns[:-2], self.last()]
-        for image in (image for said in asked for image in said.images):
-            check_kept(image)
-        self.ticket = ticket = engine.chat(asked, adapter=adapter, decoding=decoding)
+        with _BEGINNING:
+            self._check_idle()
+            asked = [*self.turns, turn] if turn is not None else [*self.turns[:-2], self.last()]
+            for image in (image for said in asked for image in said.images):
+                check_kept(image)
+            self.ticket = ticket = engine.chat(asked, adapter=adapter, decoding=decoding)
         try:
             yield asked, None
             for text in ticket:

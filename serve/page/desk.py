@@ -71,6 +71,16 @@ class Desk:
         )  # fmt: skip
         self._loads.append((slot, offered.load_input_event))
 
+    def forget(self, picture: gr.Image, answered: Any, empty: str) -> None:
+        """Take an answer off the page where another picture, or another adapter, comes.
+
+        Args:
+            picture: what was asked about.
+            answered: the components that show the answer.
+            empty: their values where there is none, in JavaScript.
+        """
+        gr.on([picture.change, self.adapter.change], None, None, answered, js=f"() => {empty}", **PRIVATE)
+
     def endpoint(
         self, name: str, call: Callable[..., Any], inputs: Sequence[Any], outputs: Callable[[], Any] = _json
     ) -> None:

@@ -115,7 +115,7 @@ def look_tab(desk: Desk) -> tuple[gr.HTML, gr.Textbox]:
     every.select(choose, None, query, **IMMEDIATE).then(
         redraw, [looked, query, layer], [seen, caption], show_progress="hidden", **drawn
     )
-    picture.change(forget, None, [looked, seen, caption, query, every], **IMMEDIATE)
+    gr.on([picture.change, desk.adapter.change], forget, None, [looked, seen, caption, query, every], **IMMEDIATE)
     desk.endpoint("look", look_at, [picture, question, query, layer, desk.adapter], _picture_and_words)
     return note, question
 

@@ -88,7 +88,7 @@ def reason_tab(desk: Desk) -> gr.HTML:
     inputs = [picture, question, choices, desk.adapter, *desk.settings]
     asks = [button.click, question.submit, choices.submit]
     gr.on(asks, show, inputs, [window, status], show_progress="hidden", **ASKS_MODELS, **PRIVATE)
-    picture.change(None, None, [window, status], js="() => [[], '']", **PRIVATE)  # no thoughts on another picture
+    desk.forget(picture, [window, status], "[[], '']")
     desk.endpoint("reason", reason, inputs)
     return note
 

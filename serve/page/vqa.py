@@ -63,7 +63,7 @@ def vqa_tab(desk: Desk) -> None:
 
     inputs = [picture, questions, desk.adapter, *desk.settings]
     gr.on([button.click, questions.submit], show, inputs, table, **ASKS_MODELS, **PRIVATE)
-    picture.change(None, None, table, js="() => ''", **PRIVATE)  # no answer to another picture
+    desk.forget(picture, table, "''")
     desk.endpoint("vqa", vqa, inputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gradio_client.exceptions import AppError
 from page_server import draw_data, served
 from PIL import Image
 
+from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
 from serve.page.chat import Conversation
 from serve.page.inputs import Settings
@@ -135,6 +137,26 @@ def test_one_answer_at_a_time_in_a_conversation(
         client.predict(said("me too"), api_name="/chat")
     client.predict(api_name="/stop")
     job.result()
+
+
+def test_of_two_turns_at_once_one_is_answered(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, conversation = engine.chat, Conversation()
+
+    def slow_chat(*asked: Any, **options: Any) -> Any:
+        time.sleep(0.1)
+        return chat(*asked, **options)
+
+    monkeypatch.setattr(engine, "chat", slow_chat)
+    monkeypatch.setattr(engine, "pause", 0.1)
+    with ThreadPoolExecutor(4) as pool:
+        begun = [
+            pool.submit(lambda: next(conversation.answer(engine, Turn("user", "one"), "quickstart", Decoding())))
+            for _ in range(4)
+        ]
+    errors = [job.exception() for job in begun]
+
+    assert errors.count(None) == 1
+    assert all("still being written" in str(error) for error in errors if error is not None)
 
 
 def test_what_is_cleared_while_it_is_written_stays_away(

@@ -255,11 +255,16 @@ def test_an_example_and_another_adapter(open_view: Callable[..., View]) -> None:
     assert page.input_value("#questions textarea") == "is it shape 1?\nwhat colour is it?"
     view.tab("Look")
     page.wait_for_selector("#picture-3 .image-frame img")  # an example goes from tab to tab too
+    view.tab("VQA")
+    page.press("#questions textarea", "Shift+Enter")
+    view.says("asked 'what colour is it?' about")
     view.tab("Search")
     page.locator("#adapter input").click()
     page.get_by_role("option", name="other").click()
     page.wait_for_function("document.querySelector('#head h1').innerText == 'other'")
     assert "was trained without its text side" in page.inner_text("#search-note")
+    view.tab("VQA")
+    assert "asked" not in page.inner_text("#answers")  # those were the other adapter's
 
 
 @pytest.mark.parametrize(("size", "scheme"), [("phone", "light"), ("phone", "dark"), ("desk", "dark")])

@@ -104,8 +104,9 @@ def test_a_caption_is_the_engines(client: Client, engine: Engine, red: Path) -> 
 def test_a_thought_and_its_answer(client: Client, red: Path) -> None:
     found = client.predict(handle_file(red), "why?", "red, blue", longest=12, api_name="/reason")
 
-    assert found.keys() == {"rationale", "answer", "confidence"}
+    assert found.keys() == {"rationale", "answer", "confidence", "choices"}
     assert found["rationale"] and 0 < found["confidence"] <= 1
+    assert found["choices"].keys() == {"red", "blue"} and found["choices"][found["answer"]] == found["confidence"]
 
 
 def test_the_folder_is_searched_by_words_and_by_a_picture(client: Client, red: Path) -> None:

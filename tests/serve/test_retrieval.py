@@ -15,7 +15,7 @@ from adapters.data.images import ImageRef
 from adapters.pretrain import pretrain
 from adapters.recipe import parse_recipe
 from qformer.errors import UserError
-from serve.retrieval import PictureIndex, classify, load_retriever
+from serve.retrieval import IndexReport, PictureIndex, classify, load_retriever
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,14 @@ def test_the_index_follows_the_folder(index: PictureIndex) -> None:
     report = index.update()
     assert (report.pictures, report.encoded, report.removed) == (12, 2, 1)
     assert len(report.unreadable) == 1 and "broken.jpg" in report.unreadable[0]
+    assert report.left_out() == [f"left out: {report.unreadable[0]}"]
     found = {hit.path for hit in index.search("a red square", most=3, rerank=False)}
     assert found == {"deeper/red1.png", "red2.png", "blue0.png"}
+
+
+def test_of_many_files_that_are_left_out_some_are_named() -> None:
+    lines = IndexReport(0, 0, 0, tuple(f"file {n}" for n in range(12))).left_out()
+    assert lines == [*(f"left out: file {n}" for n in range(10)), "left out: 12 files in all"]
 
 
 def test_a_damaged_index_is_made_anew(index: PictureIndex) -> None:
