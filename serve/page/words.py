@@ -117,10 +117,12 @@ def look_note(adapter: LoadedAdapter) -> str:
 
 
 def how_it_went(answer: Answer) -> str:
-    """One line about an answer: its confidence, its length, and whether it was cut off."""
-    parts = [f"{answer.tokens} tokens"] if answer.tokens else []
-    if answer.confidence is not None:
-        parts.insert(0, f"{answer.confidence:.0%} sure of its words")
+    """One line about an answer: its confidence, or that of each choice, its length, and whether it was cut off."""
+    parts = [f"{choice} {share:.0%}" for choice, share in (answer.choices or {}).items()]
+    if answer.confidence is not None and not parts:
+        parts.append(f"{answer.confidence:.0%} sure of its words")
+    if answer.tokens:
+        parts.append(f"{answer.tokens} tokens")
     if answer.finish == "stopped":
         parts.append("stopped")
     if answer.finish == "length":

@@ -361,6 +361,7 @@ def test_what_came_of_an_answer_is_told() -> None:
     assert how_it_went(Answer("x", "a", "stop", 0.874, 3, 9)) == "87% sure of its words · 3 tokens"
     assert how_it_went(Answer("x", "a", "stopped", None, 3, 9)) == "3 tokens · stopped"
     assert "cut off" in how_it_went(Answer("x", "a", "length", 0.5, 3, 9))
+    assert how_it_went(Answer("x", "a", "stop", 0.7, 0, 9, {"x": 0.7, "<y>": 0.3})) == "x 70% · &lt;y&gt; 30%"
 
 
 def test_an_adapter_is_introduced_with_what_it_learned(engine: FakeEngine) -> None:
