@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from PIL import Image
+from torch import Tensor
 
 from adapters.artefact import sight_fingerprint
 from adapters.data.images import ImageRef, open_image
@@ -23,6 +25,7 @@ from serve.retrieval import Hit, IndexReport, PictureIndex, rank
 
 MAX_UPLOADS = 200
 MOST = 24  # pictures shown
+_TOGETHER = 16  # pictures embedded before whoever else asks has a turn
 _THUMBNAIL = 480  # pixels, the longest side
 _FOLDER, _UPLOADS = "folder", "uploads"
 
@@ -87,12 +90,16 @@ class Finder:
         """The best of some pictures; raises as `in_folder`."""
         self._check(adapter)
 
-        def errand(loaded: LoadedAdapter) -> list[tuple[Hit, ImageRef]]:
-            retriever = self._retriever(loaded)
-            hits = rank(retriever, pictures, retriever.embed_images(pictures), query, most=most)
+        def embed(part: Sequence[ImageRef], loaded: LoadedAdapter) -> Tensor:
+            return self._retriever(loaded).embed_images(part)
+
+        def best(loaded: LoadedAdapter) -> list[tuple[Hit, ImageRef]]:
+            hits = rank(self._retriever(loaded), pictures, torch.cat(embedded), query, most=most)
             return [(hit, pictures[place]) for place, hit in hits]
 
-        return self.engine.run(errand, adapter=adapter).result()
+        parts = [pictures[start : start + _TOGETHER] for start in range(0, len(pictures), _TOGETHER)]
+        embedded = [self.engine.run(partial(embed, part), adapter=adapter).result() for part in parts]
+        return self.engine.run(best, adapter=adapter).result()
 
     def _check(self, name: str) -> None:
         adapter = self.engine.adapter(name)

@@ -121,7 +121,11 @@ def test_the_folder_is_searched_by_words_and_by_a_picture(client: Client, red: P
     assert [hit["match"] for hit in by_picture] == [None] * 3
 
 
-def test_uploaded_pictures_are_searched(client: Client, pictures: Path) -> None:
+@pytest.mark.parametrize("together", [1, 16])
+def test_uploaded_pictures_are_searched(
+    client: Client, pictures: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.page.search._TOGETHER", together)
     files = [handle_file(pictures / name) for name in ("blue0.png", "red0.png")]
     found = client.predict(like=handle_file(pictures / "red0.png"), where="uploads", files=files, api_name="/search")
 
