@@ -1,4 +1,4 @@
-"""A folder of drawn scenes to train and test on: pictures, and rows with question, rationale and answer."""
+"""A folder of drawn scenes to train and test on: pictures, their captions, and questions with reasons and answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
+from adapters.data.scene_captions import captions_of
 from adapters.data.scene_questions import Balance, SceneQuestion, questions_of
 from adapters.data.scenes import draw_scene, make_scenes
 from qformer.errors import UserError
@@ -21,11 +23,12 @@ PARTS = ("train", "val", "test")
 def write_scenes(
     folder: str | Path, *, train: int = 2000, val: int = 200, test: int = 300, seed: int = 0
 ) -> dict[str, list[SceneQuestion]]:
-    """Write `images/*.png` and `train.jsonl`, `val.jsonl` and `test.jsonl`.
+    """Write `images/*.png`, the questions `{train,val,test}.jsonl`, and `captions_{train,val,test}.jsonl`.
 
-    A row is {"image", "question", "choices", "rationale", "answer", "kind", "steps"}; its picture's path starts from
-    the folder. No scene is in two parts, and answers are balanced within each part. The same numbers and seed give the
-    same bytes, with one version of Pillow. The folder appears under its name when it is whole, and not before.
+    A row is {"image", "question", "choices", "rationale", "answer", "kind", "steps"}, or {"image", "captions"}; its
+    picture's path starts from the folder. No scene is in two parts, and answers are balanced within each part. The
+    same numbers and seed give the same bytes, with one version of Pillow. The folder appears under its name when it is
+    whole, and not before.
 
     Args:
         folder: to be made; one that holds something is not written over.
@@ -50,14 +53,19 @@ def write_scenes(
         (work / "images").mkdir()
         for part, number in numbers.items():
             rng, balance = random.Random(f"{seed} {part}"), Balance()
-            with (work / f"{part}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            with _lines(work / f"{part}.jsonl") as file, _lines(work / f"captions_{part}.jsonl") as captions:
                 for place in range(1, number + 1):
                     scene, image = next(scenes), f"images/{part}_{place:05}.png"
                     draw_scene(scene).save(work / image, format="PNG")
+                    captions.write(json.dumps({"image": image, "captions": captions_of(scene)}) + "\n")
                     for question in questions_of(scene, rng, balance):
                         file.write(_row(image, question) + "\n")
                         questions[part].append(question)
     return questions
+
+
+def _lines(file: Path) -> TextIO:
+    return file.open("w", encoding="utf-8", newline="\n")
 
 
 def _row(image: str, question: SceneQuestion) -> str:

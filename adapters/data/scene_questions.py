@@ -21,7 +21,7 @@ YES_NO = ("yes", "no")
 _SLACK, _SPARE = 1.25, 2  # an answer may be so many times as common as the rarest of its kind, and so many more
 Named = tuple[str, Thing]
 
-_PLURAL = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+PLURAL = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _counted(scene: Scene, kind: tuple[str, str]) -> tuple[list[str], int]:
 
 
 def _plural(kind: tuple[str, str]) -> str:
-    return _PLURAL[kind[1]] if kind[0] == "shape" else f"{kind[1]} shapes"
+    return PLURAL[kind[1]] if kind[0] == "shape" else f"{kind[1]} shapes"
 
 
 def _present(scene: Scene, part: str) -> list[str]:

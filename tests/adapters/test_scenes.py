@@ -20,6 +20,7 @@ from scene_world import World, told
 from adapters.data import scene_files
 from adapters.data import scenes as drawn_scenes
 from adapters.data.readers import read_data
+from adapters.data.scene_captions import captions_of
 from adapters.data.scene_files import write_scenes
 from adapters.data.scene_questions import KINDS, Balance, SceneQuestion, all_questions, questions_of
 from adapters.data.scenes import COLOURS, GROUND, RADIUS, Scene, Thing, draw_scene, make_scenes
@@ -217,7 +218,7 @@ def test_a_folder_is_written_twice_the_same(tmp_path: Path) -> None:
     write_scenes(tmp_path / "b" / "c", train=6, val=2, test=3, seed=5)
     files = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in (tmp_path / "a").rglob("*.*")}
     again = {path.relative_to(tmp_path / "b/c"): path.read_bytes() for path in (tmp_path / "b/c").rglob("*.*")}
-    assert files == again and len(files) == 11 + 3
+    assert files == again and len(files) == 11 + 6
     assert {part: len(rows) for part, rows in questions.items()} == {
         part: (tmp_path / "a" / f"{part}.jsonl").read_text().count("\n") for part in ("train", "val", "test")
     }
@@ -286,3 +287,36 @@ def test_the_script(tmp_path: Path) -> None:
     assert f"{tmp_path / 'scenes' / 'train.jsonl'}: 3 scenes, " in run.stdout and "without the picture" in run.stdout
     again = subprocess.run([*command, *numbers], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "holds something already" in again.stderr
+
+
+def test_captions_say_what_is_there() -> None:
+    scene = Scene(
+        (
+            Thing("star", "red", "big", 20, 90),
+            Thing("cross", "blue", "small", 60, 30),
+            Thing("star", "blue", "small", 100, 60),
+        )
+    )
+    assert captions_of(scene) == [
+        "From left to right: big red star, small blue cross, small blue star.",
+        "From top to bottom: blue cross, blue star, red star.",
+        "By shape: star red blue; cross blue.",
+        "By colour: red star; blue cross star.",
+        "Two stars, one cross.",
+    ]
+
+
+def test_every_scene_has_its_captions_and_a_number_for_each_shape() -> None:
+    for scene in scenes():
+        across, down, *_, counts = captions_of(scene)
+        for thing in scene.things:
+            assert f"{thing.size} {thing.colour} {thing.shape}" in across and f"{thing.colour} {thing.shape}" in down
+        assert counts.count(",") + 1 == len({thing.shape for thing in scene.things})
+
+
+def test_captions_are_written_beside_the_questions(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "scenes", train=3, val=1, test=1)
+    data = read_data(tmp_path / "scenes" / "captions_train.jsonl", task="caption")
+    asked = read_data(tmp_path / "scenes" / "train.jsonl", task="reason")
+    assert [len(example.answers) for example in data.examples] == [5, 5, 5]
+    assert {row.images[0].path for row in asked.examples} <= {example.images[0].path for example in data.examples}
