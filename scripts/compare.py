@@ -66,6 +66,7 @@ def main() -> int:
     if options.test:
         plan["evaluate"]["data"] = options.test
     check_evaluation(plan)
+    check_starts(plan, options.only)
     rows = {}
     for name, setting in plan["settings"].items():
         if options.only and name not in options.only:
@@ -122,6 +123,20 @@ def check_evaluation(plan: Mapping[str, Any]) -> None:
 
     if "evaluate" in plan:
         read_data(plan["evaluate"]["data"], task=plan["evaluate"]["task"])
+
+
+def check_starts(plan: Mapping[str, Any], only: list[str]) -> None:
+    """Look for what settings start from before anything is trained."""
+    from adapters.artefact import find_artefact
+    from qformer.errors import UserError
+
+    for name, setting in plan["settings"].items():
+        if isinstance(setting, dict) and (not only or name in only):
+            try:
+                find_artefact(setting["start_from"])
+            except UserError as error:
+                start = setting["start_from"]
+                raise UserError(f"'{name}' starts from {start}, which is no adapter; train it first") from error
 
 
 def evaluation(plan: Mapping[str, Any], best: Path) -> dict[str, float]:

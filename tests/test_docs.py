@@ -75,7 +75,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, vision_folder: Path, lan
             finetune(
                 parse_recipe(reasons, "test"), folder / "runs" / name, device="cpu", dtype="float32", quiet=True
             )  # fmt: skip
-        shutil.copytree(folder / "runs" / "scenes", folder / "runs" / "scienceqa")
+        for name in ("scienceqa", "easy_vqa"):
+            shutil.copytree(folder / "runs" / "scenes", folder / "runs" / name)
     return folder
 
 

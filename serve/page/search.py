@@ -191,7 +191,7 @@ def search_tab(desk: Desk, finder: Finder) -> gr.HTML:
 
     inputs = [text, like, where, files, most, desk.adapter]
     gr.on([button.click, text.submit], show, inputs, gallery, **ASKS_MODELS, **PRIVATE)
-    desk.adapter.change(None, None, gallery, js="() => []", **PRIVATE)
+    desk.adapter.change(None, None, gallery, js="() => [[]]", **PRIVATE)
     where.change(
         lambda chosen: gr.File(visible=chosen == _UPLOADS), where, files, queue=False, show_progress="hidden", **PRIVATE
     )
