@@ -31,11 +31,14 @@ class Thought:
     Attributes:
         rationale: the reasons, as written or as given; None where the answer was asked for directly.
         answer: in words; where choices go by letters, the words of the choice that was named.
+        confidence: the geometric mean of the answer's token probabilities or, of a choice, its probability; None where
+            it was not asked for, and for beam search.
         choices: each choice's probability as the answer, the likeliest first; None where the answer was written.
     """
 
     rationale: str | None
     answer: str
+    confidence: float | None = None
     choices: Mapping[str, float] | None = None
 
 

@@ -44,15 +44,16 @@ def reason(
     as_json: JsonOption = False,
 ) -> None:
     """Reason about one or several pictures, and answer from the reasons."""
-    from serve.loaded import checked_choices
+    from serve.loaded import checked_choices, user_turn
     from serve.reasoning import load_pair
     from serve.reasoning import reason as run
 
     *images, question = pictures
     if not images:
         raise UserError(f'reason: only "{question}" was given; write querybridge reason IMAGE "QUESTION"')
-    listed = checked_choices(choices.split(",")) if choices is not None else ()
+    listed = checked_choices(choices.split(","), where="--choices") if choices is not None else ()
     check_pictures(images)
+    user_turn(images, question)  # a mistake is told before the models are loaded
     settings = decoding_of(decoding or "greedy", beams, max_new_tokens)
     first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
     thought = run(

@@ -39,7 +39,7 @@ class Limits:
 
     Attributes:
         request_timeout: seconds for a whole request, its waiting included.
-        max_body: bytes of a request's body; of a picture fetched from elsewhere too.
+        max_body: bytes of a request's body; and of its pictures that are fetched from elsewhere, together.
         max_images: pictures of one request.
         max_tokens: the longest answer; what is given to who asks for more, or names no number. No reasons are longer.
     """

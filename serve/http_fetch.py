@@ -138,7 +138,7 @@ class PictureFetcher:
             return await self._read(reply)
 
     async def _read(self, reply: httpx.Response) -> bytes:
-        too_large = _Refused(f"a request's pictures may be {self.max_bytes / 2**20:.3g} MiB together")
+        too_large = _Refused(f"a request's pictures may be {self.max_bytes / 2**20:.3g} MiB together (--max-body)")
         declared = reply.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._bytes_left:
             raise too_large

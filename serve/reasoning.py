@@ -62,11 +62,12 @@ def reason(
     asked = second.checked(asked_answer(second, example, rationale or ""))
     if not example.choices:
         (said,) = second.answerer([asked], decoding)
-        return Thought(rationale, said.text)
+        return Thought(rationale, said.text, said.confidence)
     worded = [second.assembly.prompts.choice(choice, example.choices) for choice in example.choices]
     (shares,) = second.answerer.choose([asked], [worded])
     choices_by_share = ranked(example.choices, shares)
-    return Thought(rationale, next(iter(choices_by_share)), choices_by_share)
+    best = next(iter(choices_by_share))
+    return Thought(rationale, best, choices_by_share[best], choices_by_share)
 
 
 def question_example(

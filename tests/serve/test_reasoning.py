@@ -76,6 +76,7 @@ def test_the_thought_is_printed_and_then_the_answer(call: Call, runs: dict[str, 
         "choices": found["choices"],
         "rationale": found["rationale"],
         "answer": found["answer"],
+        "confidence": found["choices"][found["answer"]],
     }
     assert set(found["choices"]) == {"red", "green", "blue", "black"}
     assert sum(found["choices"].values()) == pytest.approx(1)
@@ -118,6 +119,8 @@ def test_the_stages_can_be_submitted_one_by_one(runs: dict[str, Path], picture: 
     assert (thought.text, chosen.text) == (expected.rationale, expected.answer)
     assert chosen.choices == pytest.approx(expected.choices)
     assert written.choices is None
+    freely = reason(loaded, picture, "what colour?")
+    assert freely.confidence is not None and 0 < freely.confidence <= 1 and freely.choices is None
 
 
 def test_choices_that_go_by_letters_are_weighed_by_their_letters(runs: dict[str, Path], picture: Path) -> None:
