@@ -120,8 +120,9 @@ def finetune(
     if state is None and starting is None:
         seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
         model.feature_norm.standardise(assembly.features(spread(seen, 256)))
-        if train.align_steps and not assembly.reads_instructions:
-            _align(assembly, pictures, train, quiet=quiet or not main)
+    fresh = starting is None or read_facts(begun).kind != "language"  # the first stage leaves a fresh projection
+    if state is None and fresh and train.align_steps and not assembly.reads_instructions:
+        _align(assembly, pictures, train, quiet=quiet or not main)
     optimiser = build_optimiser(assembly.model, train)
     if state is not None:
         position = load_state(state, model, optimiser, rank=rank)

@@ -122,9 +122,17 @@ def taught_way(assembly: Assembly, answerer: Assembly | None = None) -> Way:
     return way_of(assembly.recipe, None if answerer is None else answerer.recipe)
 
 
+def learned_reasons(recipe: Recipe) -> bool:
+    """Whether rows with reasons were among what an adapter learned from, as far as its recipe tells."""
+    if recipe.task == "reason":
+        return True
+    sources = recipe.data.train
+    return recipe.task == "mixed" and not isinstance(sources, str) and any(s.task == "reason" for s in sources)
+
+
 def _stages(recipe: Recipe) -> set[str]:
     """What a recipe teaches about reasons; one without rows of them, to answer directly."""
-    return {"direct"} if recipe.task in ("vqa", "caption") else set(recipe.reason.stages)
+    return set(recipe.reason.stages) if learned_reasons(recipe) else {"direct"}
 
 
 def _told(recipe: Recipe) -> str:

@@ -58,7 +58,9 @@ def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:
     reads, has = ours.text_branch or ours.instruction_aware, theirs.text_branch or theirs.instruction_aware
     if (reads and not has) or (ours.text_branch and not theirs.text_branch):
         return False
-    free = {"dropout": None, "patch_dropout": 0.0, "text_branch": False, "instruction_aware": False}
+    free: dict[str, Any] = {"dropout": None, "patch_dropout": 0.0, "text_branch": False, "instruction_aware": False}
+    if not ours.text_branch:
+        free["text_pooling"] = "first"  # nothing is left to pool
     return theirs.model_copy(update=free) == ours.model_copy(update=free)
 
 

@@ -19,6 +19,7 @@ from adapters.data.images import ImageRef
 from qformer.errors import UserError
 
 FETCH_SECONDS = 10.0  # for all pictures of a request, redirects included
+CONNECT_SECONDS = 3.0  # for each address of a host, so that one that is silent leaves time for the next
 MAX_REDIRECTS = 3
 
 _PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
@@ -118,9 +119,10 @@ class PictureFetcher:
 
     async def _get_from(self, place: str, url: httpx.URL) -> bytes | str:
         request_to = url.copy_with(host=place)
+        limits = httpx.Timeout(FETCH_SECONDS, connect=CONNECT_SECONDS)
         async with (
             httpx.AsyncClient(
-                verify=_certificates(), trust_env=False, follow_redirects=False, timeout=FETCH_SECONDS
+                verify=_certificates(), trust_env=False, follow_redirects=False, timeout=limits
             ) as client,
             client.stream(
                 "GET",

@@ -23,7 +23,7 @@ Picture = str | Path | bytes | Image.Image | ImageRef
 """What may be given as a picture: a path, the bytes of a file, a Pillow image, or an ImageRef."""
 
 DEFAULT_ADAPTER = "photo"
-KEPT_BYTES = 64 * 2**20  # of pictures that were asked about, an adapter; those of a batch stay, whatever they take
+KEPT_BYTES = 64 * 2**20  # of pictures that were asked about, an adapter
 
 
 class LoadedAdapter:

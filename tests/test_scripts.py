@@ -133,3 +133,18 @@ def test_the_engine_is_measured(
     found = json.loads(capsys.readouterr().out)
     assert found["frozen language model shared"] is True
     assert 0 < found["second against first"] < 2
+
+
+def test_what_a_setting_starts_from_is_looked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    later = {"set": [], "start_from": str(tmp_path / "gone")}
+    plan.write_text(
+        json.dumps({"recipe": "gone", "stage": 2, "columns": ["x"], "settings": {"now": [], "later": later}})
+    )
+    assert compare(monkeypatch, str(plan), "--out", str(tmp_path / "runs")) == 2
+    assert f"'later' starts from {tmp_path / 'gone'}, which is no adapter" in capsys.readouterr().err
+    assert compare(monkeypatch, str(plan), "--out", str(tmp_path / "runs"), "--only", "now") == 2
+    assert "'later'" not in capsys.readouterr().err  # of another: its recipe is gone
+    assert not (tmp_path / "runs").exists()

@@ -23,7 +23,7 @@ from serve.tickets import Answer, Ticket
 MAX_PICTURES = 8  # in a turn
 USUAL = Decoding(max_new_tokens=128)
 AGAIN = 0.7  # temperature of another try, where none is set: the same settings would give the same words
-_BEGINNING = threading.Lock()  # two requests of one session may come at once
+_CHANGING = threading.Lock()  # of any conversation: two requests of one session may come at once
 _PLACEHOLDER = (
     "Put in one or several pictures, and ask. They stay with the turn they came in, so you can ask on about them."
 )
@@ -35,7 +35,7 @@ class Conversation:
 
     Attributes:
         turns: the user's and the adapter's, by turns.
-        ticket: the answer that is being written.
+        ticket: the answer that is being written; None once its turn is kept.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Conversation:
             UserError: an answer is being written, the conversation is too long, or there is no turn to answer anew.
             Busy: too many wait.
         """
-        with _BEGINNING:
+        with _CHANGING:
             self._check_idle()
             asked = [*self.turns, turn] if turn is not None else [*self.turns[:-2], self.last()]
             for image in (image for said in asked for image in said.images):
@@ -67,12 +67,13 @@ class Conversation:
             for text in ticket:
                 if self.ticket is ticket:
                     yield [*asked, Turn("assistant", text)], None
+            said = ticket.result()
+            answered = [*asked, Turn("assistant", said.text)]
+            if self._end(ticket, answered):  # else all was forgotten meanwhile
+                yield answered, said
         finally:
             ticket.stop()  # where nobody reads on
-        said = ticket.result()
-        if self.ticket is ticket:  # else all was forgotten meanwhile
-            self.turns = [*asked, Turn("assistant", said.text)]
-            yield self.turns, said
+            self._end(ticket, None)
 
     def stop(self) -> None:
         """End the answer that is being written, if there is one."""
@@ -91,18 +92,28 @@ class Conversation:
 
     def take_back(self) -> Turn:
         """Forget the user's last turn and its answer; gives the turn. Raises as `last`, and where one is written."""
-        self._check_idle()
-        turn = self.last()
-        del self.turns[-2:]
-        return turn
+        with _CHANGING:
+            self._check_idle()
+            turn = self.last()
+            self.turns = self.turns[:-2]
+            return turn
 
     def clear(self) -> None:
         """Forget all that was said."""
-        self.stop()
-        self.turns, self.ticket = [], None
+        with _CHANGING:
+            self.stop()
+            self.turns, self.ticket = [], None
+
+    def _end(self, ticket: Ticket, turns: list[Turn] | None) -> bool:
+        """Have a ticket be done with, and keep what came of it; False where it was done with before."""
+        with _CHANGING:
+            if self.ticket is not ticket:
+                return False
+            self.turns, self.ticket = self.turns if turns is None else turns, None
+            return True
 
     def _check_idle(self) -> None:
-        if self.ticket is not None and not self.ticket.done:
+        if self.ticket is not None:
             raise UserError("The answer before is still being written: wait for its end, or stop it")
 
 

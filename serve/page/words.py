@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from adapters.recipe import Recipe
+from adapters.reasoning import learned_reasons
 from serve.loaded import LoadedAdapter
 from serve.tickets import Answer
 
@@ -71,7 +71,7 @@ def shown_note(text: str) -> dict[str, Any]:
 def reason_note(adapter: LoadedAdapter) -> str:
     """What to expect of an adapter's reasons."""
     recipe = adapter.assembly.recipe
-    if not _learned_reasons(recipe):
+    if not learned_reasons(recipe):
         return note(
             f"{adapter.name} was not trained to give reasons. It is asked for them all the same: expect words in the"
             " shape of a thought, and an answer that may be worse than one without."
@@ -128,11 +128,3 @@ def how_it_went(answer: Answer) -> str:
     if answer.finish == "length":
         parts.append("cut off: allow longer answers under Settings")
     return escape(" · ".join(parts))
-
-
-def _learned_reasons(recipe: Recipe) -> bool:
-    """Whether rows with reasons were among what an adapter learned from, as far as its recipe tells."""
-    if recipe.task == "reason":
-        return True
-    sources = recipe.data.train
-    return recipe.task == "mixed" and not isinstance(sources, str) and any(s.task == "reason" for s in sources)

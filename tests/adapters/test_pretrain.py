@@ -142,6 +142,17 @@ def test_the_second_stage_starts_from_the_first(recipe_of: Any, tmp_path: Path) 
                 load_sight_artefact(out)
 
 
+def test_words_are_named_first_where_the_projection_is_fresh(
+    recipe_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(recipe_of(max_steps=2), tmp_path / "first")
+    recipe = recipe_of(max_steps=1, align_steps=3, text_branch=False)
+    for start, named in (("first", True), ("second", False)):
+        out = tmp_path / ("second" if named else "third")
+        finetune(recipe, out, start_from=str(tmp_path / start), device="cpu", dtype="float32")
+        assert ("naming words: step 3/3" in capsys.readouterr().err) is named
+
+
 def test_captions_are_drawn_all_before_one_comes_twice(tmp_path: Path) -> None:
     data = read_data(draw_caption_data(tmp_path))
     picture = captioned(data.examples)[0]

@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -169,6 +170,20 @@ def test_the_next_address_is_tried(port: int, monkeypatch: pytest.MonkeyPatch) -
     point(monkeypatch, "pictures.example", ["127.0.0.3", "127.0.0.1"], [])  # nothing listens at the first
 
     assert fetch(f"http://pictures.example:{port}/picture") == PNG
+
+
+def test_a_silent_address_leaves_time_for_the_next(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_fetch, "is_public", lambda address: address.startswith("127.0.0."))
+    monkeypatch.setattr(http_fetch, "CONNECT_SECONDS", 0.2)
+    point(monkeypatch, "pictures.example", ["127.0.0.3", "127.0.0.1"], [])
+    with ExitStack() as sockets:
+        full = sockets.enter_context(socket.create_server(("127.0.0.3", port), backlog=0))
+        for _ in range(4):  # those who wait in front of it; who comes now gets no answer
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+
+        assert fetch(f"http://pictures.example:{port}/picture") == PNG
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate with")

@@ -259,10 +259,14 @@ def test_an_example_and_another_adapter(open_view: Callable[..., View]) -> None:
     page.press("#questions textarea", "Shift+Enter")
     view.says("asked 'what colour is it?' about")
     view.tab("Search")
+    page.fill("#search-text input, #search-text textarea", "a red square")
+    page.press("#search-text input, #search-text textarea", "Enter")
+    page.wait_for_function("document.querySelectorAll('#found .thumbnail-item img').length == 6")
     page.locator("#adapter input").click()
     page.get_by_role("option", name="other").click()
     page.wait_for_function("document.querySelector('#head h1').innerText == 'other'")
     assert "was trained without its text side" in page.inner_text("#search-note")
+    page.wait_for_function("document.querySelectorAll('#found .thumbnail-item img').length == 0")
     view.tab("VQA")
     assert "asked" not in page.inner_text("#answers")  # those were the other adapter's
 

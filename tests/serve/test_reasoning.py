@@ -16,6 +16,7 @@ from tiny import tiny_values
 
 from adapters.data.readers import read_data
 from adapters.finetune import finetune
+from adapters.reasoning import reason_examples
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -144,7 +145,8 @@ def test_choices_that_go_by_letters_are_weighed_by_their_letters(runs: dict[str,
     [
         (["reason", "PICTURE"], "write querybridge reason IMAGE"),
         (["reason", "gone.png", "what?"], "image 'gone.png' is not there"),
-        (["reason", "PICTURE", "what?", "--choices", "one"], "choices"),
+        (["reason", "PICTURE", "what?", "--choices", "one"], "--choices: 1 given"),
+        (["reason", "PICTURE", " "], "QUESTION: it is empty"),
         (["reason", "PICTURE", "what?", "--adapter", "thinks"], "--answer-adapter RUN"),
         (["reason", "PICTURE", "what?", "--adapter", "concludes"], "it was taught answer alone"),
         (["reason", "PICTURE", "what?", "--adapter", "both", "--answer-adapter", "direct"], "--answer-adapter: it was"),
@@ -183,9 +185,8 @@ def test_scores_by_steps_and_kind(call: Call, runs: dict[str, Path], reasons_fil
 def test_scores_are_those_of_the_thoughts(runs: dict[str, Path], reasons_file: Path) -> None:
     loaded = load_adapter(runs["both"], device="cpu", dtype="float32")
     rows = read_data(reasons_file, limit=6).examples
-    right = [
-        reason(loaded, row.images[0], row.question, choices=row.choices).answer == row.answer for row in rows
-    ]  # fmt: skip
+    thoughts = reason_examples(loaded.assembly, rows)  # answers as they are written
+    right = [thought.answer == row.answer for thought, row in zip(thoughts, rows, strict=True)]
     assert evaluate_reasons(loaded, reasons_file, limit=6)["accuracy"] == pytest.approx(sum(right) / 6)
 
 
