@@ -36,6 +36,8 @@ def demo(
         raise UserError("QUERYBRIDGE_DEMO_AUTH: it is set and empty; write user:password, or unset it")
     from serve.demo import launch
     from serve.engine import Engine
+    from serve.heap import give_back_large_blocks
 
+    give_back_large_blocks()
     with Engine(adapter or (None,), device=device, dtype=dtype, offline=offline) as engine:
         launch(engine, port=port, auth=auth, search_folder=search_folder)

@@ -54,6 +54,8 @@ def reason(
     listed = checked_choices(choices.split(","), where="--choices") if choices is not None else ()
     check_pictures(images)
     user_turn(images, question)  # a mistake is told before the models are loaded
+    if listed and max_new_tokens is not None:
+        raise UserError("--max-new-tokens: with --choices the answer is one of them, and not written; leave it out")
     settings = decoding_of(decoding or "greedy", beams, max_new_tokens)
     first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
     thought = run(

@@ -49,8 +49,10 @@ def serve(
         raise UserError("QUERYBRIDGE_API_KEY: it is set and empty; give a long random string, or unset it")
     if api_key is not None and not (api_key := api_key.strip()):
         raise UserError("--api-key: it is empty; give a long random string, or leave it out")
+    from serve.heap import give_back_large_blocks
     from serve.http_server import Listener
 
+    give_back_large_blocks()
     listener = Listener(host, port)
     from serve.engine import Engine
     from serve.hosts import LOOPBACK_NAMES

@@ -72,11 +72,11 @@ def _reasoned(
         longest = replace(decoding, max_new_tokens=min(recipe.reason.rationale_tokens, max_tokens))
         return engine.submit(asked_rationale(loaded, example), adapter=model, decoding=longest)
 
-    def answer(rationale: str) -> Ticket:
+    def answer(rationale: str, *, let_in: bool = True) -> Ticket:
         asked = asked_answer(loaded, example, rationale)
-        return engine.submit(asked, adapter=model, decoding=decoding, choices=example.choices)
+        return engine.submit(asked, adapter=model, decoding=decoding, choices=example.choices, let_in=let_in)
 
-    return Plan(partial(answer, "")) if _way(loaded, model) == "direct" else Plan(reasons, answer)
+    return Plan(partial(answer, "", let_in=False)) if _way(loaded, model) == "direct" else Plan(reasons, answer)
 
 
 def _way(loaded: LoadedAdapter, model: str) -> Way:

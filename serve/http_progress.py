@@ -9,9 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from serve.http_errors import ApiError
-from serve.tickets import Answer, Busy, Ticket
-
-_PAUSE = 0.2  # seconds between two tries to get a second stage into a full queue
+from serve.tickets import Answer, Ticket
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,9 @@ class Progress:
                 yield Written("", text)
             thought = self._ticket.result()
             yield Written("", thought.text)
-            self._follow(await self._concluding(self._conclude, thought.text))
+            self._go_on()
+            async with self._in_time():
+                self._follow(await self._conclude(thought.text))
         rationale = None if thought is None else thought.text
         async for text in self._texts():
             yield Written(_settled(text, self._ticket.stops), rationale)
@@ -115,15 +115,6 @@ class Progress:
                 yield text
             async with self._in_time():
                 await self._changed.wait()
-
-    async def _concluding(self, conclude: Callable[[str], Awaitable[Ticket]], rationale: str) -> Ticket:
-        """The second stage's ticket; who was let in is not sent away half way, however many wait."""
-        while True:
-            self._go_on()
-            async with self._in_time():
-                with contextlib.suppress(Busy):
-                    return await conclude(rationale)
-                await asyncio.sleep(_PAUSE)
 
     def _go_on(self) -> None:
         if self._ended_by is not None:

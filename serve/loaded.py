@@ -155,7 +155,8 @@ class LoadedAdapter:
         length = len(asked.prompt.ids)
         if self.context_length is not None and length >= self.context_length:
             raise UserError(
-                f"the conversation is {length} tokens, and this language model reads {self.context_length}; begin anew"
+                f"what is asked is {length} tokens, and this language model reads {self.context_length}: shorten it, or"
+                " begin anew"
             )
         return asked
 

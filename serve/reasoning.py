@@ -14,7 +14,7 @@ from adapters.answering import Asked
 from adapters.artefact import find_artefact, read_recipe
 from adapters.data.batches import prompt_for
 from adapters.data.examples import Example
-from adapters.reasoning import Thought, give_reasons, taught_way, way_of
+from adapters.reasoning import Thought, taught_way, way_of
 from adapters.sight import FrozenModels
 from qformer.decoding import Decoding
 from serve.loaded import LoadedAdapter, Picture, checked_choices, default_adapter, load_adapter, ranked, user_turn
@@ -49,7 +49,7 @@ def reason(
 
     Raises:
         UserError: a picture cannot be read, the question is empty, there is but one choice, or an adapter was not
-            taught its stage.
+            taught its stage, or the question is longer than the language model reads.
     """
     example = question_example(pictures, question, context=context, choices=choices)
     second = answerer or adapter
@@ -58,8 +58,9 @@ def reason(
     rationale = None
     if way == "two-stage":
         longest = rationale_tokens or adapter.assembly.recipe.reason.rationale_tokens
-        (rationale,) = give_reasons(adapter.assembly, [example], decoding=replace(decoding, max_new_tokens=longest))
-    asked = second.checked(asked_answer(second, example, rationale or ""))
+        thinking = asked_rationale(adapter, example, answerer=second)
+        rationale = adapter.answerer([thinking], replace(decoding, max_new_tokens=longest))[0].text
+    asked = asked_answer(second, example, rationale or "")
     if not example.choices:
         (said,) = second.answerer([asked], decoding)
         return Thought(rationale, said.text, said.confidence)
@@ -79,15 +80,25 @@ def question_example(
     return Example(turn.images, turn.text, (), where="question", id="1", context=context, choices=listed)
 
 
-def asked_rationale(adapter: LoadedAdapter, example: Example) -> Asked:
-    """The prompt of the first stage, for `Engine.submit` with `Decoding(max_new_tokens=…)` of the recipe's reason."""
-    return Asked(prompt_for(example, "rationale", adapter.assembly.prompts), example.images, example.question)
+def asked_rationale(adapter: LoadedAdapter, example: Example, *, answerer: LoadedAdapter | None = None) -> Asked:
+    """The prompt of the first stage, for `Engine.submit` with `Decoding(max_new_tokens=…)` of the recipe's reason.
+
+    Raises:
+        UserError: it, or that of the second stage with no reasons in it yet, is longer than the language model reads.
+    """
+    asked_answer(answerer or adapter, example, "")
+    prompt = prompt_for(example, "rationale", adapter.assembly.prompts)
+    return adapter.checked(Asked(prompt, example.images, example.question))
 
 
 def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> Asked:
-    """The prompt of the second stage, with the reasons given; "" asks directly."""
-    given = replace(example, rationale=rationale)
-    return Asked(prompt_for(given, "answer", adapter.assembly.prompts), example.images, example.question)
+    """The prompt of the second stage, with the reasons given; "" asks directly.
+
+    Raises:
+        UserError: it is longer than the language model reads.
+    """
+    prompt = prompt_for(replace(example, rationale=rationale), "answer", adapter.assembly.prompts)
+    return adapter.checked(Asked(prompt, example.images, example.question))
 
 
 def load_pair(

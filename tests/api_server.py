@@ -95,8 +95,16 @@ class FakeEngine:
         eventually(lambda: len(self.tickets) >= count)
         return self.tickets[count - 1]
 
-    def _take(self, asked: Any, adapter: str | None, decoding: Decoding | None, choices: Sequence[str] = ()) -> Ticket:
-        if self.waiting >= self.max_waiting:
+    def _take(
+        self,
+        asked: Any,
+        adapter: str | None,
+        decoding: Decoding | None,
+        choices: Sequence[str] = (),
+        *,
+        let_in: bool = False,
+    ) -> Ticket:
+        if self.waiting >= self.max_waiting and not let_in:
             raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
         ticket = Ticket(SimpleNamespace(name=adapter), asked, decoding or Decoding(), tuple(choices))  # type: ignore[arg-type]
         self.tickets.append(ticket)

@@ -67,8 +67,8 @@ def caption_tab(desk: Desk) -> gr.HTML:
                 yield "\n".join("…" if answer is None else answer.text for answer in answers)
 
     inputs = [picture, style, language, desk.adapter, *desk.settings]
-    button.click(caption, inputs, said, api_name="caption", **ASKS_MODELS)
-    desk.forget(picture, said, "''")
+    asking = button.click(caption, inputs, said, api_name="caption", **ASKS_MODELS)
+    desk.forget(picture, {said: ""}, asking)
     return note
 
 

@@ -71,15 +71,17 @@ class Desk:
         )  # fmt: skip
         self._loads.append((slot, offered.load_input_event))
 
-    def forget(self, picture: gr.Image, answered: Any, empty: str) -> None:
-        """Take an answer off the page where another picture, or another adapter, comes.
+    def forget(self, picture: gr.Image | None, answered: dict[Any, Any], asking: Any) -> None:
+        """Take an answer off the page, and end one that is under way, where another picture or adapter comes.
 
         Args:
-            picture: what was asked about.
-            answered: the components that show the answer.
-            empty: their values where there is none, in JavaScript.
+            picture: what was asked about; None where only another adapter changes the answer.
+            answered: the components that show the answer, each with its value where there is none.
+            asking: the event that asks.
         """
-        gr.on([picture.change, self.adapter.change], None, None, answered, js=f"() => {empty}", **PRIVATE)
+        changes = [self.adapter.change, *([] if picture is None else [picture.change])]
+        # the page's own JavaScript would be quicker than the last word of what is ended, which would then stay
+        gr.on(changes, lambda: answered, None, list(answered), cancels=asking, **IMMEDIATE)
 
     def endpoint(
         self, name: str, call: Callable[..., Any], inputs: Sequence[Any], outputs: Callable[[], Any] = _json
@@ -130,11 +132,15 @@ def read_along(ticket: Ticket) -> Iterator[str]:
 
 
 def wait_for(tickets: Sequence[Ticket]) -> Iterator[list[Answer | None]]:
-    """The answers that have come so far, each time there is another; who leaves stops the rest."""
+    """The answers so far, at each word of the one to come: who leaves is noticed soon, which stops the rest."""
+
+    def so_far() -> list[Answer | None]:
+        return [ticket.result() if ticket.done else None for ticket in tickets]
+
     try:
         for ticket in tickets:
-            ticket.result()
-            yield [other.result() if other.done else None for other in tickets]
+            yield from (so_far() for _ in ticket)
+            yield so_far()
     finally:
         for ticket in tickets:
             ticket.stop()

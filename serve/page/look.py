@@ -105,7 +105,7 @@ def look_tab(desk: Desk) -> tuple[gr.HTML, gr.Textbox]:
             return draw(open_image(found.picture), found.attention, *chosen), describe(found.attention, *chosen)
 
     drawn: dict[str, Any] = {"preprocess": False, "concurrency_id": "draw", "concurrency_limit": 2, **PRIVATE}
-    button.click(
+    asking = button.click(
         show, [picture, question, desk.adapter], [looked, seen, caption, query, layer, every], **ASKS_MODELS, **PRIVATE
     )
     query.input(
@@ -115,7 +115,10 @@ def look_tab(desk: Desk) -> tuple[gr.HTML, gr.Textbox]:
     every.select(choose, None, query, **IMMEDIATE).then(
         redraw, [looked, query, layer], [seen, caption], show_progress="hidden", **drawn
     )
-    gr.on([picture.change, desk.adapter.change], forget, None, [looked, seen, caption, query, every], **IMMEDIATE)
+    gr.on(
+        [picture.change, desk.adapter.change], forget, None, [looked, seen, caption, query, every], cancels=asking,
+        **IMMEDIATE,
+    )  # fmt: skip
     desk.endpoint("look", look_at, [picture, question, query, layer, desk.adapter], _picture_and_words)
     return note, question
 

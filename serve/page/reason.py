@@ -87,8 +87,8 @@ def reason_tab(desk: Desk) -> gr.HTML:
 
     inputs = [picture, question, choices, desk.adapter, *desk.settings]
     asks = [button.click, question.submit, choices.submit]
-    gr.on(asks, show, inputs, [window, status], show_progress="hidden", **ASKS_MODELS, **PRIVATE)
-    desk.forget(picture, [window, status], "[[], '']")
+    asking = gr.on(asks, show, inputs, [window, status], show_progress="hidden", **ASKS_MODELS, **PRIVATE)
+    desk.forget(picture, {window: [], status: ""}, asking)
     desk.endpoint("reason", reason, inputs)
     return note
 
@@ -122,7 +122,7 @@ def think(
     yield Thinking(rationale, "", seconds)
     second = asked_answer(loaded, example, rationale)
     short = replace(settings, longest=0).over(Decoding())
-    ticket = engine.submit(second, adapter=adapter, decoding=short, choices=choices)
+    ticket = engine.submit(second, adapter=adapter, decoding=short, choices=choices, let_in=True)
     for text in read_along(ticket):
         yield Thinking(rationale, text, seconds)
     said = ticket.result()

@@ -98,8 +98,11 @@ class Finder:
             return [(hit, pictures[place]) for place, hit in hits]
 
         parts = [pictures[start : start + _TOGETHER] for start in range(0, len(pictures), _TOGETHER)]
-        embedded = [self.engine.run(partial(embed, part), adapter=adapter).result() for part in parts]
-        return self.engine.run(best, adapter=adapter).result()
+        embedded = [
+            self.engine.run(partial(embed, part), adapter=adapter, let_in=number > 0).result()
+            for number, part in enumerate(parts)
+        ]
+        return self.engine.run(best, adapter=adapter, let_in=True).result()
 
     def _check(self, name: str) -> None:
         adapter = self.engine.adapter(name)
@@ -190,8 +193,8 @@ def search_tab(desk: Desk, finder: Finder) -> gr.HTML:
         return [{"picture": hit.path, "score": hit.score, "match": hit.match} for hit, _ in found]
 
     inputs = [text, like, where, files, most, desk.adapter]
-    gr.on([button.click, text.submit], show, inputs, gallery, **ASKS_MODELS, **PRIVATE)
-    desk.adapter.change(None, None, gallery, js="() => [[]]", **PRIVATE)
+    asking = gr.on([button.click, text.submit], show, inputs, gallery, **ASKS_MODELS, **PRIVATE)
+    desk.forget(None, {gallery: []}, asking)
     where.change(
         lambda chosen: gr.File(visible=chosen == _UPLOADS), where, files, queue=False, show_progress="hidden", **PRIVATE
     )

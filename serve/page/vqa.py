@@ -62,8 +62,8 @@ def vqa_tab(desk: Desk) -> None:
         return rows
 
     inputs = [picture, questions, desk.adapter, *desk.settings]
-    gr.on([button.click, questions.submit], show, inputs, table, **ASKS_MODELS, **PRIVATE)
-    desk.forget(picture, table, "''")
+    asking = gr.on([button.click, questions.submit], show, inputs, table, **ASKS_MODELS, **PRIVATE)
+    desk.forget(picture, {table: ""}, asking)
     desk.endpoint("vqa", vqa, inputs)
 
 

@@ -16,15 +16,16 @@ from gradio_client.exceptions import AppError
 from page_server import draw_data, served
 from PIL import Image
 
+from adapters.data.images import ImageRef
 from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.page.chat import Conversation
 from serve.page.inputs import Settings
-from serve.page.reason import Thinking, as_messages
+from serve.page.reason import Thinking, as_messages, think
 from serve.page.vqa import as_table, parse_line
 from serve.page.words import about, head, how_it_went, look_note, reason_note, search_note
-from serve.tickets import Answer
+from serve.tickets import Answer, Busy
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,18 @@ def test_of_two_turns_at_once_one_is_answered(engine: FakeEngine, monkeypatch: p
 
     assert errors.count(None) == 1
     assert all("still being written" in str(error) for error in errors if error is not None)
+
+
+def test_a_thought_that_was_let_in_is_answered(
+    engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = ImageRef("a.png", path=next(folder.glob("*.png")))
+    thinking = think(engine, picture, "why?", (), "quickstart", Settings())  # type: ignore[arg-type]
+    next(thinking)
+    monkeypatch.setattr(engine, "busy", True)  # for who comes now
+    assert [*thinking][-1].finished is not None
+    with pytest.raises(Busy):
+        next(think(engine, picture, "why?", (), "quickstart", Settings()))  # type: ignore[arg-type]
 
 
 def test_a_turn_is_not_over_before_it_is_kept(engine: FakeEngine) -> None:

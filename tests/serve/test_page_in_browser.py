@@ -271,6 +271,27 @@ def test_an_example_and_another_adapter(open_view: Callable[..., View]) -> None:
     assert "asked" not in page.inner_text("#answers")  # those were the other adapter's
 
 
+def test_what_is_under_way_ends_with_its_picture(
+    open_view: Callable[..., View], engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "pause", 0.02)
+    view = open_view()
+    page = view.page
+    view.tab("VQA")
+    view.put_picture("#picture-0", folder / "red.png")
+    page.fill("#questions textarea", "what is it?\ncount")  # the second takes twenty seconds
+    page.press("#questions textarea", "Shift+Enter")
+    view.says("asked 'what is it?' about red.png")
+    running = engine.tickets[-1]
+    page.locator("#picture-0").get_by_label("Clear").or_(
+        page.locator("#picture-0").get_by_label("Remove")
+    ).first.click()
+    page.wait_for_function("document.querySelector('#answers').innerText == ''")
+    assert running.result(10).finish == "stopped"
+    page.wait_for_timeout(300)
+    assert page.inner_text("#answers") == ""
+
+
 @pytest.mark.parametrize(("size", "scheme"), [("phone", "light"), ("phone", "dark"), ("desk", "dark")])
 def test_no_tab_scrolls_sideways_and_dark_is_dark(
     open_view: Callable[..., View], folder: Path, tmp_path: Path, size: str, scheme: str

@@ -140,6 +140,15 @@ def test_choices_that_go_by_letters_are_weighed_by_their_letters(runs: dict[str,
     assert set(reason(loaded, picture, "what colour?", choices=["red", "blue"]).choices or {}) == {"red", "blue"}
 
 
+def test_what_is_too_long_is_told_before_there_are_reasons(
+    runs: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_adapter(runs["both"], device="cpu", dtype="float32")
+    monkeypatch.setattr(loaded, "answerer", None)
+    with pytest.raises(UserError, match="shorten it"):
+        reason(loaded, picture, "what colour?", context="word " * 10_000)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -147,6 +156,10 @@ def test_choices_that_go_by_letters_are_weighed_by_their_letters(runs: dict[str,
         (["reason", "gone.png", "what?"], "image 'gone.png' is not there"),
         (["reason", "PICTURE", "what?", "--choices", "one"], "--choices: 1 given"),
         (["reason", "PICTURE", " "], "QUESTION: it is empty"),
+        (
+            ["reason", "PICTURE", "what?", "--choices", "a,b", "--max-new-tokens", "9"],
+            "--max-new-tokens: with --choices",
+        ),
         (["reason", "PICTURE", "what?", "--adapter", "thinks"], "--answer-adapter RUN"),
         (["reason", "PICTURE", "what?", "--adapter", "concludes"], "it was taught answer alone"),
         (["reason", "PICTURE", "what?", "--adapter", "both", "--answer-adapter", "direct"], "--answer-adapter: it was"),
