@@ -241,10 +241,10 @@ class QFormer(nn.Module):
     def image_keys_values(self, image_features: Tensor) -> list[KeysValues]:
         """The picture as each layer that looks at it sees it, for several passes over one picture.
 
+        In training `patch_dropout` leaves some patches out, P - K of them.
+
         Args:
             image_features: [B, P, encoder_width].
-
-        In training `patch_dropout` leaves some patches out, P - K of them.
 
         Returns:
             One [B, H, K, D/H] of keys and of values for each layer with cross-attention.

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
@@ -32,6 +32,54 @@ def keep_four_bit_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (torch types every attribute of a module)
+
+
+def unpack_four_bit(model: nn.Module, dtype: torch.dtype, *, at_most: int) -> bool:
+    """Put the numbers that 4-bit layers stand for in their place: the same answers, half again as fast on a CPU.
+
+    A CPU unpacks a 4-bit weight anew for every token. Not for training, where a step has so many tokens that it does
+    not matter, and memory does.
+
+    Args:
+        model: an LLM on a CPU, with LoRA or without.
+        dtype: of its computation.
+        at_most: bytes; a model whose unpacked layers take more stays as it is.
+
+    Returns:
+        Whether it was done.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    packed = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Linear4bit)
+    ]
+    if sum(child.in_features * child.out_features for *_, child in packed) * dtype.itemsize > at_most:
+        return False
+    for parent, name, child in packed:
+        weight: Any = child.weight
+        whole = dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        setattr(parent, name, _Unpacked(whole, child.bias))
+    return True
+
+
+class _Unpacked(nn.Linear):
+    """A linear layer that computes in its weight's dtype and answers in its input's, as a 4-bit one does."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.weight.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(x.to(dtype), self.weight, bias).to(x.dtype)
 
 
 def limit_kernel_cache() -> None:

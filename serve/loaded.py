@@ -18,12 +18,14 @@ from adapters.data.prompts import Turn
 from adapters.sight import FrozenModels, default_device
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from qformer.precision import unpack_four_bit
 
 Picture = str | Path | bytes | Image.Image | ImageRef
 """What may be given as a picture: a path, the bytes of a file, a Pillow image, or an ImageRef."""
 
 DEFAULT_ADAPTER = "photo"
 KEPT_BYTES = 64 * 2**20  # of pictures that were asked about, an adapter
+UNPACKED_AT_MOST = 2**30  # bytes of an LLM's layers that a CPU unpacks to answer faster
 
 
 class LoadedAdapter:
@@ -243,6 +245,9 @@ def load_adapter(
     assembly, facts = load_artefact(
         folder, device=device or default_device(), dtype=dtype, offline=offline, frozen=frozen
     )
+    language = assembly.model.language
+    if language.device.type == "cpu":
+        unpack_four_bit(language.model, language.compute_dtype, at_most=UNPACKED_AT_MOST)
     return LoadedAdapter(assembly, facts, str(name or folder.name))
 
 
