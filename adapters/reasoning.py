@@ -123,11 +123,11 @@ def taught_way(assembly: Assembly, answerer: Assembly | None = None) -> Way:
 
 
 def learned_reasons(recipe: Recipe) -> bool:
-    """Whether rows with reasons were among what an adapter learned from, as far as its recipe tells."""
-    if recipe.task == "reason":
-        return True
+    """Whether rows with reasons were, or may have been, among what an adapter learned from, as its recipe tells."""
+    if recipe.task != "mixed":
+        return recipe.task == "reason"
     sources = recipe.data.train
-    return recipe.task == "mixed" and not isinstance(sources, str) and any(s.task == "reason" for s in sources)
+    return isinstance(sources, str) or any(source.task in ("reason", None) for source in sources)
 
 
 def _stages(recipe: Recipe) -> set[str]:

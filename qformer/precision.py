@@ -34,7 +34,7 @@ def keep_four_bit_trainable(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (torch types every attribute of a module)
 
 
-def unpack_four_bit(model: nn.Module, dtype: torch.dtype, *, at_most: int) -> bool:
+def dequantize_four_bit(model: nn.Module, dtype: torch.dtype, *, at_most: int) -> bool:
     """Put the numbers that 4-bit layers stand for in their place: the same answers, half again as fast on a CPU.
 
     A CPU unpacks a 4-bit weight anew for every token. Not for training, where a step has so many tokens that it does
@@ -62,11 +62,11 @@ def unpack_four_bit(model: nn.Module, dtype: torch.dtype, *, at_most: int) -> bo
     for parent, name, child in packed:
         weight: Any = child.weight
         whole = dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-        setattr(parent, name, _Unpacked(whole, child.bias))
+        setattr(parent, name, _Dequantized(whole, child.bias))
     return True
 
 
-class _Unpacked(nn.Linear):
+class _Dequantized(nn.Linear):
     """A linear layer that computes in its weight's dtype and answers in its input's, as a 4-bit one does."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -34,10 +34,11 @@ def demo(
     """Open the web page on 127.0.0.1."""
     if auth is None and "QUERYBRIDGE_DEMO_AUTH" in os.environ:  # typer takes an empty variable for none
         raise UserError("QUERYBRIDGE_DEMO_AUTH: it is set and empty; write user:password, or unset it")
-    from serve.demo import launch
-    from serve.engine import Engine
     from serve.heap import give_back_large_blocks
 
     give_back_large_blocks()
+    from serve.demo import launch
+    from serve.engine import Engine
+
     with Engine(adapter or (None,), device=device, dtype=dtype, offline=offline) as engine:
         launch(engine, port=port, auth=auth, search_folder=search_folder)

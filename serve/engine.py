@@ -149,7 +149,7 @@ class Engine:
         adapter: str | None = None,
         decoding: Decoding | None = None,
         choices: Sequence[str] = (),
-        let_in: bool = False,
+        admitted: bool = False,
     ) -> Ticket:
         """Answer a prompt that is made already; raises as `chat`.
 
@@ -158,29 +158,29 @@ class Engine:
             adapter: which one answers; the default where left out.
             decoding: how tokens are chosen; greedy where left out.
             choices: one of these is the answer, which the prompt lists; none leaves it open.
-            let_in: it goes on with what was let in before, and is not refused half way, however many wait.
+            admitted: it goes on with what was let in before, and is not refused half way, however many wait.
         """
         loaded = self.adapter(adapter)
         if choices:
             worded = tuple(loaded.assembly.prompts.choice(choice, choices) for choice in choices)
-            return self._submit(Ticket(loaded, loaded.checked(asked), Decoding(), tuple(choices), worded), let_in)
-        return self._submit(_ticket(loaded, loaded.checked(asked), decoding or Decoding()), let_in)
+            return self._submit(Ticket(loaded, loaded.checked(asked), Decoding(), tuple(choices), worded), admitted)
+        return self._submit(_ticket(loaded, loaded.checked(asked), decoding or Decoding()), admitted)
 
     def run(
-        self, errand: Callable[[LoadedAdapter], T], *, adapter: str | None = None, let_in: bool = False
+        self, errand: Callable[[LoadedAdapter], T], *, adapter: str | None = None, admitted: bool = False
     ) -> Future[T]:
         """Have the engine's thread do something else with an adapter's models, in its turn.
 
         Args:
             errand: what is done.
             adapter: with which models; the default's where left out.
-            let_in: as in `submit`.
+            admitted: as in `submit`.
 
         Raises:
             Busy: too many wait.
         """
         waiting = _Errand(self.adapter(adapter), errand)
-        self._submit(waiting, let_in)
+        self._submit(waiting, admitted)
         return waiting.future
 
     def close(self) -> None:
@@ -196,13 +196,13 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, request: _Request, let_in: bool = False) -> _Request:
+    def _submit(self, request: _Request, admitted: bool = False) -> _Request:
         with self._arrived:
             if self._closed:
                 raise RuntimeError("the engine is closed")
             if len(self._waiting) >= self.max_waiting:
                 self._drop_stopped()
-            if len(self._waiting) >= self.max_waiting and not let_in:
+            if len(self._waiting) >= self.max_waiting and not admitted:
                 raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
             self._waiting.append(request)
             self._arrived.notify_all()

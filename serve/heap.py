@@ -6,13 +6,16 @@ import ctypes
 import os
 import sys
 
-MAPPED_FROM = (
-    8 * 2**20
-)  # bytes: more than a small LLM's weight unpacked, less than a batch of pictures on its way through the encoder
+# Bytes: less than a batch of pictures takes on its way through the encoder, more than a token in a small LLM.
+MAPPED_FROM = 8 * 2**20
 ARENAS = 2
 
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of glibc's malloc.h
-_SETTINGS = ((_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", MAPPED_FROM), (_M_ARENA_MAX, "MALLOC_ARENA_MAX", ARENAS))
+# Of glibc's malloc.h, with the variable that says the same. Once the first is set, the second no longer follows it.
+_SETTINGS = (
+    (-3, "MALLOC_MMAP_THRESHOLD_", MAPPED_FROM),
+    (-1, "MALLOC_TRIM_THRESHOLD_", 2 * MAPPED_FROM),
+    (-8, "MALLOC_ARENA_MAX", ARENAS),
+)
 
 
 def give_back_large_blocks() -> bool:
@@ -22,11 +25,12 @@ def give_back_large_blocks() -> bool:
     before threads begin; what the environment sets in glibc's own variables stays as it is.
 
     Returns:
-        Whether it could: glibc has such settings, others have not.
+        Whether it was done: glibc has such settings, others have not.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all(mallopt(setting, value) == 1 for setting, variable, value in _SETTINGS if variable not in os.environ)
+    done = [mallopt(setting, value) == 1 for setting, variable, value in _SETTINGS if variable not in os.environ]
+    return bool(done) and all(done)

@@ -69,14 +69,17 @@ def _reasoned(
     recipe = loaded.assembly.recipe
 
     def reasons() -> Ticket:
-        longest = replace(decoding, max_new_tokens=min(recipe.reason.rationale_tokens, max_tokens))
-        return engine.submit(asked_rationale(loaded, example), adapter=model, decoding=longest)
+        longest = min(recipe.reason.rationale_tokens, max_tokens)
+        asked = asked_rationale(loaded, example, longest=longest)
+        return engine.submit(asked, adapter=model, decoding=replace(decoding, max_new_tokens=longest))
 
-    def answer(rationale: str, *, let_in: bool = True) -> Ticket:
+    def answer(rationale: str, *, admitted: bool = False) -> Ticket:
         asked = asked_answer(loaded, example, rationale)
-        return engine.submit(asked, adapter=model, decoding=decoding, choices=example.choices, let_in=let_in)
+        return engine.submit(asked, adapter=model, decoding=decoding, choices=example.choices, admitted=admitted)
 
-    return Plan(partial(answer, "", let_in=False)) if _way(loaded, model) == "direct" else Plan(reasons, answer)
+    if _way(loaded, model) == "direct":
+        return Plan(partial(answer, ""))
+    return Plan(reasons, partial(answer, admitted=True))
 
 
 def _way(loaded: LoadedAdapter, model: str) -> Way:

@@ -18,14 +18,14 @@ from adapters.data.prompts import Turn
 from adapters.sight import FrozenModels, default_device
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.precision import unpack_four_bit
+from qformer.precision import dequantize_four_bit
 
 Picture = str | Path | bytes | Image.Image | ImageRef
 """What may be given as a picture: a path, the bytes of a file, a Pillow image, or an ImageRef."""
 
 DEFAULT_ADAPTER = "photo"
 KEPT_BYTES = 64 * 2**20  # of pictures that were asked about, an adapter
-UNPACKED_AT_MOST = 2**30  # bytes of an LLM's layers that a CPU unpacks to answer faster
+DEQUANTIZED_AT_MOST = 2**30  # bytes of an LLM's layers that a CPU unpacks to answer faster
 
 
 class LoadedAdapter:
@@ -148,13 +148,17 @@ class LoadedAdapter:
         room = self.context_length - len(asked.prompt.ids)
         return replace(decoding, max_new_tokens=max(1, min(decoding.max_new_tokens, room)))
 
-    def checked(self, asked: Asked) -> Asked:
+    def checked(self, asked: Asked, *, room: int = 0) -> Asked:
         """The prompt, which leaves room for an answer.
+
+        Args:
+            asked: the prompt.
+            room: tokens that will be added to it.
 
         Raises:
             UserError: it leaves none.
         """
-        length = len(asked.prompt.ids)
+        length = len(asked.prompt.ids) + room
         if self.context_length is not None and length >= self.context_length:
             raise UserError(
                 f"what is asked is {length} tokens, and this language model reads {self.context_length}: shorten it, or"
@@ -247,7 +251,7 @@ def load_adapter(
     )
     language = assembly.model.language
     if language.device.type == "cpu":
-        unpack_four_bit(language.model, language.compute_dtype, at_most=UNPACKED_AT_MOST)
+        dequantize_four_bit(language.model, language.compute_dtype, at_most=DEQUANTIZED_AT_MOST)
     return LoadedAdapter(assembly, facts, str(name or folder.name))
 
 

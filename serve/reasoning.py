@@ -58,11 +58,12 @@ def reason(
     rationale = None
     if way == "two-stage":
         longest = rationale_tokens or adapter.assembly.recipe.reason.rationale_tokens
-        thinking = asked_rationale(adapter, example, answerer=second)
-        rationale = adapter.answerer([thinking], replace(decoding, max_new_tokens=longest))[0].text
+        first = asked_rationale(adapter, example, longest=longest, answerer=second)
+        thinking = adapter.fitting(first, replace(decoding, max_new_tokens=longest))
+        rationale = adapter.answerer([first], thinking)[0].text
     asked = asked_answer(second, example, rationale or "")
     if not example.choices:
-        (said,) = second.answerer([asked], decoding)
+        (said,) = second.answerer([asked], second.fitting(asked, decoding))
         return Thought(rationale, said.text, said.confidence)
     worded = [second.assembly.prompts.choice(choice, example.choices) for choice in example.choices]
     (shares,) = second.answerer.choose([asked], [worded])
@@ -80,15 +81,23 @@ def question_example(
     return Example(turn.images, turn.text, (), where="question", id="1", context=context, choices=listed)
 
 
-def asked_rationale(adapter: LoadedAdapter, example: Example, *, answerer: LoadedAdapter | None = None) -> Asked:
-    """The prompt of the first stage, for `Engine.submit` with `Decoding(max_new_tokens=…)` of the recipe's reason.
+def asked_rationale(
+    adapter: LoadedAdapter, example: Example, *, longest: int, answerer: LoadedAdapter | None = None
+) -> Asked:
+    """The prompt of the first stage, for `Engine.submit` with `Decoding(max_new_tokens=longest)`.
+
+    Args:
+        adapter: the one that reasons.
+        example: what is asked.
+        longest: tokens that the reasons may have.
+        answerer: the one that answers from them, where it is another.
 
     Raises:
-        UserError: it, or that of the second stage with no reasons in it yet, is longer than the language model reads.
+        UserError: it, or that of the second stage with such reasons in it, is longer than the language model reads.
     """
-    asked_answer(answerer or adapter, example, "")
-    prompt = prompt_for(example, "rationale", adapter.assembly.prompts)
-    return adapter.checked(Asked(prompt, example.images, example.question))
+    second = answerer or adapter
+    second.checked(_asked(second, replace(example, rationale=""), "answer"), room=longest)
+    return adapter.checked(_asked(adapter, example, "rationale"))
 
 
 def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> Asked:
@@ -97,8 +106,11 @@ def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> As
     Raises:
         UserError: it is longer than the language model reads.
     """
-    prompt = prompt_for(replace(example, rationale=rationale), "answer", adapter.assembly.prompts)
-    return adapter.checked(Asked(prompt, example.images, example.question))
+    return adapter.checked(_asked(adapter, replace(example, rationale=rationale), "answer"))
+
+
+def _asked(adapter: LoadedAdapter, example: Example, stage: str) -> Asked:
+    return Asked(prompt_for(example, stage, adapter.assembly.prompts), example.images, example.question)
 
 
 def load_pair(

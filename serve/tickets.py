@@ -120,20 +120,32 @@ class Ticket:
         assert self._answer is not None
         return self._answer
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for an end, so many seconds at most; whether there is one."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done, seconds)
+
     def __iter__(self) -> Iterator[str]:
         """The whole text so far, each time it has grown; ends with the answer's text.
 
         Raises:
             Exception: what went wrong in answering.
         """
+        return self.texts()
+
+    def texts(self, every: float | None = None) -> Iterator[str]:
+        """As iterating; where it has not grown for so many seconds the text comes again, even an empty one."""
         seen: str | None = None
         while True:
             with self._changed:
-                self._changed.wait_for(lambda known=seen: self.done or (self._text not in ("", known)))  # type: ignore[misc]
+                grew = self._changed.wait_for(
+                    lambda known=seen: self.done or (self._text not in ("", known)),  # type: ignore[misc]
+                    every,
+                )
                 text, done = self._text, self.done
             if self._error is not None:
                 raise self._error
-            if text and text != seen:
+            if not grew or (text and text != seen):
                 seen = text
                 yield text
             if done:

@@ -102,9 +102,9 @@ class FakeEngine:
         decoding: Decoding | None,
         choices: Sequence[str] = (),
         *,
-        let_in: bool = False,
+        admitted: bool = False,
     ) -> Ticket:
-        if self.waiting >= self.max_waiting and not let_in:
+        if self.waiting >= self.max_waiting and not admitted:
             raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
         ticket = Ticket(SimpleNamespace(name=adapter), asked, decoding or Decoding(), tuple(choices))  # type: ignore[arg-type]
         self.tickets.append(ticket)

@@ -46,7 +46,7 @@ class FakeAdapter:
             steps=600,
         )
 
-    def checked(self, asked: Asked) -> Asked:
+    def checked(self, asked: Asked, *, room: int = 0) -> Asked:
         return asked
 
 
@@ -101,17 +101,19 @@ class FakeEngine:
         adapter: str | None = None,
         decoding: Decoding | None = None,
         choices: Sequence[str] = (),
-        let_in: bool = False,
+        admitted: bool = False,
     ) -> Ticket:
         tokenizer = self.adapter(adapter).assembly.prompts.tokenizer
         prompt = tokenizer.decode([token for token in asked.prompt.ids if token >= 0])
         thinks = "step by step" in prompt
         if choices:
-            return self._choose(choices, adapter, let_in)
-        return self._write("It is round, so it may roll." if thinks else self.answer, adapter, decoding, let_in=let_in)
+            return self._choose(choices, adapter, admitted)
+        return self._write(
+            "It is round, so it may roll." if thinks else self.answer, adapter, decoding, admitted=admitted
+        )
 
-    def run(self, errand: Callable[[Any], Any], *, adapter: str | None = None, let_in: bool = False) -> Future[Any]:
-        if self.busy and not let_in:
+    def run(self, errand: Callable[[Any], Any], *, adapter: str | None = None, admitted: bool = False) -> Future[Any]:
+        if self.busy and not admitted:
             raise Busy("too many")
         future: Future[Any] = Future()
         try:
@@ -120,9 +122,9 @@ class FakeEngine:
             future.set_exception(error)
         return future
 
-    def _choose(self, choices: Sequence[str], adapter: str | None, let_in: bool = False) -> Ticket:
+    def _choose(self, choices: Sequence[str], adapter: str | None, admitted: bool = False) -> Ticket:
         shares = {choice: share for choice, share in zip(choices, (0.7, 0.2, 0.1), strict=False)}
-        return self._write(choices[0], adapter, Decoding(), shares, let_in=let_in)
+        return self._write(choices[0], adapter, Decoding(), shares, admitted=admitted)
 
     def _write(
         self,
@@ -131,9 +133,9 @@ class FakeEngine:
         decoding: Decoding | None,
         choices: dict[str, float] | None = None,
         *,
-        let_in: bool = False,
+        admitted: bool = False,
     ) -> Ticket:
-        if self.busy and not let_in:
+        if self.busy and not admitted:
             raise Busy("too many")
         decoding = decoding or Decoding()
         adapter: Any = self.adapter(name)

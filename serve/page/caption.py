@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -12,7 +13,7 @@ from adapters.data.images import ImageRef
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
-from serve.page.desk import ASKS_MODELS, Desk, read_along, wait_for
+from serve.page.desk import ASKS_MODELS, Desk, read_along, submit_all, wait_for
 from serve.page.inputs import Settings, told_on_the_page, uploaded
 from serve.page.words import caption_note, shown_note
 from serve.tickets import Ticket
@@ -89,6 +90,5 @@ def ask(engine: Engine, picture: ImageRef, style: str, language: str, adapter: s
     else:
         raise UserError(f"style '{style}' is not known; take one of {', '.join(STYLES.values())}")
     count = VARIED if style == "varied" else 1
-    return [
-        engine.caption(picture, language=language, adapter=adapter, decoding=settings.over(usual)) for _ in range(count)
-    ]
+    one = partial(engine.caption, picture, language=language, adapter=adapter, decoding=settings.over(usual))
+    return submit_all([one] * count)

@@ -23,7 +23,9 @@ from serve.tickets import Answer, Ticket
 MAX_PICTURES = 8  # in a turn
 USUAL = Decoding(max_new_tokens=128)
 AGAIN = 0.7  # temperature of another try, where none is set: the same settings would give the same words
-_CHANGING = threading.Lock()  # of any conversation: two requests of one session may come at once
+# Of any conversation: two requests of one session may come at once. Where what is left over is collected meanwhile, its
+# end comes in the same thread.
+_CHANGING = threading.RLock()
 _PLACEHOLDER = (
     "Put in one or several pictures, and ask. They stay with the turn they came in, so you can ask on about them."
 )
@@ -77,8 +79,9 @@ class Conversation:
 
     def stop(self) -> None:
         """End the answer that is being written, if there is one."""
-        if self.ticket is not None:
-            self.ticket.stop()
+        ticket = self.ticket  # it may end meanwhile
+        if ticket is not None:
+            ticket.stop()
 
     def last(self) -> Turn:
         """The user's last turn.

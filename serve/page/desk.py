@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 
@@ -15,6 +16,9 @@ from serve.page.examples import ExamplePicture
 from serve.page.inputs import toast, uploaded
 from serve.tickets import Answer, Ticket
 
+T = TypeVar("T")
+
+_NOTICED = 0.3  # seconds until it is noticed that nobody waits any more: a generator ends where it yields
 AT_ONCE = 8  # events that ask the models at a time; the engine answers them together, others wait
 
 # preprocess=False hands over what was sent as it is, files unopened: our own opener sees them first
@@ -74,6 +78,8 @@ class Desk:
     def forget(self, picture: gr.Image | None, answered: dict[Any, Any], asking: Any) -> None:
         """Take an answer off the page, and end one that is under way, where another picture or adapter comes.
 
+        What does not write (a look, a search) is finished, and not shown.
+
         Args:
             picture: what was asked about; None where only another adapter changes the answer.
             answered: the components that show the answer, each with its value where there is none.
@@ -123,24 +129,44 @@ class Desk:
             slot.clear(None, None, others, js=f"() => Array({len(others)}).fill(null)", **PRIVATE)
 
 
+def submit_all(asks: Iterable[Callable[[], Ticket]]) -> list[Ticket]:
+    """Ask several things at once; where one cannot be asked none is, and its error is raised."""
+    tickets: list[Ticket] = []
+    try:
+        for ask in asks:
+            tickets.append(ask())
+    except BaseException:
+        for ticket in tickets:
+            ticket.stop()
+        raise
+    return tickets
+
+
 def read_along(ticket: Ticket) -> Iterator[str]:
     """An answer as it grows; whoever stops reading, or leaves, stops the writing."""
     try:
-        yield from ticket
+        yield from ticket.texts(every=_NOTICED)
     finally:
         ticket.stop()
 
 
 def wait_for(tickets: Sequence[Ticket]) -> Iterator[list[Answer | None]]:
-    """The answers so far, at each word of the one to come: who leaves is noticed soon, which stops the rest."""
+    """The answers that have come so far, each time there is another and now and then; who leaves stops the rest."""
 
     def so_far() -> list[Answer | None]:
         return [ticket.result() if ticket.done else None for ticket in tickets]
 
     try:
         for ticket in tickets:
-            yield from (so_far() for _ in ticket)
+            while not ticket.wait(_NOTICED):
+                yield so_far()
             yield so_far()
     finally:
         for ticket in tickets:
             ticket.stop()
+
+
+def last(items: Iterable[T]) -> T:
+    """The last of some, without keeping the others."""
+    (item,) = deque(items, maxlen=1)
+    return item

@@ -14,7 +14,7 @@ from adapters.data.images import ImageRef
 from qformer.decoding import Decoding
 from serve.engine import Engine
 from serve.loaded import checked_choices
-from serve.page.desk import ASKS_MODELS, PRIVATE, Desk, read_along
+from serve.page.desk import ASKS_MODELS, PRIVATE, Desk, last, read_along
 from serve.page.inputs import Settings, told_on_the_page, uploaded, words
 from serve.page.words import how_it_went, reason_note, shown_note
 from serve.reasoning import asked_answer, asked_rationale, question_example
@@ -80,10 +80,10 @@ def reason_tab(desk: Desk) -> gr.HTML:
         longest: int = 0, temperature: float = 0.0, top_p: float = 1.0, beams: int = 0,
     ) -> dict[str, Any]:  # fmt: skip
         """Think about a question, then answer it; choices may stand with commas between them."""
-        *_, last = run(picture, question, choices, adapter, longest, temperature, top_p, beams)
-        assert last.finished is not None
-        found = {"rationale": last.rationale, "answer": last.answer, "confidence": last.finished.confidence}
-        return found if last.finished.choices is None else found | {"choices": last.finished.choices}
+        whole = last(run(picture, question, choices, adapter, longest, temperature, top_p, beams))
+        assert whole.finished is not None
+        found = {"rationale": whole.rationale, "answer": whole.answer, "confidence": whole.finished.confidence}
+        return found if whole.finished.choices is None else found | {"choices": whole.finished.choices}
 
     inputs = [picture, question, choices, desk.adapter, *desk.settings]
     asks = [button.click, question.submit, choices.submit]
@@ -112,17 +112,18 @@ def think(
     """
     loaded = engine.adapter(adapter)
     example = question_example(picture, question, choices=choices)
-    usual = Decoding(max_new_tokens=loaded.assembly.recipe.reason.rationale_tokens)
-    began = time.monotonic()
-    ticket = engine.submit(asked_rationale(loaded, example), adapter=adapter, decoding=settings.over(usual))
+    thinking = settings.over(Decoding(max_new_tokens=loaded.assembly.recipe.reason.rationale_tokens))
+    first = asked_rationale(loaded, example, longest=thinking.max_new_tokens)
     yield Thinking("")
+    began = time.monotonic()
+    ticket = engine.submit(first, adapter=adapter, decoding=thinking)
     for text in read_along(ticket):
         yield Thinking(text)
     rationale, seconds = ticket.result().text, time.monotonic() - began
     yield Thinking(rationale, "", seconds)
     second = asked_answer(loaded, example, rationale)
     short = replace(settings, longest=0).over(Decoding())
-    ticket = engine.submit(second, adapter=adapter, decoding=short, choices=choices, let_in=True)
+    ticket = engine.submit(second, adapter=adapter, decoding=short, choices=choices, admitted=True)
     for text in read_along(ticket):
         yield Thinking(rationale, text, seconds)
     said = ticket.result()

@@ -99,10 +99,10 @@ class Finder:
 
         parts = [pictures[start : start + _TOGETHER] for start in range(0, len(pictures), _TOGETHER)]
         embedded = [
-            self.engine.run(partial(embed, part), adapter=adapter, let_in=number > 0).result()
+            self.engine.run(partial(embed, part), adapter=adapter, admitted=number > 0).result()
             for number, part in enumerate(parts)
         ]
-        return self.engine.run(best, adapter=adapter, let_in=True).result()
+        return self.engine.run(best, adapter=adapter, admitted=True).result()
 
     def _check(self, name: str) -> None:
         adapter = self.engine.adapter(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -13,7 +14,7 @@ from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
-from serve.page.desk import ASKS_MODELS, PRIVATE, Desk, wait_for
+from serve.page.desk import ASKS_MODELS, PRIVATE, Desk, last, submit_all, wait_for
 from serve.page.inputs import Settings, told_on_the_page, uploaded, words
 from serve.tickets import Answer, Ticket
 
@@ -58,8 +59,7 @@ def vqa_tab(desk: Desk) -> None:
         picture: Any, questions: str, adapter: str, longest: int, temperature: float, top_p: float, beams: int
     ) -> list[dict[str, Any]]:
         """Answer questions about a picture, one a line; "question | a, b" chooses among a and b."""
-        *_, rows = run(picture, questions, adapter, longest, temperature, top_p, beams)
-        return rows
+        return last(run(picture, questions, adapter, longest, temperature, top_p, beams))
 
     inputs = [picture, questions, desk.adapter, *desk.settings]
     asking = gr.on([button.click, questions.submit], show, inputs, table, **ASKS_MODELS, **PRIVATE)
@@ -89,19 +89,14 @@ def ask(
     if len(asked) > MAX_QUESTIONS:
         raise UserError(f"{len(asked)} questions at once are too many: ask at most {MAX_QUESTIONS}")
     decoding = settings.over(Decoding())
-    tickets: list[Ticket] = []
-    try:
-        for question, choices in asked:
-            turns = [Turn("user", words(question, "A line has choices but no question before the bar"), (picture,))]
-            if choices:
-                tickets.append(engine.choose(turns, choices, adapter=adapter))
-            else:
-                tickets.append(engine.chat(turns, adapter=adapter, decoding=decoding))
-    except BaseException:
-        for ticket in tickets:
-            ticket.stop()
-        raise
-    return tickets
+
+    def one(question: str, choices: Sequence[str]) -> Ticket:
+        turns = [Turn("user", words(question, "A line has choices but no question before the bar"), (picture,))]
+        if choices:
+            return engine.choose(turns, choices, adapter=adapter)
+        return engine.chat(turns, adapter=adapter, decoding=decoding)
+
+    return submit_all(partial(one, *line) for line in asked)
 
 
 def row(question: str, answer: Answer | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from references import stir_lora
 
 from qformer.language import LanguageModel, LoraSettings
 from qformer.language_loading import load_language_model
-from qformer.precision import unpack_four_bit
+from qformer.precision import dequantize_four_bit
 
 EVERYTHING = 2**30
 
@@ -24,14 +24,15 @@ def packed(language: LanguageModel) -> list[torch.nn.Module]:
 def logits(language: LanguageModel) -> torch.Tensor:
     language.activate()
     ids = torch.arange(5, 25).reshape(2, 10)
+    decoded = {"decoder_input_ids": ids[:, :3]} if language.is_encoder_decoder else {}
     with language.autocast():
-        found: torch.Tensor = language.base(inputs_embeds=language.embed(ids)).logits
+        found: torch.Tensor = language.base(inputs_embeds=language.embed(ids), **decoded).logits
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "t5"])
 def test_the_same_numbers_come_out(
     language_folders: dict[str, Path], kind: str, lora: bool, dtype: torch.dtype
 ) -> None:
@@ -41,9 +42,9 @@ def test_the_same_numbers_come_out(
         stir_lora(language, seed=3)
     before = logits(language)
 
-    assert not unpack_four_bit(language.model, dtype, at_most=1000)
+    assert not dequantize_four_bit(language.model, dtype, at_most=1000)
     assert packed(language)
-    assert unpack_four_bit(language.model, dtype, at_most=EVERYTHING)
+    assert dequantize_four_bit(language.model, dtype, at_most=EVERYTHING)
     assert not packed(language)
     assert torch.equal(logits(language), before)
 
@@ -54,7 +55,7 @@ def test_a_sibling_that_comes_later_stands_on_what_is_unpacked(language_folders:
     stir_lora(first, seed=3)
     before = logits(first)
     bare = load_language_model(language_folders["llama"], quantize="nf4", compute_dtype=torch.float32).eval()
-    unpack_four_bit(first.model, torch.float32, at_most=EVERYTHING)
+    dequantize_four_bit(first.model, torch.float32, at_most=EVERYTHING)
     second = first.sibling()
     second.add_lora(LoraSettings(rank=2, alpha=8))
 

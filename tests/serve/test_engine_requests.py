@@ -194,7 +194,7 @@ def test_too_many_are_refused_and_closing_fails_what_waits(engine: LoadedAdapter
     with pytest.raises(Busy, match="2 requests wait"):
         small.chat(turns[0])
     asked = engine.asked(turns[0])
-    waiting.append(small.submit(asked, decoding=SHORT, let_in=True))  # it was let in before
+    waiting.append(small.submit(asked, decoding=SHORT, admitted=True))  # it was let in before
     with pytest.raises(Busy):
         small.submit(asked)
     threading.Timer(0.2, held.set).start()

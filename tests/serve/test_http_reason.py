@@ -75,7 +75,9 @@ def test_reasons_come_first_then_the_answer(client: OpenAI, hall: Engine, red: P
 
     assert (told.rationale, told.text) == (thought.rationale, thought.answer)
     loaded, example = hall.adapter(), question_example(red, COLOUR)
-    first = hall.submit(asked_rationale(loaded, example), decoding=Decoding(max_new_tokens=TOKENS)).result(60)
+    first = hall.submit(
+        asked_rationale(loaded, example, longest=TOKENS), decoding=Decoding(max_new_tokens=TOKENS)
+    ).result(60)
     asked = asked_answer(loaded, example, first.text)
     second = hall.submit(asked, decoding=Decoding(max_new_tokens=LONGEST)).result(60)
     assert told.confidence == pytest.approx(second.confidence, rel=1e-4)

@@ -44,9 +44,9 @@ class Thinker(FakeEngine):
         adapter: str | None = None,
         decoding: Decoding | None = None,
         choices: Sequence[str] = (),
-        let_in: bool = False,
+        admitted: bool = False,
     ) -> Ticket:
-        return self._take(asked, adapter, decoding, choices, let_in=let_in)
+        return self._take(asked, adapter, decoding, choices, admitted=admitted)
 
     def words(self, ticket: Ticket) -> str:
         """A ticket's prompt."""
@@ -193,7 +193,7 @@ def test_metrics_count_both_stages(url: str, engine: Thinker, pool: ThreadPoolEx
     assert figure(url, "querybridge_first_token_seconds_sum") <= figure(url, "querybridge_answer_seconds_sum") - 0.2
 
 
-def test_who_was_let_in_is_not_refused_half_way(url: str, engine: Thinker, pool: ThreadPoolExecutor) -> None:
+def test_who_was_admitted_is_not_refused_half_way(url: str, engine: Thinker, pool: ThreadPoolExecutor) -> None:
     reply = pool.submit(post, url)
     first = engine.asked()
     engine.max_waiting = 0

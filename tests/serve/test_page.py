@@ -160,16 +160,16 @@ def test_of_two_turns_at_once_one_is_answered(engine: FakeEngine, monkeypatch: p
     assert all("still being written" in str(error) for error in errors if error is not None)
 
 
-def test_a_thought_that_was_let_in_is_answered(
+def test_a_thought_that_was_admitted_is_answered(
     engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = ImageRef("a.png", path=next(folder.glob("*.png")))
     thinking = think(engine, picture, "why?", (), "quickstart", Settings())  # type: ignore[arg-type]
-    next(thinking)
+    next(thinking), next(thinking)
     monkeypatch.setattr(engine, "busy", True)  # for who comes now
     assert [*thinking][-1].finished is not None
     with pytest.raises(Busy):
-        next(think(engine, picture, "why?", (), "quickstart", Settings()))  # type: ignore[arg-type]
+        list(think(engine, picture, "why?", (), "quickstart", Settings()))  # type: ignore[arg-type]
 
 
 def test_a_turn_is_not_over_before_it_is_kept(engine: FakeEngine) -> None:

@@ -112,7 +112,9 @@ def test_the_stages_can_be_submitted_one_by_one(runs: dict[str, Path], picture: 
     loaded = load_adapter(runs["both"], device="cpu", dtype="float32")
     example = question_example(picture, "what colour?", choices=["red", "blue"])
     with Engine([loaded]) as engine:
-        thought = engine.submit(asked_rationale(loaded, example), decoding=Decoding(max_new_tokens=TOKENS)).result()
+        thought = engine.submit(
+            asked_rationale(loaded, example, longest=TOKENS), decoding=Decoding(max_new_tokens=TOKENS)
+        ).result()
         second = asked_answer(loaded, example, thought.text)
         chosen = engine.submit(second, choices=example.choices).result()
         written = engine.submit(second).result()
