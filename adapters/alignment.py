@@ -1,9 +1,10 @@
 """A head start for the bridge: pictures learn to name the words of their answers before the LLM is run.
 
 BLIP-2 teaches its bridge what text says about a picture before the LLM joins (arXiv 2301.12597, section 3.1). This is
-that idea in miniature, for a domain set alone: one of a picture's vectors is to lie nearest to the LLM's own embedding
-of each word in the picture's answers. It costs no pass through the LLM, and the LLM then meets vectors that resemble
-words it knows, instead of noise that it first learns to ignore.
+that idea in miniature, for a domain set alone, or behind a first stage, whose projection to the LLM is fresh: one of a
+picture's vectors is to lie nearest to the LLM's own embedding of each word in the picture's answers. It costs no pass
+through the LLM, and the LLM then meets vectors that resemble words it knows, instead of noise that it first learns to
+ignore.
 """
 
 from __future__ import annotations

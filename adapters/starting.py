@@ -54,7 +54,7 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
 
 
 def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:
-    """Equal but for dropout; a text side may be left behind, or read instructions from now on, but not come fresh."""
+    """Equal but for dropout and the text side, which may be left behind, or read instructions, but not come fresh."""
     reads, has = ours.text_branch or ours.instruction_aware, theirs.text_branch or theirs.instruction_aware
     if (reads and not has) or (ours.text_branch and not theirs.text_branch):
         return False

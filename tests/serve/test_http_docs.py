@@ -40,7 +40,9 @@ def workplace(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("quickstart", "mine", "scenes"):
         shutil.copytree(run_folder, tmp_path / "runs" / name)
     _teach_reasons(tmp_path / "runs" / "scenes")
-    (tmp_path / "photo.png").write_bytes(PNG)
+    for picture in ("runs/quickstart/pictures/1.png", "data/scenes/images/test_00001.png"):
+        (tmp_path / picture).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / picture).write_bytes(PNG)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
