@@ -70,7 +70,7 @@ def has_lora(folder: Path) -> bool:
 
 
 def sections_of(name: str) -> dict[str, dict[str, Any]]:
-    """The sections of an adapter's recipe that a run must share to start from it, without its text side.
+    """What a run must share of an adapter's recipe to start from it: sections, without text side and patch dropout.
 
     Args:
         name: as `adapters.artefact.find_artefact` takes it.
@@ -79,5 +79,5 @@ def sections_of(name: str) -> dict[str, dict[str, Any]]:
         UserError: there is no such adapter.
     """
     recipe = read_recipe(find_artefact(name)).model_dump(mode="json")
-    recipe["bridge"]["text_branch"] = False
+    recipe["bridge"] |= {"text_branch": False, "patch_dropout": 0.0}
     return {key: recipe[key] for key in ("vision", "bridge", "language", "prompt")}

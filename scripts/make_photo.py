@@ -200,7 +200,7 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
     for language, file in captions.items():
         told = evaluate(engine, file, task="caption", limit=limit)
         found |= {f"captions {language}, {name}": told[name] for name in ("BLEU-4", "ROUGE-L", "CIDEr")}
-    questions, statements = data / "daquar" / "questions_val.jsonl", data / "flickr8k" / "reasons_val.jsonl"
+    questions, statements = MADE / "rooms_val.jsonl", data / "flickr8k" / "reasons_val.jsonl"
     for blank in (False, True):
         where = " on a blank picture" if blank else ""
         told = evaluate(engine, questions, task="vqa", limit=limit, blank_images=blank)
