@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.artefact import load_artefact
 from qformer.errors import UserError
 from qformer.precision import linear_memory
 from serve import doctor
 from serve.doctor import describe, examine
-from serve.loaded import LoadedAdapter
 
 
 @pytest.fixture
@@ -56,9 +56,11 @@ def test_a_recipes_modules(recipe_file: Path) -> None:
     assert (found["device"], found["compute_dtype"]) == ("cpu", "float32")
 
 
-def test_an_adapters_modules_are_counted_as_torch_counts_them(run_folder: Path, engine: LoadedAdapter) -> None:
+def test_an_adapters_modules_are_counted_as_torch_counts_them(run_folder: Path) -> None:
     found = examine(str(run_folder), device="cpu", dtype="float32", offline=True)
-    model = engine.assembly.model
+    model = load_artefact(run_folder, device="cpu", dtype="float32", offline=True)[
+        0
+    ].model  # in 4-bit, as it is trained
     plain = sum(p.numel() for p in model.parameters() if type(p).__name__ != "Params4bit")
     packed = sum(2 * p.numel() for p in model.parameters() if type(p).__name__ == "Params4bit")
     assert found["model"]["parameters"] == plain + packed
