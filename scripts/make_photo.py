@@ -146,7 +146,7 @@ def sources(data: Path, part: str, mixture: Mixture) -> list[dict[str, Any]]:
         {"file": f"{flickr}/captions_{part}.jsonl", "limit": mixture.english},
         {"file": f"{flickr}/captions_{part}.zh.jsonl", "limit": mixture.chinese},
         {"file": f"{MADE}/rooms_{part}.jsonl", "limit": mixture.questions, "repeat": mixture.repeat},
-        {"file": f"{MADE}/captions_{part}.jsonl", "limit": mixture.made},
+        {"file": f"{MADE}/made_{part}.jsonl", "limit": mixture.made},
         {"file": f"{flickr}/reasons_{part}.jsonl", "task": "reason", "limit": mixture.reasons},
     ]
     return [source for source in listed if source["limit"] != 0]
@@ -163,7 +163,7 @@ def make_questions(data: Path, part: str) -> None:
     rooms = read_data(data / "daquar" / f"questions_{part}.jsonl", task="vqa").examples
     spelt = [(row, row.question, row.answer.replace("_", " ")) for row in rooms]
     MADE.mkdir(parents=True, exist_ok=True)
-    for name, asked in (("captions", made), ("rooms", spelt)):
+    for name, asked in (("made", made), ("rooms", spelt)):
         rows = ({"image": str(row.images[0].path), "question": text, "answer": answer} for row, text, answer in asked)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (MADE / f"{name}_{part}.jsonl").write_text(lines, encoding="utf-8")

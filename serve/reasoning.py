@@ -48,8 +48,8 @@ def reason(
         The reasons and the answer; an adapter that was taught to answer directly gives no reasons.
 
     Raises:
-        UserError: a picture cannot be read, the question is empty, there is but one choice, or an adapter was not
-            taught its stage, or the question is longer than the language model reads.
+        UserError: a picture cannot be read, the question is empty or longer than the language model reads, there is but
+            one choice, or an adapter was not taught its stage.
     """
     example = question_example(pictures, question, context=context, choices=choices)
     second = answerer or adapter

@@ -56,7 +56,7 @@ def test_every_run_finds_its_files(make_photo: ModuleType, data: Path) -> None:
 
 def test_made_questions_are_answered_by_captions_and_rooms_are_spelt_out(make_photo: ModuleType, data: Path) -> None:
     make_photo.make_questions(data, "train")
-    lines = (make_photo.MADE / "captions_train.jsonl").read_text().splitlines()
+    lines = (make_photo.MADE / "made_train.jsonl").read_text().splitlines()
     answers = {row["question"]: row["answer"] for row in map(json.loads, lines)}
     assert answers["how many dogs are there?"] == "2" and answers["where are the dogs?"] == "on the beach"
     (room,) = read_data(make_photo.MADE / "rooms_train.jsonl").examples

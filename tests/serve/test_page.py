@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,12 @@ from gradio_client.exceptions import AppError
 from page_server import draw_data, served
 from PIL import Image
 
-from adapters.data.images import ImageRef
-from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
-from qformer.errors import UserError
-from serve.page.chat import Conversation
 from serve.page.inputs import Settings
-from serve.page.reason import Thinking, as_messages, think
+from serve.page.reason import Thinking, as_messages
 from serve.page.vqa import as_table, parse_line
 from serve.page.words import about, head, how_it_went, look_note, reason_note, search_note
-from serve.tickets import Answer, Busy
+from serve.tickets import Answer
 
 
 @pytest.fixture(scope="module")
@@ -140,73 +134,6 @@ def test_one_answer_at_a_time_in_a_conversation(
         client.predict(said("me too"), api_name="/chat")
     client.predict(api_name="/stop")
     job.result()
-
-
-def test_of_two_turns_at_once_one_is_answered(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    chat, conversation = engine.chat, Conversation()
-
-    def slow_chat(*asked: Any, **options: Any) -> Any:
-        time.sleep(0.1)
-        return chat(*asked, **options)
-
-    monkeypatch.setattr(engine, "chat", slow_chat)
-    monkeypatch.setattr(engine, "pause", 0.1)
-    answers = [conversation.answer(engine, Turn("user", "one"), "quickstart", Decoding()) for _ in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        begun = [pool.submit(next, answer) for answer in answers]
-    errors = [job.exception() for job in begun]
-
-    assert errors.count(None) == 1
-    assert all("still being written" in str(error) for error in errors if error is not None)
-
-
-def test_a_thought_that_was_admitted_is_answered(
-    engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = ImageRef("a.png", path=next(folder.glob("*.png")))
-    thinking = think(engine, picture, "why?", (), "quickstart", Settings())  # type: ignore[arg-type]
-    next(thinking), next(thinking)
-    monkeypatch.setattr(engine, "busy", True)  # for who comes now
-    assert [*thinking][-1].finished is not None
-    with pytest.raises(Busy):
-        list(think(engine, picture, "why?", (), "quickstart", Settings()))  # type: ignore[arg-type]
-
-
-def test_a_turn_is_not_over_before_it_is_kept(engine: FakeEngine) -> None:
-    conversation = Conversation()
-    first = conversation.answer(engine, Turn("user", "one"), "quickstart", Decoding())
-    next(first)
-    assert conversation.ticket is not None
-    conversation.ticket.result(10)  # written, and not read yet
-    with pytest.raises(UserError, match="still being written"):
-        next(conversation.answer(engine, Turn("user", "two"), "quickstart", Decoding()))
-    with pytest.raises(UserError, match="still being written"):
-        conversation.take_back()
-    list(first)
-
-    assert conversation.turns[0].text == "one" and len(conversation.turns) == 2
-    left = conversation.answer(engine, Turn("user", "two"), "quickstart", Decoding())
-    next(left)
-    left.close()  # who asked has gone
-    assert conversation.take_back().text == "one"
-
-
-def test_what_is_cleared_while_it_is_handed_on_stays_away(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    chat, conversation, begun = engine.chat, Conversation(), threading.Event()
-
-    def slow_chat(*asked: Any, **options: Any) -> Any:
-        begun.set()
-        time.sleep(0.2)
-        return chat(*asked, **options)
-
-    monkeypatch.setattr(engine, "chat", slow_chat)
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(lambda: list(conversation.answer(engine, Turn("user", "one"), "quickstart", Decoding())))
-        begun.wait(10)
-        conversation.clear()
-        job.result()
-
-    assert conversation.turns == []
 
 
 def test_what_is_cleared_while_it_is_written_stays_away(
@@ -435,8 +362,3 @@ def test_notes_are_honest_about_what_was_not_taught(folder: Path) -> None:
     assert "trained to answer directly" in reason_note(direct)
     assert "has no queries" in look_note(mean) and look_note(plain) == ""
     assert "text side" in search_note(plain) and search_note(text) == ""
-
-
-def test_an_empty_conversation_has_no_last_turn() -> None:
-    with pytest.raises(Exception, match="no question yet"):
-        Conversation().last()
