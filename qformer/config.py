@@ -57,8 +57,8 @@ class BridgeConfig:
         vocab_size: BERT's 30 522 words and `[DEC]`. Used with text only.
         max_text_positions: longest text in tokens. Used with text only.
         dropout: probability, for embeddings, attention weights and block outputs alike.
-        patch_dropout: share of a picture's patches that the bridge does not see in training, others each time
-            (Liu et al. 2022, arXiv 2208.07220), so that pictures seen often are not known by heart.
+        patch_dropout: share of a picture's patches (a class token is one) that the bridge does not see in training,
+            others each time (Liu et al. 2022, arXiv 2208.07220), so that pictures seen often are not known by heart.
         layer_norm_eps: epsilon of every LayerNorm.
         text_branch: has word and position embeddings and a feed-forward block for text (stage 1).
         instruction_aware: the instruction's tokens go beside the queries (InstructBLIP, arXiv 2305.06500,

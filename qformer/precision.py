@@ -1,16 +1,15 @@
-"""Numbers: which dtype computes, what 4-bit means, and what weights weigh."""
+"""Numbers: which dtype computes, and what 4-bit means."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -123,25 +122,3 @@ def _faster_on_cpu() -> torch.dtype:
             runs.append(time.perf_counter() - start)
         times[dtype] = sorted(runs)[1]
     return min(times, key=lambda dtype: times[dtype])
-
-
-def linear_memory(model: nn.Module) -> Mapping[str, int]:
-    """Bytes of a model's weights: "linear" (quantised or not, quantisation constants included) and "other".
-
-    The embeddings and the LM head count as "other": they are never quantised.
-    """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linear = 0
-    seen: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            weight: Any = module.weight
-            linear += weight.numel() * weight.element_size()
-            seen.add(id(weight))
-            state = getattr(weight, "quant_state", None)
-            if state is not None:
-                linear += state.absmax.numel() * state.absmax.element_size()
-                if state.nested:
-                    linear += state.state2.absmax.numel() * state.state2.absmax.element_size()
-    other = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in seen)
-    return {"linear": linear, "other": other}

@@ -35,7 +35,8 @@ def examine(
     Returns:
         JSON-able: `python`, `platform`, `libraries`, `cpu` (name, cores, threads, compute_dtype, memory in GiB),
         `gpus` (name, memory, bf16), `four_bit` by device ("works" or what went wrong), `cache` (folder, free space),
-        and of a target `model`: target, device, compute_dtype, `modules`, parameters and bytes in all.
+        and of a target `model`: target, device, compute_dtype, `modules`, parameters and bytes in all, and
+        `serving_bytes`, what its weights take where it answers (`serve.loaded.load_adapter`).
 
     Raises:
         UserError: there is no such target, or it cannot be loaded.
@@ -96,6 +97,10 @@ def describe(found: Mapping[str, Any]) -> str:
             f"in all {model['parameters']:,} parameters, {model['trainable']:,} of them trained,"
             f" {model['bytes'] / 2**20:,.1f} MiB"
         )
+        if model["serving_bytes"] != model["bytes"]:
+            lines.append(
+                f"where it answers on a CPU, its 4-bit layers are unpacked: {model['serving_bytes'] / 2**20:,.1f} MiB"
+            )
     return "\n".join(lines)
 
 
@@ -104,6 +109,7 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
     from adapters.assembly import assemble
     from adapters.parts import model_parts
     from adapters.sight import default_device
+    from serve.loaded import DEQUANTIZED_AT_MOST
 
     place = device or default_device()
     recipe = _recipe(target)
@@ -112,6 +118,10 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
     else:
         assembly, _ = load_artefact(target, device=place, dtype=dtype, offline=offline)
     parts = model_parts(assembly.model)
+    total = sum(part.bytes for part in parts)
+    packed = [part for part in parts if part.quantized]
+    unpacked = sum(part.parameters for part in packed) * assembly.model.language.compute_dtype.itemsize
+    unpacks = assembly.model.language.device.type == "cpu" and unpacked <= DEQUANTIZED_AT_MOST
     return {
         "target": target,
         "device": place,
@@ -119,7 +129,8 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
         "modules": [asdict(part) for part in parts],
         "parameters": sum(part.parameters for part in parts),
         "trainable": sum(part.parameters for part in parts if part.trainable),
-        "bytes": sum(part.bytes for part in parts),
+        "bytes": total,
+        "serving_bytes": total - sum(part.bytes for part in packed) + unpacked if unpacks else total,
     }
 
 

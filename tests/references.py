@@ -1,11 +1,14 @@
-"""Weights and comparisons for the tests against transformers' own classes."""
+"""Weights, comparisons and counts for the tests against transformers' own classes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 TOLERANCE = 1e-5
 
@@ -42,3 +45,25 @@ def padded_text() -> tuple[Tensor, Tensor]:
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[1, 4:] = 0
     return ids, mask
+
+
+def linear_memory(model: nn.Module) -> Mapping[str, int]:
+    """Bytes of a model's weights: "linear" (quantised or not, quantisation constants included) and "other".
+
+    The embeddings and the LM head count as "other": they are never quantised.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            weight: Any = module.weight
+            linear += weight.numel() * weight.element_size()
+            seen.add(id(weight))
+            state = getattr(weight, "quant_state", None)
+            if state is not None:
+                linear += state.absmax.numel() * state.absmax.element_size()
+                if state.nested:
+                    linear += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    other = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in seen)
+    return {"linear": linear, "other": other}

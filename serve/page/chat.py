@@ -15,7 +15,7 @@ from adapters.data.prompts import IMAGE_MARK, Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
-from serve.page.desk import ASKS_MODELS, IMMEDIATE, PRIVATE, Desk
+from serve.page.desk import ASKS_MODELS, IMMEDIATE, PRIVATE, Desk, read_along
 from serve.page.inputs import Settings, check_kept, file_data, told_on_the_page, uploaded, words
 from serve.page.words import how_it_went
 from serve.tickets import Answer, Ticket
@@ -48,6 +48,8 @@ class Conversation:
     ) -> Iterator[tuple[list[Turn], Answer | None]]:
         """All turns as the answer to the last grows, and at the end what came of it; until then nothing is kept.
 
+        They come again now and then where nothing is written yet, so that it is noticed when nobody waits any more.
+
         Args:
             engine: what answers.
             turn: the user's; None has the last one answered anew.
@@ -66,9 +68,9 @@ class Conversation:
             self.ticket = ticket = engine.chat(asked, adapter=adapter, decoding=decoding)
         try:
             yield asked, None
-            for text in ticket:
+            for text in read_along(ticket):
                 if self.ticket is ticket:
-                    yield [*asked, Turn("assistant", text)], None
+                    yield [*asked, Turn("assistant", text)] if text else asked, None
             said = ticket.result()
             answered = [*asked, Turn("assistant", said.text)]
             if self._end(ticket, answered):  # else all was forgotten meanwhile
@@ -260,8 +262,7 @@ def _reply() -> gr.Textbox:
 
 def _replies(answers: Iterator[tuple[list[Turn], Answer | None]]) -> Iterator[str]:
     for turns, _ in answers:
-        if turns[-1].role == "assistant":
-            yield turns[-1].text
+        yield turns[-1].text if turns[-1].role == "assistant" else ""  # nothing yet
 
 
 def _examples(desk: Desk) -> list[Any] | None:

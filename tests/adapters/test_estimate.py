@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from references import linear_memory
 from typer.testing import CliRunner
 
 from adapters.assembly import assemble
@@ -19,7 +20,6 @@ from adapters.rehearsal import LiveBytes, MicroBatch, rehearse
 from adapters.skeleton import build_skeleton
 from qformer.errors import UserError
 from qformer.model import TokenBatch
-from qformer.precision import linear_memory
 
 KINDS = ["llama", "qwen2", "opt", "t5"]
 SHAPE = MicroBatch(rows=4, row_tokens=40, answer_tokens=8)

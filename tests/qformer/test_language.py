@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
-from references import stir_lora
+from references import linear_memory, stir_lora
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.decoding import Decoding
@@ -17,7 +17,7 @@ from qformer.errors import UserError
 from qformer.head import head_sees
 from qformer.language import IGNORED, LanguageModel, LoraSettings
 from qformer.language_loading import load_language_model
-from qformer.precision import default_compute_dtype, linear_memory
+from qformer.precision import default_compute_dtype
 from qformer.sources import resolve
 
 KINDS = ["llama", "qwen2", "opt", "t5"]

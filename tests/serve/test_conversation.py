@@ -12,14 +12,15 @@ import pytest
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from page_server import draw_data
 
+from adapters.answering import Asked
 from adapters.data.images import ImageRef
-from adapters.data.prompts import Turn
+from adapters.data.prompts import Prompt, Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.page.chat import Conversation
 from serve.page.inputs import Settings
 from serve.page.reason import think
-from serve.tickets import Busy
+from serve.tickets import Busy, Ticket
 
 
 @pytest.fixture
@@ -79,6 +80,21 @@ def test_a_turn_is_not_over_before_it_is_kept(engine: FakeEngine) -> None:
     next(left)
     left.close()  # who asked has gone
     assert conversation.take_back().text == "one"
+
+
+def test_who_leaves_before_a_word_is_written_ends_the_answer(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beams: Any = engine.adapter()  # a beam search tells nothing on its way
+    silent = Ticket(beams, Asked(Prompt((), (), 0), ()), Decoding(num_beams=5))
+    monkeypatch.setattr(engine, "chat", lambda *_, **__: silent)
+    conversation = Conversation()
+    answer = conversation.answer(engine, Turn("user", "one"), "quickstart", Decoding())
+    for _ in range(3):  # control comes back, without an end and without a word
+        turns, said = next(answer)
+        assert [turn.role for turn in turns] == ["user"] and said is None
+    answer.close()
+    assert silent.stopped and conversation.ticket is None
 
 
 def test_what_is_cleared_while_it_is_handed_on_stays_away(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from references import linear_memory
 
 from adapters.artefact import load_artefact
 from qformer.errors import UserError
-from qformer.precision import linear_memory
 from serve import doctor
 from serve.doctor import describe, examine
+from serve.loaded import load_adapter
 
 
 @pytest.fixture
@@ -58,9 +59,8 @@ def test_a_recipes_modules(recipe_file: Path) -> None:
 
 def test_an_adapters_modules_are_counted_as_torch_counts_them(run_folder: Path) -> None:
     found = examine(str(run_folder), device="cpu", dtype="float32", offline=True)
-    model = load_artefact(run_folder, device="cpu", dtype="float32", offline=True)[
-        0
-    ].model  # in 4-bit, as it is trained
+    assembly, _ = load_artefact(run_folder, device="cpu", dtype="float32", offline=True)
+    model = assembly.model  # in 4-bit, as it is trained
     plain = sum(p.numel() for p in model.parameters() if type(p).__name__ != "Params4bit")
     packed = sum(2 * p.numel() for p in model.parameters() if type(p).__name__ == "Params4bit")
     assert found["model"]["parameters"] == plain + packed
@@ -70,8 +70,18 @@ def test_an_adapters_modules_are_counted_as_torch_counts_them(run_folder: Path) 
     assert linear + lora == pytest.approx(linear_memory(model.language.base)["linear"], rel=0.01)
     text = describe(found)
     table = text[text.index("module ") :].splitlines()
-    assert len({len(line) for line in table[:-1]}) == 1  # columns are aligned
+    assert len({len(line) for line in table[:-2]}) == 1  # columns are aligned
     assert "frozen" in text and "trained" in text and f"{found['model']['parameters']:,}" in text
+
+
+def test_what_answering_takes_is_what_a_served_adapter_holds(run_folder: Path) -> None:
+    found = examine(str(run_folder), device="cpu", dtype="float32", offline=True)
+    served = load_adapter(str(run_folder), device="cpu", dtype="float32", offline=True).assembly.model.language.base
+    trained, _ = load_artefact(run_folder, device="cpu", dtype="float32", offline=True)
+    unpacked = linear_memory(served)["linear"] - linear_memory(trained.model.language.base)["linear"]
+    assert unpacked > 0
+    assert found["model"]["serving_bytes"] - found["model"]["bytes"] == pytest.approx(unpacked, rel=0.01)
+    assert "unpacked" in describe(found).splitlines()[-1]
 
 
 @pytest.mark.parametrize("target", ["no_such_thing", "gone.jsonl"])
