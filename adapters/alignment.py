@@ -2,9 +2,10 @@
 
 BLIP-2 teaches its bridge what text says about a picture before the LLM joins (arXiv 2301.12597, section 3.1). This is
 that idea in miniature, for a domain set alone, or behind a first stage, whose projection to the LLM is fresh: one of a
-picture's vectors is to lie nearest to the LLM's own embedding of each word in the picture's answers. It costs no pass
-through the LLM, and the LLM then meets vectors that resemble words it knows, instead of noise that it first learns to
-ignore.
+picture's vectors is to lie nearest to the LLM's own embedding of each word in the picture's answers. Two words that
+often stand together, such as "red circle", are a name too, which lies between theirs: words alone would not say that
+the circle is what is red. It costs no pass through the LLM, and the LLM then meets vectors that resemble words it
+knows, instead of noise that it first learns to ignore.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ from adapters.data.batches import Picture
 
 TEMPERATURE = 0.07  # where CLIP and BLIP-2 start theirs
 COMMON = 0.5  # a word in the answers of more than this share of the pictures tells nothing about any of them
+RARE = 0.01  # two words that stand together with fewer of the pictures are no name
+
+Name = tuple[int, ...]  # a token of the LLM, or two in a row
 
 
 def align_words(
@@ -34,7 +39,7 @@ def align_words(
     learning_rate: float = 5e-4,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Train norm, bridge and projection to name the answers' words; the LLM gives its embeddings and nothing else.
+    """Train norm, bridge and projection to name what answers say; the LLM gives its embeddings and nothing else.
 
     Args:
         assembly: its trainable parts, LoRA apart, are changed.
@@ -46,19 +51,19 @@ def align_words(
         on_step: called with (steps done, loss).
 
     Returns:
-        The last step's loss; 0.0 where no word tells pictures apart, so that there was nothing to learn.
+        The last step's loss; 0.0 where no name tells pictures apart, so that there was nothing to learn.
     """
-    bags = {picture: answer_words(assembly, picture) for picture in pictures if len(picture.images) == 1}
-    seen = Counter(word for bag in bags.values() for word in bag)
-    words = sorted(word for word, count in seen.items() if count <= COMMON * len(bags))
-    column = {word: index for index, word in enumerate(words)}
-    chosen = [picture for picture, bag in bags.items() if any(word in column for word in bag)]
-    if len(words) < 2 or not chosen:
+    bags = {picture: names_in(assembly, picture) for picture in pictures if len(picture.images) == 1}
+    names = telling_names(list(bags.values()))
+    column = {name: index for index, name in enumerate(names)}
+    chosen = [picture for picture, bag in bags.items() if any(name in column for name in bag)]
+    if len(names) < 2 or not chosen:
         return 0.0
     model = assembly.model
     table = model.language.base.get_input_embeddings().weight.detach().float()  # [V, D_l]
     mean = table.mean(dim=0)
-    targets = F.normalize(table[torch.tensor(words, device=table.device)] - mean, dim=-1)  # [W, D_l]
+    sums = [F.normalize(table[list(name)] - mean, dim=-1).sum(dim=0) for name in names]
+    targets = F.normalize(torch.stack(sums), dim=-1)  # [W, D_l]
     parameters = [p for part in model.trainable_parts().values() for p in part.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     rng = random.Random(seed)
@@ -67,9 +72,9 @@ def align_words(
     for step in range(steps):
         batch = rng.sample(chosen, min(batch_size, len(chosen)))
         vectors = assembly.image_embeddings([picture.images[0] for picture in batch]).float()  # [B, Q, D_l]
-        wanted = torch.zeros(len(batch), len(words), device=table.device)
+        wanted = torch.zeros(len(batch), len(names), device=table.device)
         for row, picture in enumerate(batch):
-            wanted[row, [column[word] for word in bags[picture] if word in column]] = 1.0
+            wanted[row, [column[name] for name in bags[picture] if name in column]] = 1.0
         loss = naming_loss(vectors - mean, targets, wanted / wanted.sum(dim=1, keepdim=True))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)
@@ -95,13 +100,27 @@ def naming_loss(vectors: Tensor, words: Tensor, wanted: Tensor) -> Tensor:
     return F.cross_entropy(similarity / TEMPERATURE, wanted)
 
 
-def answer_words(assembly: Assembly, picture: Picture) -> frozenset[int]:
-    """Token ids in the answers to a picture's questions, special tokens left out."""
-    special = set(assembly.prompts.tokenizer.all_special_ids)
-    return frozenset(
-        token
-        for question in picture.questions
-        for answer in question.answers
-        for token in answer
-        if token not in special
-    )
+def names_in(assembly: Assembly, picture: Picture) -> frozenset[Name]:
+    """Words in the answers to a picture's questions, and each two that stand together; special tokens left out."""
+    tokenizer = assembly.prompts.tokenizer
+    special = set(tokenizer.all_special_ids)
+    names: set[Name] = set()
+    for question in picture.questions:
+        for answer in question.answers:
+            tokens = [token for token in answer if token not in special]
+            names |= {(token,) for token in tokens} | set(pairwise(tokens))
+    texts = {token: tokenizer.decode([token]) for name in names for token in name}
+    words = {token for token, text in texts.items() if any(character.isalnum() for character in text)}
+    return frozenset(name for name in names if len(name) == 1 or words.issuperset(name))
+
+
+def telling_names(bags: Sequence[frozenset[Name]]) -> list[Name]:
+    """Names that tell pictures apart: not of most; of two words only if they stand together often, but not always."""
+    seen = Counter(name for bag in bags for name in bag)
+    most, fewest = COMMON * len(bags), RARE * len(bags)
+
+    def tells(name: Name) -> bool:
+        alone = len(name) == 1 or fewest <= seen[name] < min(seen[(token,)] for token in name)
+        return alone and seen[name] <= most
+
+    return sorted(name for name in seen if tells(name))

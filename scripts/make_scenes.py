@@ -17,7 +17,7 @@ def main() -> int:
     """Read the flags, write the folder, say what is in it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
-    parser.add_argument("--train", type=int, default=2000, help="scenes to train on (default 2000)")
+    parser.add_argument("--train", type=int, default=6000, help="scenes to train on (default 6000)")
     parser.add_argument("--val", type=int, default=200, help="scenes to choose a model by (default 200)")
     parser.add_argument("--test", type=int, default=300, help="scenes to report scores of (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other scenes (default 0)")

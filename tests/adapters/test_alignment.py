@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import draw_data, tiny_values
 
-from adapters.alignment import TEMPERATURE, align_words, answer_words, naming_loss
+from adapters.alignment import TEMPERATURE, align_words, names_in, naming_loss, telling_names
 from adapters.assembly import assemble
 from adapters.data.batches import Picture, Question, tokenise
 from adapters.data.readers import read_data
@@ -38,8 +38,8 @@ def test_pictures_learn_to_name_their_words(
     values["bridge"]["dropout"] = 0.0
     made = assemble(parse_recipe(values, "test"), dtype="float32")
     pictures = tokenise(read_data(file), made.prompts, max_tokens=320)
-    letters = {made.prompts.tokenizer.decode([token]) for token in answer_words(made, pictures[0])}
-    assert letters == set("red")
+    letters = {made.prompts.tokenizer.decode(list(name)) for name in names_in(made, pictures[0])}
+    assert letters == {"r", "e", "d", "re", "ed"}
     frozen = {n: p.clone() for n, p in made.model.language.named_parameters()}
     losses: list[float] = []
     last = align_words(
@@ -60,3 +60,10 @@ def test_words_that_every_picture_has_teach_nothing(
     image = read_data(file).examples[0].images[0]
     same = [Picture((image,), (3,), (Question((5, n), ((70, 4),), ""),)) for n in range(4)]
     assert align_words(made, same, steps=3, seed=0) == 0.0
+
+
+def test_two_words_are_a_name_where_they_often_stand_together_but_not_always() -> None:
+    red_circle, red, circle = frozenset({(1,), (2,), (1, 2)}), frozenset({(1,)}), frozenset({(2,)})
+    once, always, most = frozenset({(3,), (4,), (3, 4)}), frozenset({(6,), (7,), (6, 7)}), frozenset({(5,)})
+    bags = [red_circle] * 20 + [red, circle, once, frozenset({(3,)}), frozenset({(4,)})] + [always] * 9 + [most] * 150
+    assert telling_names(bags) == [(1,), (1, 2), (2,), (3,), (4,), (6,), (7,)]
