@@ -126,7 +126,7 @@ class TrainSection(_Section):
     """The loop."""
 
     seed: int = 0
-    align_steps: int = Field(default=0, ge=0, description="steps of naming answers' words before the LLM is run")
+    align_steps: int = Field(default=0, ge=0, description="steps of naming words and pairs of words, before the LLM")
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, whatever epochs says")
     batch_size: int = Field(default=64, ge=1, description="answers a step (first stage: pictures), over all processes")

@@ -145,6 +145,9 @@ def test_every_command_runs(command: str, in_workplace: Path, monkeypatch: pytes
         monkeypatch.setattr("adapters.contrastive.train_tower", train_tower)  # it has tests of its own
         if words[1] == "scripts/make_scenes.py":
             words[2:] = ["made/scenes", "--train", "2", "--val", "1", "--test", "1"]
+        if words[1] == "scripts/probe_encoder.py":
+            tiny = yaml.safe_load(Path("tiny.yaml").read_text())["vision"]["towers"][0]["source"]
+            words[2:] = [tiny, "--layers=-1", "--train", "4", "--test", "2"]
         monkeypatch.setattr("sys.argv", [str(ROOT / word) if word.startswith("docs/") else word for word in words[1:]])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
