@@ -13,11 +13,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from adapters.assembly import Assembly
 from adapters.data.batches import Picture
@@ -54,7 +56,7 @@ def align_words(
         The last step's loss; 0.0 where no name tells pictures apart, so that there was nothing to learn.
     """
     bags = {picture: names_in(assembly, picture) for picture in pictures if len(picture.images) == 1}
-    names = telling_names(list(bags.values()))
+    names = telling_names(list(bags.values()), partial(_is_word, assembly.prompts.tokenizer))
     column = {name: index for index, name in enumerate(names)}
     chosen = [picture for picture, bag in bags.items() if any(name in column for name in bag)]
     if len(names) < 2 or not chosen:
@@ -101,26 +103,26 @@ def naming_loss(vectors: Tensor, words: Tensor, wanted: Tensor) -> Tensor:
 
 
 def names_in(assembly: Assembly, picture: Picture) -> frozenset[Name]:
-    """Words in the answers to a picture's questions, and each two that stand together; special tokens left out."""
-    tokenizer = assembly.prompts.tokenizer
-    special = set(tokenizer.all_special_ids)
+    """Tokens of the answers to a picture's questions, and each two in a row; special tokens left out."""
+    special = set(assembly.prompts.tokenizer.all_special_ids)
     names: set[Name] = set()
     for question in picture.questions:
         for answer in question.answers:
             tokens = [token for token in answer if token not in special]
             names |= {(token,) for token in tokens} | set(pairwise(tokens))
-    texts = {token: tokenizer.decode([token]) for name in names for token in name}
-    words = {token for token, text in texts.items() if any(character.isalnum() for character in text)}
-    return frozenset(name for name in names if len(name) == 1 or words.issuperset(name))
+    return frozenset(names)
 
 
-def telling_names(bags: Sequence[frozenset[Name]]) -> list[Name]:
+def telling_names(bags: Sequence[frozenset[Name]], is_word: Callable[[int], bool]) -> list[Name]:
     """Names that tell pictures apart: not of most; of two words only if they stand together often, but not always."""
     seen = Counter(name for bag in bags for name in bag)
     most, fewest = COMMON * len(bags), RARE * len(bags)
 
-    def tells(name: Name) -> bool:
-        alone = len(name) == 1 or fewest <= seen[name] < min(seen[(token,)] for token in name)
-        return alone and seen[name] <= most
+    def is_pair(name: Name) -> bool:
+        return fewest <= seen[name] < min(seen[(token,)] for token in name) and all(map(is_word, name))
 
-    return sorted(name for name in seen if tells(name))
+    return sorted(name for name in seen if seen[name] <= most and (len(name) == 1 or is_pair(name)))
+
+
+def _is_word(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    return any(character.isalnum() for character in tokenizer.decode([token]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ def main() -> int:
     from qformer.errors import UserError
 
     scenes = make_scenes(options.train + options.test, options.seed)
+    shown = things_in(scenes)
     for layer in layers:
         try:
-            features, shown = encode(options.source, layer, scenes), things_in(scenes)
+            features = encode(options.source, layer, scenes)
         except UserError as error:
             print(f"probe_encoder: {error}", file=sys.stderr)
             return 2
@@ -81,7 +83,7 @@ def things_in(scenes: list[Scene]) -> Tensor:
 
     from adapters.data.scenes import COLOURS, SHAPES
 
-    pairs = {(colour, shape): i for i, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES)}
+    pairs = {pair: column for column, pair in enumerate(product(COLOURS, SHAPES))}
     shown = torch.zeros(len(scenes), len(pairs))
     for row, scene in enumerate(scenes):
         for thing in scene.things:

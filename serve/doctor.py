@@ -109,7 +109,7 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
     from adapters.assembly import assemble
     from adapters.parts import model_parts
     from adapters.sight import default_device
-    from serve.loaded import DEQUANTIZED_AT_MOST
+    from serve.loaded import ready_to_answer
 
     place = device or default_device()
     recipe = _recipe(target)
@@ -118,10 +118,7 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
     else:
         assembly, _ = load_artefact(target, device=place, dtype=dtype, offline=offline)
     parts = model_parts(assembly.model)
-    total = sum(part.bytes for part in parts)
-    packed = [part for part in parts if part.quantized]
-    unpacked = sum(part.parameters for part in packed) * assembly.model.language.compute_dtype.itemsize
-    unpacks = assembly.model.language.device.type == "cpu" and unpacked <= DEQUANTIZED_AT_MOST
+    ready_to_answer(assembly.model.language)
     return {
         "target": target,
         "device": place,
@@ -129,8 +126,8 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
         "modules": [asdict(part) for part in parts],
         "parameters": sum(part.parameters for part in parts),
         "trainable": sum(part.parameters for part in parts if part.trainable),
-        "bytes": total,
-        "serving_bytes": total - sum(part.bytes for part in packed) + unpacked if unpacks else total,
+        "bytes": sum(part.bytes for part in parts),
+        "serving_bytes": sum(part.bytes for part in model_parts(assembly.model)),
     }
 
 

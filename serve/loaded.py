@@ -18,6 +18,7 @@ from adapters.data.prompts import Turn
 from adapters.sight import FrozenModels, default_device
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from qformer.language import LanguageModel
 from qformer.precision import dequantize_four_bit
 
 Picture = str | Path | bytes | Image.Image | ImageRef
@@ -249,10 +250,14 @@ def load_adapter(
     assembly, facts = load_artefact(
         folder, device=device or default_device(), dtype=dtype, offline=offline, frozen=frozen
     )
-    language = assembly.model.language
+    ready_to_answer(assembly.model.language)
+    return LoadedAdapter(assembly, facts, str(name or folder.name))
+
+
+def ready_to_answer(language: LanguageModel) -> None:
+    """Unpack the 4-bit layers of an LLM on a CPU, where they take no more than `DEQUANTIZED_AT_MOST` bytes."""
     if language.device.type == "cpu":
         dequantize_four_bit(language.model, language.compute_dtype, at_most=DEQUANTIZED_AT_MOST)
-    return LoadedAdapter(assembly, facts, str(name or folder.name))
 
 
 def default_adapter() -> str:
