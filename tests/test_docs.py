@@ -190,4 +190,4 @@ def test_comparisons_name_recipes_and_keys_that_are_there() -> None:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
         for setting in plan["settings"].values():
             own = setting["set"] if isinstance(setting, dict) else setting
-            load_recipe(plan["recipe"], [*plan["common"], *own])
+            load_recipe(plan["recipe"], [*plan.get("common", []), *own])
