@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from adapters.checkpoint import Position, generators_of_all, load_state, read_po
 from adapters.data.batches import Picture, Step, plan_epoch, plan_validation, tokenise
 from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
 from adapters.data.examples import Example
+from adapters.data.views import all_views
 from adapters.evaluation.vqa import score
 from adapters.optimiser import build_optimiser, learning_rate
 from adapters.reasoning import validate_reasons
@@ -111,7 +113,10 @@ def finetune(
     pictures = tokenise(train_data, assembly.prompts, **how)
     row_tokens = train.row_tokens if _packs(assembly) else 0
     validation = plan_validation(tokenise(val_data, assembly.prompts, **how), row_tokens=row_tokens)
-    images = [image for data in (train_data, val_data) for example in data.examples for image in example.images]
+    images = [
+        view for row in train_data.examples for image in row.images for view in all_views(image, recipe.data.views)
+    ]
+    images += [image for row in val_data.examples for image in row.images]
     fill_caches(assembly.caches, images, rank=rank, world=world, quiet=quiet or not main)
     accelerator.wait_for_everyone()
     fill_caches(assembly.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
@@ -134,11 +139,20 @@ def finetune(
         torch.manual_seed(train.seed + 1000 * rank)
     if train.compile:
         compile_blocks(model.language.base)
-    keeper = TextSideKeeper(assembly, train_data.examples, train) if train.text_side_every else None
+    keeper = TextSideKeeper(assembly, train_data.examples) if train.text_side_every else None
     critic = Critic(assembly, train_data, train.self_critical) if train.self_critical else None
     prepared = accelerator.prepare(model)
     answers = sum(len(picture.questions) for picture in pictures)
-    steps_an_epoch = len(_plan(pictures, 0, train, row_tokens, accelerator.num_processes))
+    plan = partial(
+        plan_epoch,
+        pictures,
+        seed=train.seed,
+        batch_size=train.batch_size,
+        row_tokens=row_tokens,
+        views=recipe.data.views,
+        world=world,
+    )
+    steps_an_epoch = len(plan(epoch=0))
     total = train.max_steps or max(1, round(train.epochs * steps_an_epoch))
     facts = Facts(
         fingerprints=assembly.fingerprints,
@@ -169,7 +183,7 @@ def finetune(
         rewards: list[float] = []
         timer = time.monotonic()
         samples = 0
-        for step in _steps_from(position, pictures, train, row_tokens, accelerator.num_processes):
+        for step in _steps_from(position, plan):
             pressed = accelerator.reduce(torch.tensor(len(stop), device=accelerator.device))
             if position.step >= total or position.stopped_early or pressed:
                 break
@@ -294,20 +308,12 @@ def describe_trainable(assembly: Assembly) -> str:
     )
 
 
-def _steps_from(
-    position: Position, pictures: list[Picture], train: TrainSection, row_tokens: int, world: int
-) -> Iterator[Step]:
+def _steps_from(position: Position, plan: Callable[..., list[Step]]) -> Iterator[Step]:
     """Steps from where the run stands, epoch after epoch without end."""
     while True:
-        yield from _plan(pictures, position.epoch, train, row_tokens, world)[position.offset :]
+        yield from plan(epoch=position.epoch)[position.offset :]
         position.epoch += 1
         position.offset = 0
-
-
-def _plan(pictures: list[Picture], epoch: int, train: TrainSection, row_tokens: int, world: int) -> list[Step]:
-    return plan_epoch(
-        pictures, seed=train.seed, epoch=epoch, batch_size=train.batch_size, row_tokens=row_tokens, world=world
-    )
 
 
 def _packs(assembly: Assembly) -> bool:

@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from adapters.artefact import Facts, find_artefact, read_facts, save_artefact
 from adapters.assembly import chosen_dtype
 from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
-from adapters.data.captioned import Batch, Captioned, captioned, draw_captions
+from adapters.data.captioned import Batch, Captioned, captioned, draw
+from adapters.data.views import all_views
 from adapters.evaluation.retrieval import recalls
 from adapters.optimiser import build_optimiser, learning_rate
-from adapters.recipe import Recipe, TrainSection
+from adapters.recipe import Recipe
 from adapters.reporting import Reporter
 from adapters.retrieval import Retriever
 from adapters.run_data import Result, fill_caches, note_validation, read_split, spread, tell_skipped
@@ -87,7 +88,8 @@ def pretrain(
     # nothing is in 4-bit here, so what `default_compute_dtype` times on a CPU would say little
     compute_dtype = compute_dtype or (torch.float32 if on_cpu else default_compute_dtype(place))
     sight = load_sight(recipe, device=place, offline=offline)
-    images = [picture.image for picture in (*pictures, *held_out)]
+    images = [view for picture in pictures for view in all_views(picture.image, recipe.data.views)]
+    images += [picture.image for picture in held_out]
     fill_caches(sight.caches, images, rank=rank, world=world, quiet=quiet or not main)
     accelerator.wait_for_everyone()
     fill_caches(sight.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
@@ -141,7 +143,7 @@ def pretrain(
             evaluate_recall(sight, held_out[:2], compute_dtype)
         sums: dict[str, float] = {}
         counted, timer = 0, time.monotonic()
-        for batch in _batches_from(position, pictures, train):
+        for batch in _batches_from(position, pictures, recipe):
             pressed = accelerator.reduce(torch.tensor(len(stop), device=accelerator.device))
             if position.step >= total or position.stopped_early or pressed:
                 break
@@ -204,13 +206,14 @@ def pretrain(
         return Result(out, out / "best", position.step, {**position.metrics, "peak_memory_gib": peak}, finished)
 
 
-def _batches_from(position: Position, pictures: Sequence[Captioned], train: TrainSection) -> Iterator[Batch]:
+def _batches_from(position: Position, pictures: Sequence[Captioned], recipe: Recipe) -> Iterator[Batch]:
     """Batches from where the run stands, epoch after epoch; what does not fill one is passed over."""
+    train = recipe.train
     size = min(train.batch_size, len(pictures))
     while True:
         rng = random.Random(f"{train.seed}:{position.epoch}")
         order = rng.sample(pictures, len(pictures))
-        drawn = [(picture, draw_captions(picture, train.captions, rng)) for picture in order]
+        drawn = [draw(picture, train.captions, rng, views=recipe.data.views) for picture in order]
         for start in range(position.offset * size, len(drawn) - size + 1, size):
             yield drawn[start : start + size]
         position.epoch += 1

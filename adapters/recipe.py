@@ -45,6 +45,9 @@ class DataSection(_Section):
     )
     limit: int | None = Field(default=None, ge=1, description="only the first so many training rows, of each file")
     skip_bad_rows: bool = False
+    views: int = Field(
+        default=1, ge=1, le=64, description="of each training picture: itself, parts of it, every second one mirrored"
+    )
 
 
 class TowerSection(_Section):

@@ -147,4 +147,4 @@ def check_self_critical(data: DataSet, samples: int, *, what: str = "data", enco
 
 
 def _key(images: tuple[ImageRef, ...], language: str) -> _Key:
-    return tuple(image.digest() for image in images), language
+    return tuple(image.content_digest() for image in images), language

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from adapters.assembly import Assembly
-from adapters.data.captioned import Batch, captioned, draw_captions, image_numbers
+from adapters.data.captioned import Batch, captioned, draw, image_numbers
 from adapters.data.examples import DataSet, Example
-from adapters.recipe import Recipe, TrainSection
+from adapters.recipe import Recipe
 from adapters.sight import MAX_TEXT, Sight
 from qformer.errors import UserError
 from qformer.objectives import Losses
@@ -54,13 +54,13 @@ class TextSideKeeper:
     Args:
         assembly: with its text side; its modules are the ones that are trained.
         examples: training data; its English captions are learned from.
-        train: pictures a step, captions and share of pairs.
     """
 
-    def __init__(self, assembly: Assembly, examples: Sequence[Example], train: TrainSection) -> None:
+    def __init__(self, assembly: Assembly, examples: Sequence[Example]) -> None:
         self.pictures = captioned(examples)
         self.sight = assembly.sight
-        self.train = train
+        self.train = assembly.recipe.train  # pictures a step, captions and share of pairs
+        self.views = assembly.recipe.data.views
         self.model = assembly.sight.representation(assembly.model.language.compute_dtype)
 
     def losses(self, step: int) -> Losses:
@@ -68,7 +68,7 @@ class TextSideKeeper:
         rng = random.Random(f"{self.train.seed}:text side:{step}")
         wanted = self.train.text_side_batch or self.train.batch_size
         chosen = rng.sample(self.pictures, min(wanted, len(self.pictures)))
-        batch = [(picture, draw_captions(picture, self.train.captions, rng)) for picture in chosen]
+        batch = [draw(picture, self.train.captions, rng, views=self.views) for picture in chosen]
         paired = max(1, round(self.train.pair_share * len(batch)))
         losses: Losses = self.model(*model_inputs(self.sight, batch), paired=paired)
         return losses

@@ -15,6 +15,7 @@ from adapters.data.collate import Branch, Row, padded_length
 from adapters.data.examples import DataSet, Example, Stage
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt, PromptBuilder
+from adapters.data.views import draw_view, names_a_side
 from qformer.errors import UserError
 
 
@@ -40,11 +41,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Picture:
-    """All questions that share their pictures and the first part of the prompt."""
+    """All questions that share their pictures and the first part of the prompt; `sided` if one says left or right."""
 
     images: tuple[ImageRef, ...]
     shared: tuple[int, ...]
     questions: tuple[Question, ...]
+    sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def tokenise(
         UserError: an example has no answer, or is longer than `max_tokens`; or no row has the reasons to learn.
     """
     grouped: dict[tuple[object, ...], tuple[tuple[ImageRef, ...], tuple[int, ...], list[Question]]] = {}
+    sided: set[tuple[object, ...]] = set()
     _check_rationales(data, stages)
     for example, task, answers in (
         part for row in data.examples for part in _to_learn(row, data.task, stages, prompts)
@@ -115,7 +118,11 @@ def tokenise(
             questions = [Question(prompt.own, counted, example.question)]
         key = (*(image.digest() for image in example.images), prompt.shared, example.turn)
         grouped.setdefault(key, (example.images, prompt.shared, []))[2].extend(questions)
-    return [Picture(images, shared, tuple(questions)) for images, shared, questions in grouped.values()]
+        if names_a_side((example.question, example.context, *example.choices, *answers)):
+            sided.add(key)
+    return [
+        Picture(images, shared, tuple(questions), key in sided) for key, (images, shared, questions) in grouped.items()
+    ]
 
 
 def _check_rationales(data: DataSet, stages: Sequence[Stage]) -> None:
@@ -166,7 +173,14 @@ def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
 
 
 def plan_epoch(
-    pictures: Sequence[Picture], *, seed: int, epoch: int, batch_size: int, row_tokens: int, world: int = 1
+    pictures: Sequence[Picture],
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    row_tokens: int,
+    views: int = 1,
+    world: int = 1,
 ) -> list[Step]:
     """Shuffle an epoch and cut it into steps of at least `batch_size` answers; a row is never split over steps.
 
@@ -176,10 +190,11 @@ def plan_epoch(
         epoch: 0, 1, 2, …
         batch_size: answers a step. What is left at the end joins the last step.
         row_tokens: a picture's questions share sequences up to this length; 0 gives each question its own.
+        views: of each picture; one is drawn for each sequence.
         world: processes; a step has at least a row for each.
     """
     rng = random.Random(f"{seed}:{epoch}")
-    rows = [row for picture in pictures for row in _rows(picture, rng, row_tokens)]
+    rows = [row for picture in pictures for row in _rows(picture, rng, row_tokens, views)]
     rng.shuffle(rows)
     steps: list[list[Row]] = [[]]
     waiting = 0
@@ -200,7 +215,7 @@ def plan_validation(pictures: Sequence[Picture], *, row_tokens: int) -> Step:
     return Step(tuple(row for picture in pictures for row in _rows(picture, None, row_tokens)))
 
 
-def _rows(picture: Picture, rng: random.Random | None, row_tokens: int) -> list[Row]:
+def _rows(picture: Picture, rng: random.Random | None, row_tokens: int, views: int = 1) -> list[Row]:
     """Fill sequences of at most `row_tokens` with a picture's questions; 0 gives each question its own."""
     questions = list(picture.questions)
     if rng is not None:
@@ -215,7 +230,10 @@ def _rows(picture: Picture, rng: random.Random | None, row_tokens: int) -> list[
         if rows and len(longer := replace(rows[-1], branches=(*rows[-1].branches, branch))) <= row_tokens:
             rows[-1] = longer
         else:
-            rows.append(Row(picture.images, picture.shared, (branch,)))
+            images = picture.images
+            if rng is not None:
+                images = tuple(draw_view(image, views, rng, sided=picture.sided) for image in images)
+            rows.append(Row(images, picture.shared, (branch,)))
     return rows
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from adapters.data.examples import Example
 from adapters.data.images import ImageRef
+from adapters.data.views import draw_view, names_a_side
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,16 @@ def captioned(examples: Sequence[Example]) -> list[Captioned]:
     return [Captioned(images[digest], tuple(texts)) for digest, texts in captions.items()]
 
 
-def draw_captions(picture: Captioned, count: int, rng: random.Random) -> list[str]:
-    """`count` captions of a picture in chance order; all come before one comes twice."""
+def draw(picture: Captioned, captions: int, rng: random.Random, *, views: int = 1) -> tuple[Captioned, list[str]]:
+    """One of a picture's views, and so many of its captions in chance order; all come before one comes twice."""
     drawn: list[str] = []
-    while len(drawn) < count:
+    while len(drawn) < captions:
         drawn += rng.sample(picture.captions, len(picture.captions))
-    return drawn[:count]
+    drawn = drawn[:captions]
+    return replace(picture, image=draw_view(picture.image, views, rng, sided=names_a_side(drawn))), drawn
 
 
 def image_numbers(batch: Batch) -> torch.Tensor:
     """A number a picture, the same on every process and in every run: from the digest of its bytes."""
-    digests = [hashlib.sha256(picture.image.digest().encode()).digest()[:8] for picture, _ in batch]
+    digests = [hashlib.sha256(picture.image.content_digest().encode()).digest()[:8] for picture, _ in batch]
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])

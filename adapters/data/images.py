@@ -65,12 +65,14 @@ class ImageRef:
         path: the file, or None where `data` holds the picture.
         data: the encoded bytes (PNG, JPEG, …), or None where `path` names the file.
         where: the file and row that first named it, for messages; two references are equal without it.
+        view: 0 is the picture itself; for others see `adapters.data.views`.
     """
 
     label: str
     path: Path | None = None
     data: bytes | None = None
     where: str = field(default="", compare=False)
+    view: int = 0
 
     def __post_init__(self) -> None:
         """Hold exactly one of file and bytes."""
@@ -88,11 +90,23 @@ class ImageRef:
         return data
 
     def digest(self) -> str:
-        """Return the SHA-256 of the bytes in hex; a file is read once, then the value is remembered."""
+        """Return what tells this picture, in this view, from all others: 64 hex digits.
+
+        Of the picture itself it is `content_digest`.
+        """
         return self._digest
+
+    def content_digest(self) -> str:
+        """Return the SHA-256 of the bytes in hex; a file is read once, then the value is remembered."""
+        return self._content_digest
 
     @cached_property
     def _digest(self) -> str:
+        content = self._content_digest
+        return hashlib.sha256(f"{content}:{self.view}".encode()).hexdigest() if self.view else content
+
+    @cached_property
+    def _content_digest(self) -> str:
         if self.data is not None:
             return hashlib.sha256(self.data).hexdigest()
         with self._open() as file:
