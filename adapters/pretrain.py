@@ -85,8 +85,7 @@ def pretrain(
     inherited = read_facts(find_artefact(starting)).terms if starting is not None else ()
     place = device or str(accelerator.device)
     compute_dtype = chosen_dtype(dtype or (read_position(state).dtype if state is not None else None))
-    # nothing is in 4-bit here, so what `default_compute_dtype` times on a CPU would say little
-    compute_dtype = compute_dtype or (torch.float32 if on_cpu else default_compute_dtype(place))
+    compute_dtype = compute_dtype or default_compute_dtype(place, four_bit=False)
     sight = load_sight(recipe, device=place, offline=offline)
     images = [view for picture in pictures for view in all_views(picture.image, recipe.data.views)]
     images += [picture.image for picture in held_out]

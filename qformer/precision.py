@@ -90,17 +90,22 @@ def limit_kernel_cache() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
-def default_compute_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that has it; on the CPU whichever of float32 and bfloat16 a short measurement finds faster."""
+def default_compute_dtype(device: str | torch.device, *, four_bit: bool = True) -> torch.dtype:
+    """bfloat16 on a GPU that has it; on the CPU whichever of float32 and bfloat16 a short measurement finds faster.
+
+    Args:
+        device: where it computes.
+        four_bit: whether what is computed is in 4-bit, as an LLM is and the first stage is not.
+    """
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return _faster_on_cpu() if kind == "cpu" else torch.float32
+    return _faster_on_cpu(four_bit) if kind == "cpu" else torch.float32
 
 
-@lru_cache(maxsize=1)
-def _faster_on_cpu() -> torch.dtype:
-    """Time a 4-bit feed-forward block, forward and backward, in both dtypes (about 0.2 s).
+@lru_cache(maxsize=2)
+def _faster_on_cpu(four_bit: bool) -> torch.dtype:
+    """Time a feed-forward block, forward and backward, in both dtypes (about 0.2 s).
 
     A bare matrix product would mislead: bfloat16 can lose there and still win the step, since what lies between the
     products is bound by memory.
@@ -109,8 +114,11 @@ def _faster_on_cpu() -> torch.dtype:
 
     times: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        layers = [
-            Linear4bit(i, o, bias=False, compute_dtype=dtype, quant_type="nf4") for i, o in ((576, 1536), (1536, 576))
+        layers: list[nn.Module] = [
+            Linear4bit(i, o, bias=False, compute_dtype=dtype, quant_type="nf4")
+            if four_bit
+            else nn.Linear(i, o, bias=False)
+            for i, o in ((576, 1536), (1536, 576))
         ]
         block = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.RMSNorm(576)).to(dtype).to("cpu")
         keep_four_bit_trainable(block)

@@ -123,7 +123,7 @@ def main() -> int:
     data = options.data
     first = [f"data.train={data}/flickr8k/captions_train.jsonl", f"data.val={data}/flickr8k/captions_val.jsonl"]
     first += [f"data.terms={FLICKR}", *options.set1]
-    train(pretrain, "photo_stage1", STAGE1, first, dtype="bfloat16")  # faster than float32 where the CPU knows it
+    train(pretrain, "photo_stage1", STAGE1, first)
     for part in ("train", "val"):
         make_questions(data, part)
     for run in RUNS_OF_STAGE2:

@@ -321,8 +321,9 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
         load_language_model(tmp_path, quantize="none")
 
 
-def test_compute_dtype_on_the_cpu_is_one_that_trains() -> None:
-    assert default_compute_dtype("cpu") in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_compute_dtype_on_the_cpu_is_one_that_trains(four_bit: bool) -> None:
+    assert default_compute_dtype("cpu", four_bit=four_bit) in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.wheels
