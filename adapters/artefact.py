@@ -2,11 +2,12 @@
 
     bridge.safetensors     Q-Former, feature norm and projection, bfloat16
     lora/                  LoRA matrices in PEFT's own format, bfloat16; the first stage, which has no LLM, leaves none
+    towers/0/              what is added to the image encoder's weights, where that does not ship with the package
     recipe.yaml            the resolved recipe
     artefact.json          format version, fingerprints of the frozen parts, data, metrics, library versions
     README.md              a model card written from what was measured
 
-Frozen parts are named by fingerprint, never copied. Loading is strict.
+Published frozen parts are named by fingerprint, never copied. Loading is strict.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapters.assembly import Assembly, assemble
-from adapters.recipe import Recipe, load_recipe, parse_recipe
-from adapters.sight import FrozenModels, Sight, load_sight
+from adapters.recipe import Recipe, VisionSection, load_recipe, parse_recipe
+from adapters.sight import FrozenModels, Sight, load_sight, own_differences
 from qformer.errors import UserError
 from qformer.strict import describe_differences
 
 FORMAT_VERSION = 2  # 2 has the kind
 _BRIDGE = "bridge.safetensors"
 _LORA = "lora"
+_TOWERS = "towers"
 _RECIPE = "recipe.yaml"
 _FACTS = "artefact.json"
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -121,9 +123,13 @@ def save_artefact(folder: Path, assembly: Assembly | Sight, facts: Facts) -> Non
             _save_lora(building / _LORA, assembly)
         kind: Literal["representation", "language"] = "language" if isinstance(assembly, Assembly) else "representation"
         facts = replace(facts, versions={name: version(name) for name in _LIBRARIES}, kind=kind)
-        (building / _RECIPE).write_text(assembly.recipe.dump(), encoding="utf-8")
+        own = own_differences(assembly.recipe)
+        for index, difference in own.items():
+            shutil.copytree(difference, building / _TOWERS / str(index))
+        recipe = _with_differences(assembly.recipe, {index: f"{_TOWERS}/{index}" for index in own})
+        (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
         (building / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
-        (building / "README.md").write_text(write_card(assembly.recipe, facts, folder.name), encoding="utf-8")
+        (building / "README.md").write_text(write_card(recipe, facts, folder.name), encoding="utf-8")
         replace_folder(building, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
@@ -145,7 +151,7 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
     """
     from adapters.card import write_card
 
-    facts, recipe = replace(read_facts(source), metrics=dict(metrics)), _without_folders(read_recipe(source))
+    facts, recipe = replace(read_facts(source), metrics=dict(metrics)), _without_folders(load_recipe(source / _RECIPE))
     building = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(building, ignore_errors=True)
@@ -245,8 +251,19 @@ def read_facts(folder: Path) -> Facts:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe an artefact was made by."""
-    return load_recipe(folder / _RECIPE)
+    """The recipe an artefact was made by; a tower's difference that lies in the artefact is named where it lies."""
+    recipe = load_recipe(folder / _RECIPE)
+    own = {index: folder / _TOWERS / str(index) for index in range(len(recipe.vision.towers))}
+    return _with_differences(recipe, {index: str(path) for index, path in own.items() if path.is_dir()})
+
+
+def _with_differences(recipe: Recipe, names: Mapping[int, str]) -> Recipe:
+    """The recipe with other names for some towers' differences, by the tower's place."""
+    towers = [
+        tower.model_copy(update={"difference": names.get(index, tower.difference)})
+        for index, tower in enumerate(recipe.vision.towers)
+    ]
+    return recipe.model_copy(update={"vision": VisionSection(towers=tuple(towers))})
 
 
 def load_artefact(

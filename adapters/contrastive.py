@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.data.captioned import Captioned, captioned, draw
+from adapters.data.captioned import Captioned, captioned, draw_captions
 from adapters.data.readers import read_data
 from adapters.evaluation.retrieval import recalls
 from adapters.features import FeatureCache
@@ -176,7 +176,7 @@ def train_tower(
             done = (epoch * steps + step) / (epochs * steps)
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * min(1.0, done * 20 + 0.05) * 0.5 * (1 + math.cos(math.pi * done))
-            texts = texts_of([draw(picture, 1, rng)[1][0] for picture in batch])
+            texts = texts_of([draw_captions(picture, 1, rng)[0] for picture in batch])
             numbers = torch.arange(len(batch))
             loss = contrastive_loss(images_of(batch) @ texts.T * scale.exp().clamp(max=100), numbers, numbers)
             optimiser.zero_grad(set_to_none=True)

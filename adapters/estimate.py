@@ -51,14 +51,15 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
     Returns:
         JSON-able: `device`, `compute_dtype`, `micro_batch` (shape), `modules` (as `doctor` lists them), `parameters`
         (`trainable` by module, `frozen`, `quantized`, `llm_linear`), `bytes` by part, `total_gib`, `fits` (the
-        smallest usual GPU with a tenth to spare, or None), `picture_bytes` (a picture's features in the disk cache).
+        smallest usual GPU with a tenth to spare, or None), `picture_bytes` (a training picture's features in
+        the disk cache, all its views).
 
     Raises:
         UserError: the configuration of a model is not to be had, or parts do not fit.
     """
     device = device or _natural_device(recipe)
     on_gpu = device != "cpu"
-    compute = torch.bfloat16 if on_gpu else default_compute_dtype("cpu")
+    compute = torch.bfloat16 if on_gpu else default_compute_dtype("cpu", four_bit=recipe.language.quantize == "nf4")
     tower = torch.float16 if on_gpu else torch.float32
     model = build_skeleton(recipe, compute_dtype=compute, tower_dtype=tower)
     parts = model_parts(model)
@@ -93,7 +94,7 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
         "bytes": needed,
         "total_gib": total / GIB,
         "fits": next((size for size in GPU_SIZES if total * HEADROOM <= size * GIB), None) if on_gpu else None,
-        "picture_bytes": 2 * picture,  # float16
+        "picture_bytes": 2 * picture * recipe.data.views,  # float16
     }
 
 
@@ -124,7 +125,7 @@ def describe_estimate(found: Mapping[str, Any]) -> str:
         )
     else:
         lines.append("a process on a CPU may hold 1.7 times as much, for it keeps what it frees")
-    lines.append(f"the feature cache on disk takes {found['picture_bytes'] / 2**20:.2f} MiB a picture")
+    lines.append(f"the feature cache on disk takes {found['picture_bytes'] / 2**20:.2f} MiB a training picture")
     return "\n".join(lines)
 
 

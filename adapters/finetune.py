@@ -32,7 +32,7 @@ from adapters.optimiser import build_optimiser, learning_rate
 from adapters.reasoning import validate_reasons
 from adapters.recipe import Recipe, TrainSection
 from adapters.reporting import Reporter
-from adapters.run_data import Result, fill_caches, note_validation, read_split, spread, tell_skipped
+from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.self_critical import Critic, check_self_critical, greedy_cider
 from adapters.sight import default_device
@@ -42,6 +42,7 @@ from adapters.text_side import TextSideKeeper, check_keeping
 from qformer.compiling import compile_blocks
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from qformer.precision import default_compute_dtype
 
 
 def finetune(
@@ -81,6 +82,11 @@ def finetune(
     main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     state = check_run_folder(out, resume, recipe)
     train = recipe.train
+    if train.contrastive_steps:
+        raise UserError(
+            f"train.contrastive_steps={train.contrastive_steps}: it is the first stage's: run querybridge pretrain"
+            " RECIPE --stage 1, or set it to 0"
+        )
 
     train_data, val_data = read_split(recipe, offline=offline)
     if train.text_side_every:
@@ -91,10 +97,15 @@ def finetune(
     starting = start_from if state is None else None  # a resumed run already holds what it started from
     if starting is not None:
         begun = find_artefact(starting)  # a mistake here is told before anything is loaded
+    place = device or str(accelerator.device)
+    if dtype is None:  # a resumed run keeps its own
+        four_bit = recipe.language.quantize == "nf4"
+        measured_faster = str(default_compute_dtype(place, four_bit=four_bit)).removeprefix("torch.")
+        dtype = read_position(state).dtype if state is not None else agreed(measured_faster)
     assembly = assemble(
         recipe,
-        device=device or str(accelerator.device),
-        dtype=dtype or (read_position(state).dtype if state is not None else None),  # a resumed run keeps its own
+        device=place,
+        dtype=dtype,
         offline=offline,
         lora=starting is None or not has_lora(begun),
     )
@@ -113,10 +124,8 @@ def finetune(
     pictures = tokenise(train_data, assembly.prompts, **how)
     row_tokens = train.row_tokens if _packs(assembly) else 0
     validation = plan_validation(tokenise(val_data, assembly.prompts, **how), row_tokens=row_tokens)
-    images = [
-        view for row in train_data.examples for image in row.images for view in all_views(image, recipe.data.views)
-    ]
-    images += [image for row in val_data.examples for image in row.images]
+    images = all_views((row.images[0] for row in train_data.examples if len(row.images) == 1), recipe.data.views)
+    images += [image for data in (train_data, val_data) for row in data.examples for image in row.images]
     fill_caches(assembly.caches, images, rank=rank, world=world, quiet=quiet or not main)
     accelerator.wait_for_everyone()
     fill_caches(assembly.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted

@@ -7,13 +7,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from adapters.data.images import ImageRef, open_image
-from adapters.data.views import cut_view
 from qformer.errors import UserError
 
 _THREADS = min(4, os.cpu_count() or 1)
@@ -45,8 +45,7 @@ def decoded_batches(
         # Features stored under the name of other bytes would stay wrong for ever.
         if hashlib.sha256(content).hexdigest() != ref.content_digest():
             raise UserError(f"{ref.where or 'image'}: '{ref.label}' has changed since it was first read: run again")
-        picture = open_image(ImageRef(ref.label, data=content, where=ref.where))
-        return preprocess([cut_view(picture, ref)])  # [1, 3, H, W]
+        return preprocess([open_image(replace(ref, path=None, data=content))])  # [1, 3, H, W]
 
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
     ahead: deque[tuple[list[ImageRef], list[Future[Tensor]]]] = deque()

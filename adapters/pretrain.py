@@ -18,14 +18,14 @@ from accelerate import Accelerator
 from adapters.artefact import Facts, find_artefact, read_facts, save_artefact
 from adapters.assembly import chosen_dtype
 from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
-from adapters.data.captioned import Batch, Captioned, captioned, draw
+from adapters.data.captioned import Batch, Captioned, captioned, draw_batch
 from adapters.data.views import all_views
 from adapters.evaluation.retrieval import recalls
 from adapters.optimiser import build_optimiser, learning_rate
 from adapters.recipe import Recipe
 from adapters.reporting import Reporter
 from adapters.retrieval import Retriever
-from adapters.run_data import Result, fill_caches, note_validation, read_split, spread, tell_skipped
+from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.sight import Sight, default_device, load_sight
 from adapters.starting import start_from_artefact
@@ -67,6 +67,8 @@ def pretrain(
         raise UserError(
             "the first stage reads captions: set bridge.text_branch=true and bridge.start to a BERT's source"
         )
+    if recipe.train.compile:
+        raise UserError("train.compile: it is for the LLM's blocks, which the first stage has none of; set it to false")
     on_cpu = (device or default_device()) == "cpu"
     accelerator = Accelerator(cpu=on_cpu, device_placement=False, mixed_precision="no")
     main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
@@ -85,9 +87,9 @@ def pretrain(
     inherited = read_facts(find_artefact(starting)).terms if starting is not None else ()
     place = device or str(accelerator.device)
     compute_dtype = chosen_dtype(dtype or (read_position(state).dtype if state is not None else None))
-    compute_dtype = compute_dtype or default_compute_dtype(place, four_bit=False)
+    compute_dtype = compute_dtype or agreed(default_compute_dtype(place, four_bit=False))
     sight = load_sight(recipe, device=place, offline=offline)
-    images = [view for picture in pictures for view in all_views(picture.image, recipe.data.views)]
+    images = all_views((picture.image for picture in pictures), recipe.data.views)
     images += [picture.image for picture in held_out]
     fill_caches(sight.caches, images, rank=rank, world=world, quiet=quiet or not main)
     accelerator.wait_for_everyone()
@@ -212,7 +214,7 @@ def _batches_from(position: Position, pictures: Sequence[Captioned], recipe: Rec
     while True:
         rng = random.Random(f"{train.seed}:{position.epoch}")
         order = rng.sample(pictures, len(pictures))
-        drawn = [draw(picture, train.captions, rng, views=recipe.data.views) for picture in order]
+        drawn = draw_batch(order, train.captions, rng, views=recipe.data.views)
         for start in range(position.offset * size, len(drawn) - size + 1, size):
             yield drawn[start : start + size]
         position.epoch += 1

@@ -88,6 +88,12 @@ def fill_caches(
         cache.fill(images[rank::world], on_progress=progress)
 
 
+def agreed(value: Item) -> Item:
+    """The first process's value, on all of them: what each would measure for itself may come out differently."""
+    (value,) = broadcast_object_list([value])
+    return value
+
+
 def note_validation(position: Position, score: float, metrics: dict[str, float], patience: int | None) -> bool:
     """Keep the best validation's figures and count towards patience.
 
@@ -103,7 +109,7 @@ def note_validation(position: Position, score: float, metrics: dict[str, float],
     Returns:
         Whether this one is the best.
     """
-    (score,) = broadcast_object_list([score])
+    score = agreed(score)
     if position.best is None or score > position.best:
         position.best, position.stale, position.metrics = score, 0, metrics
         return True

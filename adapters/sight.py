@@ -182,6 +182,16 @@ def find_difference(name: str) -> Path:
     raise UserError(f"vision.towers.difference: no folder '{name}', and none of that name ships ({', '.join(shipped)})")
 
 
+def own_differences(recipe: Recipe) -> dict[int, Path]:
+    """The folders of towers' differences that do not ship with the package, by the tower's place."""
+    found = {
+        index: find_difference(tower.difference)
+        for index, tower in enumerate(recipe.vision.towers)
+        if tower.difference is not None
+    }
+    return {index: folder for index, folder in found.items() if folder.parent != _SHIPPED_TOWERS}
+
+
 def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:
     """A recipe's bridge section as the Q-Former's configuration."""
     given = section.model_dump(exclude={"kind", "preset", "start"}, exclude_none=True)

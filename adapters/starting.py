@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters.artefact import find_artefact, load_sight_weights, load_trained, read_facts, read_recipe
 from adapters.assembly import Assembly
-from adapters.recipe import BridgeSection
+from adapters.recipe import BridgeSection, TowerSection, VisionSection
 from adapters.sight import Sight
 from qformer.errors import UserError
 
@@ -33,7 +33,7 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
     theirs, ours = read_recipe(folder), assembly.recipe
     has_language = isinstance(assembly, Assembly) and facts.kind == "language"
     for part, differs in (
-        ("vision", theirs.vision != ours.vision),
+        ("vision", _but_differences(theirs.vision) != _but_differences(ours.vision)),
         ("bridge", not _fits(theirs.bridge, ours.bridge)),
         ("language.lora", has_language and theirs.language.lora not in (None, ours.language.lora)),
     ):
@@ -51,6 +51,11 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
         sight = assembly.sight if isinstance(assembly, Assembly) else assembly
         load_sight_weights(sight, folder, drop_text_side=True)
     return list(facts.terms)
+
+
+def _but_differences(vision: VisionSection) -> list[TowerSection]:
+    """Towers without the names of their differences, which say where they lie; what they are, fingerprints tell."""
+    return [tower.model_copy(update={"difference": None}) for tower in vision.towers]
 
 
 def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:

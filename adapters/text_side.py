@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from adapters.assembly import Assembly
-from adapters.data.captioned import Batch, captioned, draw, image_numbers
+from adapters.data.captioned import Batch, captioned, draw_batch, image_numbers
 from adapters.data.examples import DataSet, Example
 from adapters.recipe import Recipe
 from adapters.sight import MAX_TEXT, Sight
@@ -68,7 +68,7 @@ class TextSideKeeper:
         rng = random.Random(f"{self.train.seed}:text side:{step}")
         wanted = self.train.text_side_batch or self.train.batch_size
         chosen = rng.sample(self.pictures, min(wanted, len(self.pictures)))
-        batch = [draw(picture, self.train.captions, rng, views=self.views) for picture in chosen]
+        batch = draw_batch(chosen, self.train.captions, rng, views=self.views)
         paired = max(1, round(self.train.pair_share * len(batch)))
         losses: Losses = self.model(*model_inputs(self.sight, batch), paired=paired)
         return losses

@@ -53,7 +53,7 @@ def load_language_model(
     """
     if quantize not in ("nf4", "none"):
         raise UserError(f"language.quantize: '{quantize}' is not known; take nf4 or none")
-    dtype = compute_dtype or default_compute_dtype(device)
+    dtype = compute_dtype or default_compute_dtype(device, four_bit=quantize == "nf4")
     try:
         config = without_dropout(AutoConfig.from_pretrained(str(folder)))
     except (OSError, ValueError) as error:

@@ -33,7 +33,7 @@ def main() -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     from adapters.assembly import DTYPES
-    from adapters.data.captioned import captioned, draw
+    from adapters.data.captioned import captioned, draw_batch
     from adapters.optimiser import build_optimiser
     from adapters.recipe import load_recipe
     from adapters.run_data import fill_caches, read_split
@@ -46,8 +46,7 @@ def main() -> int:
     rng = random.Random(0)
     pictures = captioned(read_split(recipe)[0].examples)
     batches = [
-        [draw(picture, train.captions, rng) for picture in rng.sample(pictures, train.batch_size)]
-        for _ in range(options.steps + 2)
+        draw_batch(rng.sample(pictures, train.batch_size), train.captions, rng) for _ in range(options.steps + 2)
     ]
     fill_caches(sight.caches, [picture.image for batch in batches for picture, _ in batch])
     model = sight.representation(dtype).train()

@@ -54,6 +54,8 @@ def main() -> int:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except OSError as error:
         parser.error(f"{options.comparison}: cannot be read ({error.strerror})")
+    except yaml.YAMLError as error:
+        parser.error(f"{options.comparison}: this is not YAML ({getattr(error, 'problem', None) or error})")
     except ValueError:
         parser.error(f"--seeds {options.seeds}: write whole numbers with commas between them")
     for key in ("recipe", "stage", "columns", "settings"):
@@ -71,7 +73,7 @@ def main() -> int:
     for name, setting in plan["settings"].items():
         if options.only and name not in options.only:
             continue
-        own, start = (setting["set"], setting["start_from"]) if isinstance(setting, dict) else (setting, None)
+        own, start = (setting["set"], setting.get("start_from")) if isinstance(setting, dict) else (setting, None)
         every = [*plan.get("common", []), *own, *options.set]
         rows[name] = [train(plan, every, options.out / folder_of(name, seed), seed, start) for seed in seeds]
     print(table(plan["columns"], rows))
@@ -131,11 +133,11 @@ def check_starts(plan: Mapping[str, Any], only: list[str]) -> None:
     from qformer.errors import UserError
 
     for name, setting in plan["settings"].items():
-        if isinstance(setting, dict) and (not only or name in only):
+        start = setting.get("start_from") if isinstance(setting, dict) else None
+        if start is not None and (not only or name in only):
             try:
-                find_artefact(setting["start_from"])
+                find_artefact(start)
             except UserError as error:
-                start = setting["start_from"]
                 raise UserError(f"'{name}' starts from {start}, which is no adapter; train it first") from error
 
 

@@ -1,4 +1,4 @@
-"""Make the photo adapter that ships: the first stage, four runs of the second, its scores, adapters/shipped/photo.
+"""Make the photo adapter that ships: the first stage, five runs of the second, its scores, adapters/shipped/photo.
 
     .venv/bin/python scripts/make_photo.py DATA
 
@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs")
 STAGE1, STAGE2, MORE = RUNS / "photo_stage1", RUNS / "photo_stage2", RUNS / "photo_more"
-ASKED, REWARDED = RUNS / "photo_asked", RUNS / "photo_rewarded"
+ASKED, VIEWED, REWARDED = RUNS / "photo_asked", RUNS / "photo_viewed", RUNS / "photo_rewarded"
 MADE = RUNS / "photo_questions"
 FLICKR = "Flickr8k (Hodosh et al. 2013) - non-commercial research"
 ADDED_TERMS = (  # by stage 2; it inherits the first stage's
@@ -93,12 +93,27 @@ RUNS_OF_STAGE2 = (
         (*AGAIN, "train.seed=2", "train.epochs=0.5", "bridge.patch_dropout=0.5", "bridge.dropout=0.2"),
         replace(VALIDATION, made=100),
     ),
+    # everything once more, on parts of each picture and mirrored ones
+    Run(
+        VIEWED,
+        ASKED,
+        Mixture(chinese=800, made=6000, reasons=200),
+        (
+            *AGAIN,
+            "train.seed=4",
+            "train.epochs=0.8",
+            "train.text_side_every=12",
+            "data.views=3",
+            "bridge.patch_dropout=0.2",
+        ),
+        replace(VALIDATION, made=100),
+    ),
     # captions by what they are worth, and a little of the rest
     Run(
         REWARDED,
-        ASKED,
+        VIEWED,
         Mixture(chinese=400, made=3000, reasons=150, repeat=1),
-        (*BY_REWARD, "train.seed=3"),
+        (*BY_REWARD, "train.seed=3", "data.views=3"),
         replace(VALIDATION, made=100),
     ),
 )

@@ -63,13 +63,17 @@ def train(*, offline: bool) -> None:
     """Fine-tune by the quick start's recipe, unless that is done; go on with a run that was stopped."""
     from adapters.checkpoint import find_state
     from adapters.finetune import finetune
-    from adapters.recipe import load_recipe
+    from adapters.recipe import differing_keys, load_recipe
+    from qformer.errors import UserError
 
+    recipe = load_recipe("quickstart")
     if (RUN / "finished").exists():
+        if differing := differing_keys(load_recipe(RUN / "recipe.yaml"), recipe):
+            raise UserError(f"{RUN} was trained with another {', '.join(differing[:3])}; move the folder away")
         print(f"{RUN}: trained already", file=sys.stderr)
         return
     resume = find_state(RUN / "state") is not None
-    result = finetune(load_recipe("quickstart"), RUN, resume=resume, offline=offline)
+    result = finetune(recipe, RUN, resume=resume, offline=offline)
     if not result.finished:
         raise KeyboardInterrupt
     (RUN / "finished").touch()

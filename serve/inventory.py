@@ -23,8 +23,8 @@ def list_models() -> dict[str, Any]:
 
     Returns:
         `cache` (the cache folder); `frozen`: what the recipes' frozen parts and packaged data are, each with name,
-        what, size, licence, cached and path; `recipes`: name, task, description, image encoders, language model,
-        needs and path; `adapters`: names of the shipped ones.
+        what, size, licence, cached and path; `recipes`: name, command, task, description, image encoders, language
+        model, needs and path; `adapters`: names of the shipped ones.
     """
     return {
         "cache": str(cache_root()),
@@ -40,11 +40,14 @@ def describe_models(found: Mapping[str, Any]) -> str:
         (entry["name"], entry["what"], entry["size"], entry["licence"], "here" if entry["cached"] else "to be fetched")
         for entry in found["frozen"]
     ]
-    recipes = [(entry["name"], entry["task"], entry["needs"], entry["description"]) for entry in found["recipes"]]
+    recipes = [
+        (entry["name"], entry["command"], entry["task"], entry["needs"], entry["description"])
+        for entry in found["recipes"]
+    ]
     lines = [f"Frozen models and data (kept in {found['cache']}, hub models in the hub's cache)"]
     lines += _table(("name", "what", "size", "licence", "state"), frozen)
-    lines += ["", "Recipes: querybridge finetune NAME --set data.train=FILE"]
-    lines += _table(("name", "task", "needs", "description"), recipes)
+    lines += ["", "Recipes: querybridge COMMAND NAME --set data.train=FILE"]
+    lines += _table(("name", "command", "task", "needs", "description"), recipes)
     lines += ["", "Shipped adapters: --adapter NAME"]
     lines += [f"  {name}" for name in found["adapters"]] or ["  none with this version; train one with a recipe"]
     return "\n".join(lines)
@@ -92,6 +95,7 @@ def _recipe(name: str, path: Path) -> dict[str, Any]:
     gpu = _GPU.search(" ".join(comments))
     return {
         "name": name,
+        "command": _command(name, comments),
         "task": recipe.task,
         "description": recipe.description or (comments[0] if comments else ""),
         "image_encoders": [tower.source for tower in recipe.vision.towers],
@@ -99,6 +103,15 @@ def _recipe(name: str, path: Path) -> dict[str, Any]:
         "needs": f"a {gpu[1]} GB GPU" if gpu else "a CPU",
         "path": str(path),
     }
+
+
+def _command(name: str, comments: Sequence[str]) -> str:
+    """How a recipe is run, from the command that its header gives; "finetune" where that names it otherwise."""
+    for line in comments:
+        words = line.split()
+        if words[:1] == ["querybridge"] and name in words and "--stage" in words:
+            return f"{words[1]} --stage {words[words.index('--stage') + 1]}"
+    return "finetune"
 
 
 def _header(path: Path) -> list[str]:

@@ -14,6 +14,7 @@ from tiny import draw_data
 
 from adapters.data.examples import Example
 from adapters.data.readers import read_data
+from qformer.errors import UserError
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def test_a_stopped_training_goes_on_and_a_finished_one_is_left_alone(
         def run(recipe: Any, out: Path, *, resume: bool, offline: bool) -> Any:
             calls.append(resume)
             assert recipe == load_recipe("quickstart") and out == quickstart.RUN
+            (out / "recipe.yaml").write_text(recipe.dump())
             (out / "state").mkdir(exist_ok=True)
             (out / "state" / "position.json").write_text("{}")
             return SimpleNamespace(finished=finished)
@@ -76,6 +78,10 @@ def test_a_stopped_training_goes_on_and_a_finished_one_is_left_alone(
     quickstart.train(offline=True)
     quickstart.train(offline=True)
     assert calls == [False, True]
+    older = load_recipe("quickstart", ["train.align_steps=250"])
+    (quickstart.RUN / "recipe.yaml").write_text(older.dump())
+    with pytest.raises(UserError, match=r"was trained with another train\.align_steps; move the folder away"):
+        quickstart.train(offline=True)
 
 
 @pytest.mark.usefixtures("own_data")

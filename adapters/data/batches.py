@@ -118,7 +118,7 @@ def tokenise(
             questions = [Question(prompt.own, counted, example.question)]
         key = (*(image.digest() for image in example.images), prompt.shared, example.turn)
         grouped.setdefault(key, (example.images, prompt.shared, []))[2].extend(questions)
-        if names_a_side((example.question, example.context, *example.choices, *answers)):
+        if names_a_side((example.question, example.context, example.rationale, *example.choices, *answers)):
             sided.add(key)
     return [
         Picture(images, shared, tuple(questions), key in sided) for key, (images, shared, questions) in grouped.items()
@@ -230,9 +230,7 @@ def _rows(picture: Picture, rng: random.Random | None, row_tokens: int, views: i
         if rows and len(longer := replace(rows[-1], branches=(*rows[-1].branches, branch))) <= row_tokens:
             rows[-1] = longer
         else:
-            images = picture.images
-            if rng is not None:
-                images = tuple(draw_view(image, views, rng, sided=picture.sided) for image in images)
+            images = picture.images if rng is None else draw_view(picture.images, views, rng, sided=picture.sided)
             rows.append(Row(images, picture.shared, (branch,)))
     return rows
 

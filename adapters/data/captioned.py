@@ -43,13 +43,22 @@ def captioned(examples: Sequence[Example]) -> list[Captioned]:
     return [Captioned(images[digest], tuple(texts)) for digest, texts in captions.items()]
 
 
-def draw(picture: Captioned, captions: int, rng: random.Random, *, views: int = 1) -> tuple[Captioned, list[str]]:
-    """One of a picture's views, and so many of its captions in chance order; all come before one comes twice."""
+def draw_captions(picture: Captioned, count: int, rng: random.Random) -> list[str]:
+    """`count` captions of a picture in chance order; all come before one comes twice."""
     drawn: list[str] = []
-    while len(drawn) < captions:
+    while len(drawn) < count:
         drawn += rng.sample(picture.captions, len(picture.captions))
-    drawn = drawn[:captions]
-    return replace(picture, image=draw_view(picture.image, views, rng, sided=names_a_side(drawn))), drawn
+    return drawn[:count]
+
+
+def draw_batch(pictures: Sequence[Captioned], captions: int, rng: random.Random, *, views: int = 1) -> Batch:
+    """So many captions of each picture, and one of its views."""
+    batch: Batch = []
+    for picture in pictures:
+        drawn = draw_captions(picture, captions, rng)
+        (view,) = draw_view((picture.image,), views, rng, sided=names_a_side(picture.captions))
+        batch.append((replace(picture, image=view), drawn))
+    return batch
 
 
 def image_numbers(batch: Batch) -> torch.Tensor:

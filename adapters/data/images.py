@@ -12,7 +12,7 @@ import hashlib
 import io
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from adapters.data.views import cut_view
 from qformer.errors import UserError
 
 MAX_PIXELS = 64 * 2**20
@@ -65,7 +66,7 @@ class ImageRef:
         path: the file, or None where `data` holds the picture.
         data: the encoded bytes (PNG, JPEG, …), or None where `path` names the file.
         where: the file and row that first named it, for messages; two references are equal without it.
-        view: 0 is the picture itself; for others see `adapters.data.views`.
+        view: 0 is the picture itself; others show a part of it (`adapters.data.views`) when they are opened.
     """
 
     label: str
@@ -99,6 +100,14 @@ class ImageRef:
     def content_digest(self) -> str:
         """Return the SHA-256 of the bytes in hex; a file is read once, then the value is remembered."""
         return self._content_digest
+
+    def seen_as(self, view: int) -> ImageRef:
+        """Another view of the same picture; its bytes are not read again to know it."""
+        if view == self.view:
+            return self
+        other = replace(self, view=view)
+        other.__dict__["_content_digest"] = self._content_digest
+        return other
 
     @cached_property
     def _digest(self) -> str:
@@ -197,9 +206,10 @@ def open_image(source: ImageRef | Path | str | bytes | Image.Image, *, where: st
     elif isinstance(source, Path):
         ref = ImageRef(str(source), path=source, where=where)
     else:
-        ref = source if not where else ImageRef(source.label, source.path, source.data, where)
+        ref = replace(source, where=where) if where else source
     with io.BytesIO(ref.data) if ref.data is not None else ref._open() as file:
-        return _finish(_open_header(file, _subject(ref)), _subject(ref), file)
+        picture = _finish(_open_header(file, _subject(ref)), _subject(ref), file)
+    return cut_view(picture, ref.content_digest(), ref.view) if ref.view else picture
 
 
 def _open_header(file: BinaryIO, subject: str) -> Image.Image:

@@ -11,35 +11,39 @@ import math
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from adapters.data.images import ImageRef
+if TYPE_CHECKING:
+    from adapters.data.images import ImageRef  # which cuts the views it opens
 
 _AREA = (0.5, 1.0)  # of the picture
 _ASPECT = (3 / 4, 4 / 3)  # of the part's width to its height, beside the picture's own
-_SIDES = re.compile(r"\b(left|right)\b|[左右]", re.IGNORECASE)
+_SIDES = re.compile(r"(?<![a-z])(left|right)(most|-?hand(ed)?|wards?)?(?![a-z])|[左右]", re.IGNORECASE)
 
 
-def all_views(image: ImageRef, views: int) -> list[ImageRef]:
-    """A picture itself and its `views` - 1 other views."""
-    return [image, *(replace(image, view=number) for number in range(1, views))]
+def all_views(images: Iterable[ImageRef], views: int) -> list[ImageRef]:
+    """Each distinct picture itself and its `views` - 1 other views."""
+    distinct = {image.digest(): image for image in images}
+    return [image.seen_as(number) for image in distinct.values() for number in range(views)]
 
 
-def draw_view(image: ImageRef, views: int, rng: random.Random, *, sided: bool = False) -> ImageRef:
-    """One of `views` views of a picture, each as likely.
+def draw_view(
+    images: tuple[ImageRef, ...], views: int, rng: random.Random, *, sided: bool = False
+) -> tuple[ImageRef, ...]:
+    """One of a picture's `views` views, each as likely. Several pictures stay as they are: they are to be compared.
 
     Args:
-        image: the picture itself.
+        images: what one question is about.
         views: how many there are, with the picture itself; 1 draws nothing.
         rng: draws.
         sided: what is said of the picture names a side, so it is not mirrored.
     """
-    if views == 1:
-        return image
+    if views == 1 or len(images) != 1:
+        return images
     number = rng.choice([number for number in range(views) if not (sided and _is_mirrored(number))])
-    return replace(image, view=number) if number else image
+    return (images[0].seen_as(number),)
 
 
 def names_a_side(texts: Iterable[str]) -> bool:
@@ -47,14 +51,17 @@ def names_a_side(texts: Iterable[str]) -> bool:
     return any(_SIDES.search(text) for text in texts)
 
 
-def cut_view(picture: Image.Image, ref: ImageRef) -> Image.Image:
-    """The part of a decoded picture that a reference's view shows; the picture itself for view 0.
+def cut_view(picture: Image.Image, digest: str, view: int) -> Image.Image:
+    """The part of a decoded picture that a view shows; the picture itself for view 0.
 
-    It hangs on the picture's bytes and the view's number alone, so every run and process cuts the same.
+    Args:
+        picture: the whole.
+        digest: of the picture's bytes. Part and mirroring hang on it and on the number alone.
+        view: its number.
     """
-    if not ref.view:
+    if not view:
         return picture
-    rng = random.Random(f"{ref.content_digest()}:{ref.view}")
+    rng = random.Random(f"{digest}:{view}")
     width, height = picture.size
     share = rng.uniform(*_AREA)
     aspect = math.exp(rng.uniform(*map(math.log, _ASPECT)))
@@ -62,7 +69,7 @@ def cut_view(picture: Image.Image, ref: ImageRef) -> Image.Image:
     high = max(1, min(height, round(height * math.sqrt(share / aspect))))
     left, top = rng.randint(0, width - wide), rng.randint(0, height - high)
     part = picture.crop((left, top, left + wide, top + high))
-    return ImageOps.mirror(part) if _is_mirrored(ref.view) else part
+    return ImageOps.mirror(part) if _is_mirrored(view) else part
 
 
 def _is_mirrored(number: int) -> bool:

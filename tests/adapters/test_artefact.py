@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import draw_data, tiny_values
+from tiny import draw_data, save_tiny_efficientnet, tiny_values
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from adapters.artefact import (
@@ -28,8 +28,11 @@ from adapters.artefact import (
 )
 from adapters.assembly import Assembly, assemble
 from adapters.recipe import parse_recipe
+from adapters.starting import start_from_artefact
 from qformer.config import BridgeConfig
+from qformer.difference import save_difference
 from qformer.errors import UserError
+from qformer.vision import load_image_encoder
 
 pytestmark = pytest.mark.usefixtures("cache_here")
 
@@ -216,3 +219,33 @@ def test_what_ships_has_its_figures_and_no_folders_of_the_machine(assembly: Asse
     loaded, _ = load_artefact(folder, dtype="float32")
     for name, tensor in trained_state(loaded.parts()).items():
         assert torch.equal(tensor, trained_state(assembly.parts())[name].bfloat16().float()), name
+
+
+def test_a_tower_of_one_s_own_goes_with_the_artefact(
+    language_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is trained with a relative name, from one folder, and read from another, where that name is nothing."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    tower = save_tiny_efficientnet(tmp_path / "tower")
+    plain, changed = (load_image_encoder(str(tower), layer=-1) for _ in range(2))
+    with torch.no_grad():
+        next(changed.model.parameters()).add_(0.5)
+    save_difference(tmp_path / "here" / "my_tower", changed.model, plain.model, {"base": plain.weights})
+    values: Any = tiny_values(tower, language_folders["llama"], draw_data(tmp_path / "data"))
+    values["vision"] = {"towers": [{"source": str(tower), "layer": -1, "difference": "my_tower"}]}
+    monkeypatch.chdir(tmp_path / "here")
+    made = assemble(parse_recipe(values, "test"), dtype="float32")
+    save_artefact(tmp_path / "here" / "artefact", made, Facts(made.fingerprints))
+    shutil.move(tmp_path / "here" / "artefact", tmp_path / "there" / "artefact")
+    shutil.rmtree(tmp_path / "here" / "my_tower")
+    monkeypatch.chdir(tmp_path / "there")
+    again, _ = load_artefact("artefact", dtype="float32")
+    assert again.fingerprints == made.fingerprints
+    start = again.recipe.vision.towers[0].difference
+    assert start is not None and Path(start) == tmp_path / "there" / "artefact" / "towers" / "0"
+    save_artefact(tmp_path / "there" / "artefact", again, Facts(again.fingerprints))  # over what it was read from
+    third, _ = load_artefact("artefact", dtype="float32")
+    assert start_from_artefact(third, "artefact") == []  # the same tower under another name
+    publish(tmp_path / "there" / "artefact", tmp_path / "published", {})
+    assert str(tmp_path) not in (tmp_path / "published" / "recipe.yaml").read_text().replace(str(tower), "")

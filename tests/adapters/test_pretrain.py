@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import draw_captions, save_tiny_bert, tiny_values
+from tiny import draw_captions as draw_caption_data
+from tiny import save_tiny_bert, tiny_values
 
 from adapters import pretrain as pretrain_module
 from adapters.artefact import load_artefact, load_sight_artefact, read_facts
 from adapters.assembly import assemble
-from adapters.data.captioned import Captioned, captioned, draw
+from adapters.data.captioned import Captioned, captioned, draw_captions
 from adapters.data.readers import read_data
 from adapters.finetune import finetune
 from adapters.pretrain import pretrain
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("cache_here")
 @pytest.fixture
 def recipe_of(vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path) -> Any:
     def make(dropout: float = 0.1, text_branch: bool = True, **train: object) -> Recipe:
-        data = draw_captions(tmp_path / "data")
+        data = draw_caption_data(tmp_path / "data")
         settings = {"batch_size": 4, "captions": 2, **train}
         values: Any = tiny_values(vision_folder, language_folders["llama"], data, **settings)
         values["task"] = "caption"
@@ -155,17 +156,17 @@ def test_words_are_named_first_where_the_projection_is_fresh(
 
 
 def test_captions_are_drawn_all_before_one_comes_twice(tmp_path: Path) -> None:
-    data = read_data(draw_captions(tmp_path))
+    data = read_data(draw_caption_data(tmp_path))
     picture = captioned(data.examples)[0]
     assert len(captioned(data.examples)) == 12
     for count in (1, 2, 3, 5):
-        _, drawn = draw(picture, count, random.Random(0))
+        drawn = draw_captions(picture, count, random.Random(0))
         assert len(drawn) == count
         assert set(drawn[:2]) <= set(picture.captions) and len(set(drawn[:2])) == min(count, 2)
 
 
 def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
-    draw_captions(tmp_path)
+    draw_caption_data(tmp_path)
     rows = [{"image": "red0.png", "caption": text} for text in ("one", "two")] + [{"image": "red1.png", "caption": "x"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     joined = captioned(read_data(tmp_path / "rows.jsonl").examples)
@@ -176,6 +177,10 @@ def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
 def test_mistakes_are_one_clear_line(recipe_of: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bridge\.text_branch=true"):
         run(recipe_of(text_branch=False), tmp_path / "run")
+    with pytest.raises(UserError, match=r"train\.compile: .*set it to false"):
+        run(recipe_of(compile=True), tmp_path / "run")
+    with pytest.raises(UserError, match=r"train\.contrastive_steps=2: .*pretrain RECIPE --stage 1"):
+        finetune(recipe_of(contrastive_steps=2), tmp_path / "run")
     with pytest.raises(UserError, match=r"learning_rate"):
         run(recipe_of(max_steps=9, learning_rate=1e30, clip_norm=1e30, warmup_steps=0), tmp_path / "nan")
 

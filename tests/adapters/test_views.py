@@ -6,16 +6,21 @@ import io
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from fake_encoder import picture
 from PIL import Image
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from adapters.data.batches import Picture, Question, plan_epoch, plan_validation
-from adapters.data.captioned import Captioned, draw, image_numbers
+from adapters.data.batches import Picture, Question, plan_epoch, plan_validation, tokenise
+from adapters.data.captioned import Captioned, draw_batch, image_numbers
+from adapters.data.examples import DataSet, Example
 from adapters.data.images import ImageRef, open_image
+from adapters.data.prompts import PromptBuilder
 from adapters.data.views import all_views, cut_view, draw_view, names_a_side
 from adapters.prefetch import decoded_batches
 
@@ -37,21 +42,20 @@ def pixels_of(image: Image.Image) -> Tensor:
 def test_a_view_is_a_part_of_the_picture_and_every_second_one_is_mirrored() -> None:
     image = slope()
     whole = open_image(image)
-    assert cut_view(whole, image) is whole
+    assert cut_view(whole, image.digest(), 0) is whole
     shares = []
-    for ref in all_views(image, 9)[1:]:
-        red, green, _ = pixels_of(cut_view(whole, ref))
+    for ref in all_views([image], 9)[1:]:
+        red, green, _ = pixels_of(open_image(ref))
         steps = red.diff(dim=1).unique().tolist()
         assert steps == ([-1] if ref.view % 2 == 0 else [1])
         assert green.diff(dim=0).unique().tolist() == [1]
         shares.append(red.numel() / (200 * 120))
-        again = cut_view(whole, ref)
-        assert again.tobytes() == cut_view(whole, replace(ref, label="other")).tobytes()
+        assert open_image(ref).tobytes() == cut_view(whole, image.digest(), ref.view).tobytes()
     assert 0.45 < min(shares) < max(shares) <= 1 and len(set(shares)) == 8
 
 
 def test_a_view_has_a_name_of_its_own_and_the_picture_s_content() -> None:
-    views = all_views(picture(3), 5)
+    views = all_views([picture(3), replace(picture(3), label="again")], 5)
     assert len({ref.digest() for ref in views}) == 5
     assert {ref.content_digest() for ref in views} == {picture(3).digest()}
     assert all(len(ref.digest()) == 64 for ref in views)
@@ -61,15 +65,47 @@ def test_a_view_has_a_name_of_its_own_and_the_picture_s_content() -> None:
 
 def test_views_come_as_likely_and_unmirrored_where_a_side_is_named() -> None:
     rng = random.Random(0)
-    drawn = Counter(draw_view(picture(1), 5, rng).view for _ in range(1000))
+    one = (picture(1),)
+    drawn = Counter(draw_view(one, 5, rng)[0].view for _ in range(1000))
     assert set(drawn) == set(range(5)) and min(drawn.values()) > 150
-    assert {draw_view(picture(1), 5, rng, sided=True).view for _ in range(100)} == {0, 1, 3}
-    assert draw_view(picture(1), 1, rng) == picture(1)
+    assert {draw_view(one, 5, rng, sided=True)[0].view for _ in range(100)} == {0, 1, 3}
+    assert draw_view(one, 1, rng) == one
+    two = (picture(1), picture(2))
+    assert all(draw_view(two, 5, rng) == two for _ in range(20))  # before and after: seen alike
+
+
+def test_a_file_is_read_once_for_all_its_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(picture(1).data or b"")
+    opened = []
+    monkeypatch.setattr(ImageRef, "_open", lambda self, was=ImageRef._open: opened.append(self) or was(self))
+    image = ImageRef("a.png", path=path)
+    views = all_views([image] * 3, 4)
+    rng = random.Random(0)
+    views += [draw_view((image,), 4, rng)[0] for _ in range(20)]
+    assert len({ref.digest() for ref in views}) == 4 and len(opened) == 1
 
 
 def test_left_and_right_are_words() -> None:
-    assert names_a_side(["what is Left of the bed?"]) and names_a_side(["a dog", "他的右手"])
-    assert not names_a_side(["a bright cleft", "leftovers"])
+    for text in (
+        "what is Left of the bed?",
+        "他的右手",
+        "the leftmost shape",
+        "left_arrow",
+        "left-handed",
+        "rightwards",
+    ):
+        assert names_a_side(["a dog", text]), text
+    assert not names_a_side(["a bright cleft", "leftovers", "righteous"])
+
+
+def test_reasons_that_name_a_side_keep_a_picture_unmirrored(language_folders: dict[str, Path]) -> None:
+    prompts = PromptBuilder(AutoTokenizer.from_pretrained(language_folders["llama"]), 2, is_encoder_decoder=False)
+    for rationale, sided in (("From left to right: a circle.", True), ("There is a circle.", False)):
+        row = Example((picture(1),), "Is it round?", ("yes",), "row 1", "1", rationale=rationale)
+        data = DataSet("data", "reason", (row,), "")
+        (found,) = tokenise(data, prompts, max_tokens=999, stages=["answer"])
+        assert found.sided is sided
 
 
 def test_an_epoch_s_rows_show_views_and_validation_shows_pictures() -> None:
@@ -89,12 +125,12 @@ def test_an_epoch_s_rows_show_views_and_validation_shows_pictures() -> None:
 def test_the_first_stage_draws_a_view_with_its_captions() -> None:
     rng = random.Random(0)
     plain, sided = Captioned(picture(1), ("a dog", "a cat")), Captioned(picture(1), ("a dog on the left",))
-    assert {draw(plain, 1, rng, views=3)[0].image.view for _ in range(60)} == {0, 1, 2}
-    assert {draw(sided, 1, rng, views=3)[0].image.view for _ in range(60)} == {0, 1}
+    assert {shown.image.view for shown, _ in draw_batch([plain] * 60, 1, rng, views=3)} == {0, 1, 2}
+    assert {shown.image.view for shown, _ in draw_batch([sided] * 60, 1, rng, views=3)} == {0, 1}
 
 
 def test_features_are_made_of_the_view() -> None:
-    refs = all_views(slope(), 3)
+    refs = all_views([slope()], 3)
     size = torch.Size((3, 8, 8))
     ((_, pixels),) = decoded_batches(
         refs, lambda images: torch.stack([pixels_of(image.resize((8, 8))) for image in images]), 3

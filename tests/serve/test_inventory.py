@@ -40,6 +40,13 @@ def test_every_recipe_is_listed_with_what_it_needs() -> None:
     recipes = {item["name"]: item for item in list_models()["recipes"]}
     assert set(recipes) == set(shipped_recipes())
     assert recipes["easy_vqa_cpu"]["needs"] == "a CPU"
+    commands = {name: recipes[name]["command"] for name in ("photo_stage1", "photo_stage2", "scenes_reason")}
+    assert commands == {
+        "photo_stage1": "pretrain --stage 1",
+        "photo_stage2": "pretrain --stage 2",
+        "scenes_reason": "finetune",
+    }
+    assert all(item["description"].rstrip()[-1] in ".)" for item in recipes.values())
     assert recipes["easy_vqa_cpu"]["description"].startswith("Answers questions about the shape")
     assert all("GPU" in item["needs"] for name, item in recipes.items() if name.startswith("gpu_"))
     assert recipes["gpu_blip2_opt"]["language"] == load_recipe("gpu_blip2_opt").language.source
