@@ -35,7 +35,7 @@ from adapters.reporting import Reporter
 from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.self_critical import Critic, check_self_critical, greedy_cider
-from adapters.sight import default_device
+from adapters.sight import check_device, default_device
 from adapters.starting import has_lora, start_from_artefact
 from adapters.stopping import interruptible
 from adapters.text_side import TextSideKeeper, check_keeping
@@ -98,6 +98,7 @@ def finetune(
     if starting is not None:
         begun = find_artefact(starting)  # a mistake here is told before anything is loaded
     place = device or str(accelerator.device)
+    check_device(place)
     if dtype is None:  # a resumed run keeps its own
         four_bit = recipe.language.quantize == "nf4"
         measured_faster = str(default_compute_dtype(place, four_bit=four_bit)).removeprefix("torch.")

@@ -27,7 +27,7 @@ from adapters.reporting import Reporter
 from adapters.retrieval import Retriever
 from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
-from adapters.sight import Sight, default_device, load_sight
+from adapters.sight import Sight, check_device, default_device, load_sight
 from adapters.starting import start_from_artefact
 from adapters.stopping import interruptible
 from adapters.text_side import model_inputs
@@ -86,6 +86,7 @@ def pretrain(
     starting = start_from if state is None else None
     inherited = read_facts(find_artefact(starting)).terms if starting is not None else ()
     place = device or str(accelerator.device)
+    check_device(place)
     compute_dtype = chosen_dtype(dtype or (read_position(state).dtype if state is not None else None))
     compute_dtype = compute_dtype or agreed(default_compute_dtype(place, four_bit=False))
     sight = load_sight(recipe, device=place, offline=offline)

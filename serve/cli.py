@@ -229,10 +229,19 @@ def evaluate(
 
 
 @app.command()
-def models(as_json: JsonOption = False) -> None:
+def models(
+    keys: Annotated[bool, typer.Option("--keys", help="List a recipe's keys instead, as --set takes them.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """List frozen models that need no hub, recipes and adapters, and which are at hand."""
-    from serve.inventory import describe_models, list_models
+    from serve.inventory import describe_models, list_models, list_of_keys
 
+    if keys:
+        from adapters.recipe import describe_keys
+
+        described = describe_keys()
+        report({"keys": described}, as_json, list_of_keys(described))
+        return
     found = list_models()
     report(found, as_json, describe_models(found))
 

@@ -53,6 +53,21 @@ def describe_models(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def list_of_keys(keys: Sequence[Mapping[str, Any]]) -> str:
+    """What `adapters.recipe.describe_keys` gives as a table to read."""
+    rows = [
+        (entry["key"], "" if entry["default"] is None else _as_set(entry["default"]), entry["what"]) for entry in keys
+    ]
+    return "\n".join(_table(("key", "default", "what"), rows))
+
+
+def _as_set(value: object) -> str:
+    """A default as `--set` takes it; nothing where there is none."""
+    if value is None:
+        return ""
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, (tuple, list)) else str(value)
+
+
 def _packaged(name: str) -> dict[str, Any]:
     source, folder = PYPI_SOURCES[name], find_cached(name)
     # a data set is named as `finetune` and `evaluate` take it, with the part to use after the colon

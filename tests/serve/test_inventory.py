@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapters.published import PUBLISHED
-from adapters.recipe import load_recipe, shipped_recipes
+from adapters.recipe import TrainSection, describe_keys, load_recipe, shipped_recipes
 from qformer.sources import PYPI_SOURCES
 from qformer.wheels import MANIFEST, SCHEMA
-from serve.inventory import describe_models, list_models
+from serve.inventory import describe_models, list_models, list_of_keys
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +96,23 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     code = "import sys, serve.inventory as i; i.list_models(); print(*({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_every_key_of_a_recipe_is_listed_and_can_be_set() -> None:
+    keys = {entry["key"]: entry for entry in describe_keys()}
+    shipped = load_recipe("photo_stage2")
+
+    def leaves(values: Any, before: str = "") -> Iterator[str]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{before}{name}.")
+            elif name == "towers":
+                yield from leaves(value[0], f"{before}{name}.0.")
+            else:
+                yield before + name
+
+    assert set(leaves(shipped.model_dump(mode="json"))) == set(keys)
+    assert keys["train.batch_size"]["default"] == TrainSection().batch_size
+    assert all(entry["what"] for key, entry in keys.items() if key.startswith(("vision.", "data.", "bridge.")))
+    table = list_of_keys(list(keys.values()))
+    assert "[rationale, answer]" in table and len(table.splitlines()) == len(keys) + 1
