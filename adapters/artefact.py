@@ -27,15 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapters.assembly import Assembly, assemble
-from adapters.recipe import Recipe, VisionSection, load_recipe, parse_recipe
-from adapters.sight import FrozenModels, Sight, load_sight, own_differences
+from adapters.recipe import Recipe, load_recipe, parse_recipe
+from adapters.sight import FrozenModels, Sight, load_sight
+from adapters.tower_difference import keep_differences
 from qformer.errors import UserError
 from qformer.strict import describe_differences
 
 FORMAT_VERSION = 2  # 2 has the kind
 _BRIDGE = "bridge.safetensors"
 _LORA = "lora"
-_TOWERS = "towers"
 _RECIPE = "recipe.yaml"
 _FACTS = "artefact.json"
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -84,15 +84,23 @@ def adapter_fingerprint(assembly: Assembly) -> str:
 
     Weights count as they are stored, in bfloat16, so it is the same on every device and in every folder.
     """
-    recipe = assembly.recipe.model_dump(mode="json", include={"vision", "bridge", "language", "prompt"})
+    recipe = _described(assembly.recipe, {"vision", "bridge", "language", "prompt"})
     state = trained_state(assembly.parts()) | assembly.model.language.lora_state()
     return _fingerprint_of([recipe, assembly.fingerprints], state)
 
 
 def sight_fingerprint(sight: Sight) -> str:
     """`sha256:…` over what a first stage's embeddings hang on, as `adapter_fingerprint`."""
-    recipe = sight.recipe.model_dump(mode="json", include={"vision", "bridge"})
+    recipe = _described(sight.recipe, {"vision", "bridge"})
     return _fingerprint_of([recipe, sight.fingerprints], trained_state(sight.parts()))
+
+
+def _described(recipe: Recipe, sections: set[str]) -> dict[str, Any]:
+    """Sections of a recipe, without the names of towers' differences: the towers' own fingerprints tell those."""
+    found = recipe.model_dump(mode="json", include=sections)
+    for tower in found["vision"]["towers"]:
+        tower["difference"] = None
+    return found
 
 
 def _fingerprint_of(described: object, state: Mapping[str, Tensor]) -> str:
@@ -123,10 +131,8 @@ def save_artefact(folder: Path, assembly: Assembly | Sight, facts: Facts) -> Non
             _save_lora(building / _LORA, assembly)
         kind: Literal["representation", "language"] = "language" if isinstance(assembly, Assembly) else "representation"
         facts = replace(facts, versions={name: version(name) for name in _LIBRARIES}, kind=kind)
-        own = own_differences(assembly.recipe)
-        for index, difference in own.items():
-            shutil.copytree(difference, building / _TOWERS / str(index))
-        recipe = _with_differences(assembly.recipe, {index: f"{_TOWERS}/{index}" for index in own})
+        sight = assembly.sight if isinstance(assembly, Assembly) else assembly
+        recipe = keep_differences(assembly.recipe, sight.differences, building)
         (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
         (building / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
         (building / "README.md").write_text(write_card(recipe, facts, folder.name), encoding="utf-8")
@@ -151,7 +157,7 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
     """
     from adapters.card import write_card
 
-    facts, recipe = replace(read_facts(source), metrics=dict(metrics)), _without_folders(load_recipe(source / _RECIPE))
+    facts, recipe = replace(read_facts(source), metrics=dict(metrics)), _without_folders(read_recipe(source))
     building = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(building, ignore_errors=True)
@@ -251,19 +257,8 @@ def read_facts(folder: Path) -> Facts:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe an artefact was made by; a tower's difference that lies in the artefact is named where it lies."""
-    recipe = load_recipe(folder / _RECIPE)
-    own = {index: folder / _TOWERS / str(index) for index in range(len(recipe.vision.towers))}
-    return _with_differences(recipe, {index: str(path) for index, path in own.items() if path.is_dir()})
-
-
-def _with_differences(recipe: Recipe, names: Mapping[int, str]) -> Recipe:
-    """The recipe with other names for some towers' differences, by the tower's place."""
-    towers = [
-        tower.model_copy(update={"difference": names.get(index, tower.difference)})
-        for index, tower in enumerate(recipe.vision.towers)
-    ]
-    return recipe.model_copy(update={"vision": VisionSection(towers=tuple(towers))})
+    """The recipe an artefact was made by."""
+    return load_recipe(folder / _RECIPE)
 
 
 def load_artefact(
@@ -294,7 +289,7 @@ def load_artefact(
             f"--adapter {name}: this is the first stage, which can search and classify; no language model can read it"
             f" yet: querybridge pretrain RECIPE --stage 2 --start-from {name}"
         )
-    assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False, frozen=frozen)
+    assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False, frozen=frozen, artefact=folder)
     _check_fingerprints(folder, recipe, facts.fingerprints, assembly.fingerprints)
     load_trained(assembly, folder)
     return assembly, facts
@@ -319,7 +314,7 @@ def load_sight_artefact(
     recipe = read_recipe(folder)
     if need_text and not recipe.bridge.text_branch:
         raise UserError(f"--adapter {name}: it has no text side (bridge.text_branch), so it cannot compare words")
-    sight = load_sight(recipe, device=device, offline=offline)
+    sight = load_sight(recipe, device=device, offline=offline, artefact=folder)
     theirs = {role: value for role, value in facts.fingerprints.items() if role != "language"}
     _check_fingerprints(folder, recipe, theirs, sight.fingerprints)
     load_sight_weights(sight, folder)

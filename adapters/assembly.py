@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,7 @@ def assemble(
     offline: bool = False,
     lora: bool = True,
     frozen: FrozenModels | None = None,
+    artefact: Path | None = None,
 ) -> Assembly:
     """Load the frozen parts a recipe names and build the trainable ones.
 
@@ -94,13 +96,14 @@ def assemble(
         offline: take frozen weights from the cache only.
         lora: put fresh LoRA matrices on the LLM; False where they come from an artefact.
         frozen: models that are loaded already, for an adapter that serves beside others; new ones join them.
+        artefact: the folder that the recipe is from, if it is an artefact's.
 
     Raises:
         UserError: weights cannot be had, or parts do not fit.
     """
     compute_dtype = chosen_dtype(dtype)
     frozen = frozen or FrozenModels()
-    sight = load_sight(recipe, device=device, offline=offline, frozen=frozen)
+    sight = load_sight(recipe, device=device, offline=offline, frozen=frozen, artefact=artefact)
     language_folder = resolve(recipe.language.source, offline=offline)
     key = (recipe.language.source, recipe.language.quantize, compute_dtype, device)
     if key in frozen.languages:

@@ -99,10 +99,11 @@ def finetune(
         begun = find_artefact(starting)  # a mistake here is told before anything is loaded
     place = device or str(accelerator.device)
     check_device(place)
-    if dtype is None:  # a resumed run keeps its own
-        four_bit = recipe.language.quantize == "nf4"
-        measured_faster = str(default_compute_dtype(place, four_bit=four_bit)).removeprefix("torch.")
-        dtype = read_position(state).dtype if state is not None else agreed(measured_faster)
+    if dtype is None and state is not None:
+        dtype = read_position(state).dtype  # a resumed run keeps its own
+    if dtype is None:
+        faster = default_compute_dtype(place, four_bit=recipe.language.quantize == "nf4")
+        dtype = agreed(str(faster).removeprefix("torch."))
     assembly = assemble(
         recipe,
         device=place,
@@ -113,7 +114,7 @@ def finetune(
     position = Position(
         data=train_data.fingerprint,
         dtype=str(assembly.model.language.compute_dtype).removeprefix("torch."),
-        terms=[train_data.terms] if train_data.terms else [],
+        terms=[*([train_data.terms] if train_data.terms else []), *assembly.sight.terms],
     )
     if starting is not None:
         position.started_from = starting

@@ -104,7 +104,7 @@ def pretrain(
     position = Position(
         data=train_data.fingerprint,
         dtype=str(compute_dtype).removeprefix("torch."),
-        terms=[*([train_data.terms] if train_data.terms else []), *inherited],
+        terms=[*([train_data.terms] if train_data.terms else []), *sight.terms, *inherited],
         started_from=starting,
     )
     if state is not None:

@@ -49,7 +49,7 @@ class DataSection(_Section):
     limit: int | None = Field(default=None, ge=1, description="only the first so many training rows, of each file")
     skip_bad_rows: bool = Field(default=False, description="leave bad rows out, count and tell them")
     views: int = Field(
-        default=1, ge=1, le=64, description="of each training picture: itself, parts of it, every second one mirrored"
+        default=1, ge=1, le=64, description="of each training picture: itself, a part, a mirrored part, a part, …"
     )
 
 
@@ -97,9 +97,9 @@ class BridgeSection(_Section):
 class LoraSection(_Section):
     """LoRA on the LLM."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, description="of each patch")
     alpha: int = Field(default=32, ge=1, description="the patches are scaled by alpha / rank")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="in front of the patches")
     targets: str | tuple[str, ...] = Field(default="all-linear", description="names of linear layers, or all of them")
 
 
@@ -108,7 +108,7 @@ class LanguageSection(_Section):
 
     source: str = Field(description="an LLM: pypi:NAME, a hub's name or a folder")
     quantize: Literal["nf4", "none"] = Field(default="nf4", description="4-bit NF4 with double quantisation, or none")
-    lora: LoraSection | None = LoraSection()
+    lora: LoraSection | None = Field(default=LoraSection(), description="null leaves the LLM as it is")
     gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
 
 
@@ -135,9 +135,9 @@ class ReasonSection(_Section):
 class TrainSection(_Section):
     """The loop."""
 
-    seed: int = 0
+    seed: int = Field(default=0, description="of fresh weights and of the order of rows")
     align_steps: int = Field(default=0, ge=0, description="steps of naming words and pairs of words, before the LLM")
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training data, or a part of one")
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, whatever epochs says")
     batch_size: int = Field(default=64, ge=1, description="answers a step (first stage: pictures), over all processes")
     captions: int = Field(default=2, ge=1, description="first stage: captions drawn of each picture of a step")
@@ -159,10 +159,10 @@ class TrainSection(_Section):
     min_learning_rate: float = Field(
         default=0.0, ge=0, description="where the cosine ends, as a share of the peak", le=1
     )
-    warmup_steps: int = Field(default=50, ge=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip_norm: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=50, ge=0, description="from zero to the peak")
+    weight_decay: float = Field(default=0.05, ge=0, description="of matrices; AdamW")
+    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="of AdamW")
+    clip_norm: float = Field(default=1.0, gt=0, description="the largest norm of a step's gradient")
     compile: bool = Field(default=False, description="torch.compile the LLM's blocks; on a CPU that needs g++")
     validate_every: int = Field(default=200, ge=1, description="steps")
     patience: int | None = Field(default=None, ge=1, description="validations without a gain before stopping")
@@ -172,8 +172,10 @@ class TrainSection(_Section):
 class Recipe(_Section):
     """Everything a run depends on."""
 
-    task: Literal["vqa", "caption", "reason", "mixed"] = "vqa"
-    description: str = ""
+    task: Literal["vqa", "caption", "reason", "mixed"] = Field(
+        default="vqa", description="vqa, caption, reason, or mixed where the files or rows say it"
+    )
+    description: str = Field(default="", description="one sentence for lists and pages")
     data: DataSection = DataSection()
     vision: VisionSection
     bridge: BridgeSection = BridgeSection()
@@ -188,16 +190,22 @@ class Recipe(_Section):
 
 
 def describe_keys() -> list[dict[str, Any]]:
-    """All keys of a recipe: `key` (dotted, as `--set` takes it), `default` (None where there is none) and `what`."""
+    """All keys of a recipe: `key` (dotted, as `--set` takes it), `default` (None where there is none) and `what`.
+
+    A key that has to be there says so in `what`.
+    """
 
     def walk(section: type[BaseModel], before: str) -> Iterable[dict[str, Any]]:
         for name, entry in section.model_fields.items():
             inner = _section_of(entry.annotation)
             if inner is not None:
+                if type(None) in get_args(entry.annotation):
+                    yield {"key": before + name, "default": "as below", "what": entry.description or ""}
                 yield from walk(inner, f"{before}{name}.{'0.' if inner is TowerSection else ''}")
                 continue
             default = None if entry.is_required() else entry.default
-            yield {"key": before + name, "default": default, "what": entry.description or ""}
+            needed = "needed; " if entry.is_required() else ""
+            yield {"key": before + name, "default": default, "what": f"{needed}{entry.description or ''}"}
 
     return list(walk(Recipe, ""))
 

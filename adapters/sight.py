@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adapters.data.images import ImageRef
 from adapters.features import FeatureCache
 from adapters.recipe import BridgeSection, Recipe
+from adapters.tower_difference import TowerDifference, read_difference
 from qformer.bridge import QFormer
 from qformer.config import BridgeConfig
 from qformer.errors import UserError
@@ -29,7 +30,6 @@ from qformer.simple_bridges import SimpleBridge, vectors_of
 from qformer.sources import fingerprint, resolve
 from qformer.vision import FeatureNorm, ImageEncoder, load_image_encoder
 
-_SHIPPED_TOWERS = Path(__file__).parent / "shipped" / "towers"
 MAX_INSTRUCTION = 128  # tokens of an instruction that the bridge reads, as in InstructBLIP
 MAX_TEXT = 32  # tokens of a caption in the first stage, as in BLIP-2
 # What stands in place of [CLS] where the bridge writes. BLIP-2 adds [DEC] to BERT's words; a table that stays frozen
@@ -79,6 +79,7 @@ class Sight:
         heads: of the first stage's objectives, where the bridge has a text branch.
         tokenizer: the bridge's own, where it reads text.
         fingerprints: of the frozen weights, by role: "vision.0", "bridge.start".
+        differences: what was added to towers' weights, by the tower's place.
     """
 
     recipe: Recipe
@@ -89,6 +90,12 @@ class Sight:
     heads: Heads | None
     tokenizer: BridgeTokenizer | None
     fingerprints: dict[str, str]
+    differences: dict[int, TowerDifference]
+
+    @property
+    def terms(self) -> list[str]:
+        """Of the pictures that its towers were trained further on; what is trained behind them inherits them."""
+        return [difference.terms for difference in self.differences.values() if difference.terms]
 
     def features(self, images: Sequence[ImageRef]) -> list[Tensor]:
         """Features of pictures, one tensor [B, P, D] a tower, from the cache where it has them."""
@@ -126,7 +133,12 @@ class FrozenModels:
 
 
 def load_sight(
-    recipe: Recipe, *, device: str = "cpu", offline: bool = False, frozen: FrozenModels | None = None
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    offline: bool = False,
+    frozen: FrozenModels | None = None,
+    artefact: Path | None = None,
 ) -> Sight:
     """Load the towers a recipe names and build norm, bridge and heads, with fresh weights drawn from the recipe's seed.
 
@@ -135,6 +147,7 @@ def load_sight(
         device: where it runs.
         offline: take frozen weights from the cache only.
         frozen: towers that are loaded already; new ones join them.
+        artefact: the folder that the recipe is from, if it is an artefact's.
 
     Raises:
         UserError: weights cannot be had, or parts do not fit.
@@ -144,15 +157,23 @@ def load_sight(
     fingerprints: dict[str, str] = {}
     frozen = frozen or FrozenModels()
     towers: list[tuple[ImageEncoder, FeatureCache]] = []
+    differences: dict[int, TowerDifference] = {}
     for index, tower in enumerate(recipe.vision.towers):
-        key = (*tower.model_dump().values(), device)
+        if tower.difference is not None:
+            differences[index] = read_difference(tower.difference, artefact)
+        added = differences.get(index)
+        key = (
+            *tower.model_dump(exclude={"difference"}).values(),
+            added.digest() if added is not None else None,
+            device,
+        )
         if key not in frozen.towers:
             encoder = load_image_encoder(
                 tower.source,
                 layer=tower.layer,
                 class_token=tower.class_token,
                 image_size=tower.image_size,
-                difference=find_difference(tower.difference) if tower.difference else None,
+                difference=added.folder if added is not None else None,
                 device=device,
                 dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
                 offline=offline,
@@ -166,30 +187,8 @@ def load_sight(
     bridge = build_bridge(recipe.bridge, feature_norm)
     tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
     heads = Heads(bridge.config).to(device) if recipe.bridge.text_branch else None
-    return Sight(recipe, encoders, caches, feature_norm.to(device), bridge.to(device), heads, tokenizer, fingerprints)
-
-
-def find_difference(name: str) -> Path:
-    """The folder of a tower's difference: one that ships, by its name, or any other.
-
-    Raises:
-        UserError: there is none.
-    """
-    for folder in (_SHIPPED_TOWERS / name, Path(name).expanduser()):
-        if (folder / "difference.json").is_file():
-            return folder
-    shipped = sorted(path.parent.name for path in _SHIPPED_TOWERS.glob("*/difference.json"))
-    raise UserError(f"vision.towers.difference: no folder '{name}', and none of that name ships ({', '.join(shipped)})")
-
-
-def own_differences(recipe: Recipe) -> dict[int, Path]:
-    """The folders of towers' differences that do not ship with the package, by the tower's place."""
-    found = {
-        index: find_difference(tower.difference)
-        for index, tower in enumerate(recipe.vision.towers)
-        if tower.difference is not None
-    }
-    return {index: folder for index, folder in found.items() if folder.parent != _SHIPPED_TOWERS}
+    feature_norm, bridge = feature_norm.to(device), bridge.to(device)
+    return Sight(recipe, encoders, caches, feature_norm, bridge, heads, tokenizer, fingerprints, differences)
 
 
 def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:

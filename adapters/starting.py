@@ -9,6 +9,7 @@ from adapters.artefact import find_artefact, load_sight_weights, load_trained, r
 from adapters.assembly import Assembly
 from adapters.recipe import BridgeSection, TowerSection, VisionSection
 from adapters.sight import Sight
+from adapters.tower_difference import read_difference
 from qformer.errors import UserError
 
 
@@ -83,6 +84,11 @@ def sections_of(name: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there is no such adapter.
     """
-    recipe = read_recipe(find_artefact(name)).model_dump(mode="json")
+    folder = find_artefact(name)
+    recipe = read_recipe(folder).model_dump(mode="json")
+    for tower in recipe["vision"]["towers"]:
+        if tower["difference"] is not None:
+            found = read_difference(tower["difference"], folder)
+            tower["difference"] = tower["difference"] if found.ships else str(found.folder)
     recipe["bridge"] |= {"text_branch": False, "patch_dropout": 0.0}
     return {key: recipe[key] for key in ("vision", "bridge", "language", "prompt")}

@@ -51,11 +51,14 @@ def main() -> int:
     hush_libraries()
     try:
         plan = yaml.safe_load(options.comparison.read_text(encoding="utf-8"))
-        seeds = [int(seed) for seed in options.seeds.split(",")]
     except OSError as error:
         parser.error(f"{options.comparison}: cannot be read ({error.strerror})")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"{options.comparison}: this is not YAML ({getattr(error, 'problem', None) or error})")
+    if not isinstance(plan, dict):
+        parser.error(f"{options.comparison}: a comparison is a mapping of recipe, stage, columns and settings")
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {options.seeds}: write whole numbers with commas between them")
     for key in ("recipe", "stage", "columns", "settings"):
@@ -73,7 +76,9 @@ def main() -> int:
     for name, setting in plan["settings"].items():
         if options.only and name not in options.only:
             continue
-        own, start = (setting["set"], setting.get("start_from")) if isinstance(setting, dict) else (setting, None)
+        own, start = (
+            (setting.get("set", []), setting.get("start_from")) if isinstance(setting, dict) else (setting, None)
+        )
         every = [*plan.get("common", []), *own, *options.set]
         rows[name] = [train(plan, every, options.out / folder_of(name, seed), seed, start) for seed in seeds]
     print(table(plan["columns"], rows))

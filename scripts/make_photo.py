@@ -173,9 +173,10 @@ def train(run: Callable[..., Any], recipe: str, out: Path, overrides: list[str],
     from qformer.errors import UserError
 
     wanted = load_recipe(recipe, overrides)
+    stands = out / "recipe.yaml"
+    if stands.exists() and (differing := differing_keys(load_recipe(stands), wanted)):
+        raise UserError(f"{out} was trained with another {', '.join(differing[:3])}; move the folder away")
     if (out / "finished").exists():
-        if differing := differing_keys(load_recipe(out / "recipe.yaml"), wanted):
-            raise UserError(f"{out} was trained with another {', '.join(differing[:3])}; move the folder away")
         return
     resume = find_state(out / "state") is not None
     result = run(wanted, out, resume=resume, **({} if resume else options))

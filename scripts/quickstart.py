@@ -67,9 +67,10 @@ def train(*, offline: bool) -> None:
     from qformer.errors import UserError
 
     recipe = load_recipe("quickstart")
+    stands = RUN / "recipe.yaml"
+    if stands.exists() and (differing := differing_keys(load_recipe(stands), recipe)):
+        raise UserError(f"{RUN} was trained with another {', '.join(differing[:3])}; move the folder away")
     if (RUN / "finished").exists():
-        if differing := differing_keys(load_recipe(RUN / "recipe.yaml"), recipe):
-            raise UserError(f"{RUN} was trained with another {', '.join(differing[:3])}; move the folder away")
         print(f"{RUN}: trained already", file=sys.stderr)
         return
     resume = find_state(RUN / "state") is not None

@@ -1,4 +1,4 @@
-"""Other views of a training picture: a part of it, every second one mirrored.
+"""Other views of a training picture: a part, a mirrored part, and so on in turn.
 
 The frozen encoder's features are kept on disk, so a bridge sees the same few thousand inputs again and again, and
 learns them by heart. A handful of views of each picture costs encoding and disk, once. BLIP's pretraining (arXiv
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _AREA = (0.5, 1.0)  # of the picture
 _ASPECT = (3 / 4, 4 / 3)  # of the part's width to its height, beside the picture's own
-_SIDES = re.compile(r"(?<![a-z])(left|right)(most|-?hand(ed)?|wards?)?(?![a-z])|[左右]", re.IGNORECASE)
+_SIDES = re.compile(r"(?<![a-z])(left|right)(most|-?hand(ed)?|wards?)?(?![a-z])|clockwise|[左右]", re.IGNORECASE)
 
 
 def all_views(images: Iterable[ImageRef], views: int) -> list[ImageRef]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from adapters.artefact import (
     Facts,
+    adapter_fingerprint,
     find_artefact,
     load_artefact,
     publish,
@@ -28,7 +29,8 @@ from adapters.artefact import (
 )
 from adapters.assembly import Assembly, assemble
 from adapters.recipe import parse_recipe
-from adapters.starting import start_from_artefact
+from adapters.sight import FrozenModels
+from adapters.starting import sections_of, start_from_artefact
 from qformer.config import BridgeConfig
 from qformer.difference import save_difference
 from qformer.errors import UserError
@@ -231,7 +233,9 @@ def test_a_tower_of_one_s_own_goes_with_the_artefact(
     plain, changed = (load_image_encoder(str(tower), layer=-1) for _ in range(2))
     with torch.no_grad():
         next(changed.model.parameters()).add_(0.5)
-    save_difference(tmp_path / "here" / "my_tower", changed.model, plain.model, {"base": plain.weights})
+    save_difference(
+        tmp_path / "here" / "my_tower", changed.model, plain.model, {"base": plain.weights, "terms": "CC BY"}
+    )
     values: Any = tiny_values(tower, language_folders["llama"], draw_data(tmp_path / "data"))
     values["vision"] = {"towers": [{"source": str(tower), "layer": -1, "difference": "my_tower"}]}
     monkeypatch.chdir(tmp_path / "here")
@@ -240,12 +244,15 @@ def test_a_tower_of_one_s_own_goes_with_the_artefact(
     shutil.move(tmp_path / "here" / "artefact", tmp_path / "there" / "artefact")
     shutil.rmtree(tmp_path / "here" / "my_tower")
     monkeypatch.chdir(tmp_path / "there")
-    again, _ = load_artefact("artefact", dtype="float32")
-    assert again.fingerprints == made.fingerprints
-    start = again.recipe.vision.towers[0].difference
-    assert start is not None and Path(start) == tmp_path / "there" / "artefact" / "towers" / "0"
+    frozen = FrozenModels()
+    again, _ = load_artefact("artefact", dtype="float32", frozen=frozen)
+    assert again.fingerprints == made.fingerprints and again.recipe.vision.towers[0].difference == "towers/0"
+    assert again.sight.terms == ["CC BY"]
     save_artefact(tmp_path / "there" / "artefact", again, Facts(again.fingerprints))  # over what it was read from
-    third, _ = load_artefact("artefact", dtype="float32")
-    assert start_from_artefact(third, "artefact") == []  # the same tower under another name
+    shutil.copytree("artefact", tmp_path / "copy")
+    third, _ = load_artefact(tmp_path / "copy", dtype="float32", frozen=frozen)
+    assert adapter_fingerprint(third) == adapter_fingerprint(again) and len(frozen.towers) == 1
+    assert start_from_artefact(made, "artefact") == []  # the same tower under another name
+    assert sections_of("artefact")["vision"]["towers"][0]["difference"] == str(Path("artefact/towers/0").resolve())
     publish(tmp_path / "there" / "artefact", tmp_path / "published", {})
     assert str(tmp_path) not in (tmp_path / "published" / "recipe.yaml").read_text().replace(str(tower), "")

@@ -12,7 +12,7 @@ from tiny import draw_captions, save_tiny_bert, save_tiny_efficientnet
 from adapters.contrastive import AttentionPool, SentenceEncoder, train_tower
 from adapters.data.readers import read_data
 from adapters.recipe import TowerSection
-from adapters.sight import find_difference
+from adapters.tower_difference import read_difference
 from qformer.errors import UserError
 from qformer.vision import load_image_encoder
 
@@ -38,7 +38,7 @@ def test_it_learns_and_leaves_a_difference(tmp_path: Path, capsys: pytest.Captur
         moved = not torch.equal(tensor, plain.model.state_dict()[name])
         assert moved == start or (start and "depthwise" in name), name  # a channel that never fires learns nothing
     section = TowerSection(source=str(tower), layer=-1, difference=str(out))
-    assert find_difference(section.difference or "") == out
+    assert read_difference(section.difference or "").folder == out
 
 
 def test_the_trunk_and_the_tail_are_the_tower(tmp_path: Path) -> None:
@@ -68,4 +68,4 @@ def test_other_towers_are_refused(vision_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="EfficientNet-Lite"):
         train_tower(data, data, tmp_path / "made", source=str(vision_folder), start=1)
     with pytest.raises(UserError, match="none of that name ships"):
-        find_difference("nothing")
+        read_difference("nothing")
