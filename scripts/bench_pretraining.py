@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", help="a recipe of the first stage: file or shipped name")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's key")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default %(default)s)")
+    parser.add_argument("--dtype", help="float32 or bfloat16; left out, what pretrain takes here")
     parser.add_argument("--steps", type=int, default=9, help="steps that count; two more warm up (default %(default)s)")
     options = parser.parse_args()
     from serve.cli import hush_libraries
@@ -32,16 +32,18 @@ def main() -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from adapters.assembly import DTYPES
+    from adapters.assembly import chosen_dtype
     from adapters.data.captioned import captioned, draw_batch
     from adapters.optimiser import build_optimiser
     from adapters.recipe import load_recipe
     from adapters.run_data import fill_caches, read_split
     from adapters.sight import load_sight
     from adapters.text_side import model_inputs
+    from qformer.precision import default_compute_dtype
 
+    dtype = chosen_dtype(options.dtype) or default_compute_dtype("cpu", four_bit=False)
     recipe = load_recipe(options.recipe, options.set)
-    train, dtype = recipe.train, DTYPES[options.dtype]
+    train = recipe.train
     sight = load_sight(recipe)
     rng = random.Random(0)
     pictures = captioned(read_split(recipe)[0].examples)
@@ -77,7 +79,7 @@ def main() -> int:
         }
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
-    settings = {"recipe": recipe.description, "dtype": options.dtype, "threads": torch.get_num_threads()}
+    settings = {"recipe": recipe.description, "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
     kinds = {"ITC alone": 0} if train.contrastive_steps else {}
     kinds["ITC, ITM and ITG"] = max(1, round(train.pair_share * train.batch_size))
     print(json.dumps(settings | {kind: measure(paired) for kind, paired in kinds.items()}, indent=2))
