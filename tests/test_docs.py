@@ -76,8 +76,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, vision_folder: Path, lan
             finetune(
                 parse_recipe(reasons, "test"), folder / "runs" / name, device="cpu", dtype="float32", quiet=True
             )  # fmt: skip
-        for made, name in (("scenes", "scienceqa"), ("stage1", "scenes_stage1"), ("stage2", "scenes_stage2")):
-            shutil.copytree(folder / "runs" / made, folder / "runs" / name)
+        compared = "encoders/efficientnet-lite2-head-trained-on-captions-0"
+        for made, names in (
+            ("scenes", ["scienceqa"]), ("stage1", ["scenes_stage1", compared]), ("stage2", ["scenes_stage2"]),
+        ):  # fmt: skip
+            for name in names:
+                shutil.copytree(folder / "runs" / made, folder / "runs" / name)
     return folder
 
 
