@@ -76,10 +76,8 @@ def main() -> int:
     for name, setting in plan["settings"].items():
         if options.only and name not in options.only:
             continue
-        own, start = (
-            (setting.get("set", []), setting.get("start_from")) if isinstance(setting, dict) else (setting, None)
-        )
-        every = [*plan.get("common", []), *own, *options.set]
+        given = setting if isinstance(setting, dict) else {"set": setting}
+        every, start = [*plan.get("common", []), *given.get("set", []), *options.set], given.get("start_from")
         rows[name] = [train(plan, every, options.out / folder_of(name, seed), seed, start) for seed in seeds]
     print(table(plan["columns"], rows))
     return 0

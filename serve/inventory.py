@@ -55,9 +55,7 @@ def describe_models(found: Mapping[str, Any]) -> str:
 
 def list_of_keys(keys: Sequence[Mapping[str, Any]]) -> str:
     """What `adapters.recipe.describe_keys` gives as a table to read."""
-    rows = [
-        (entry["key"], "" if entry["default"] is None else _as_set(entry["default"]), entry["what"]) for entry in keys
-    ]
+    rows = [(entry["key"], _as_set(entry["default"]), entry["what"]) for entry in keys]
     return "\n".join(_table(("key", "default", "what"), rows))
 
 
