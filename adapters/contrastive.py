@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.data.captioned import Captioned, captioned, draw_captions
+from adapters.data.captioned import Captioned, captioned, draw_batch
 from adapters.data.readers import read_data
+from adapters.data.views import all_views
 from adapters.evaluation.retrieval import recalls
 from adapters.features import FeatureCache
 from qformer.attention import MultiHeadAttention
@@ -91,6 +92,7 @@ def train_tower(
     start: int = 5,
     epochs: int = 12,
     batch_size: int = 128,
+    views: int = 1,
     learning_rate: float = 2e-4,
     seed: int = 0,
     terms: str | None = None,
@@ -108,6 +110,7 @@ def train_tower(
         start: the last hidden state that stays as published; what comes after it is trained.
         epochs: passes over the pictures, one caption of each a pass; targets are smoothed as in BLIP-2's ITC.
         batch_size: pictures a step, each told from all others.
+        views: of each training picture, as `adapters.data.views` cuts them; 1 is the picture alone.
         learning_rate: of the pool and the projection; the tower's blocks learn at a fifth of it.
         seed: of weights and order.
         terms: of the pictures; kept with the difference.
@@ -120,9 +123,10 @@ def train_tower(
     Raises:
         UserError: the tower is another kind, or data cannot be read.
     """
-    if start < 0 or epochs < 1:
+    if start < 0 or epochs < 1 or views < 1:
         raise UserError(
-            f"start is {start} and epochs {epochs}: count hidden states from 0, and train for one epoch at least"
+            f"start is {start}, epochs {epochs} and views {views}: count hidden states from 0, and train for one epoch"
+            " and in one view at least"
         )
     trunk, whole = (load_image_encoder(source, layer=layer, offline=offline) for layer in (start, -1))
     if not isinstance(whole, EfficientNetLiteEncoder):
@@ -132,7 +136,7 @@ def train_tower(
     pictures = captioned(read_data(train, task="caption", offline=offline).examples)
     held_out = captioned(read_data(val, task="caption", offline=offline).examples)
     cache = FeatureCache(trunk)
-    cache.fill([picture.image for picture in (*pictures, *held_out)])
+    cache.fill([*all_views([p.image for p in pictures], views), *(p.image for p in held_out)])
     sentences = SentenceEncoder(text_source, offline=offline)
     vectors = {text: row for part in (pictures, held_out) for text, row in _embedded(sentences, part)}
     tail = whole.tail(start).requires_grad_(True)
@@ -172,13 +176,15 @@ def train_tower(
         order = rng.sample(pictures, len(pictures))
         summed, began = 0.0, time.monotonic()
         for step in range(steps):
-            batch = order[step * size : (step + 1) * size]
+            batch = draw_batch(order[step * size : (step + 1) * size], 1, rng, views=views)
             done = (epoch * steps + step) / (epochs * steps)
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * min(1.0, done * 20 + 0.05) * 0.5 * (1 + math.cos(math.pi * done))
-            texts = texts_of([draw_captions(picture, 1, rng)[0] for picture in batch])
+            texts = texts_of([text for _, (text,) in batch])
             numbers = torch.arange(len(batch))
-            loss = contrastive_loss(images_of(batch) @ texts.T * scale.exp().clamp(max=100), numbers, numbers)
+            loss = contrastive_loss(
+                images_of([picture for picture, _ in batch]) @ texts.T * scale.exp().clamp(max=100), numbers, numbers
+            )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([*tail.parameters(), *heads], 1.0)

@@ -36,7 +36,7 @@ from adapters.run_data import Result, agreed, fill_caches, note_validation, read
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.self_critical import Critic, check_self_critical, greedy_cider
 from adapters.sight import check_device, default_device
-from adapters.starting import has_lora, start_from_artefact
+from adapters.starting import describe_start, has_lora, start_from_artefact
 from adapters.stopping import interruptible
 from adapters.text_side import TextSideKeeper, check_keeping
 from qformer.compiling import compile_blocks
@@ -120,8 +120,7 @@ def finetune(
         position.started_from = starting
         position.terms += start_from_artefact(assembly, starting)
         if not quiet:
-            terms = "; ".join(read_facts(begun).terms) or "not stated"
-            print(f"starting from {starting}; terms: {terms}", file=sys.stderr)
+            print(describe_start(assembly.sight, starting), file=sys.stderr)
     how: Any = {"max_tokens": train.micro_batch_tokens, "stages": recipe.reason.stages}
     pictures = tokenise(train_data, assembly.prompts, **how)
     row_tokens = train.row_tokens if _packs(assembly) else 0
@@ -133,6 +132,7 @@ def finetune(
     fill_caches(assembly.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
 
     model = assembly.model
+    model.language.label_smoothing = train.label_smoothing
     if state is None and starting is None:
         seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
         model.feature_norm.standardise(assembly.features(spread(seen, 256)))

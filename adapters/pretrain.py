@@ -7,6 +7,7 @@ stage, `adapters.finetune`, starts from it.
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from adapters.retrieval import Retriever
 from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.sight import Sight, check_device, default_device, load_sight
-from adapters.starting import start_from_artefact
+from adapters.starting import describe_start, start_from_artefact
 from adapters.stopping import interruptible
 from adapters.text_side import model_inputs
 from qformer.errors import UserError
@@ -97,6 +98,8 @@ def pretrain(
     fill_caches(sight.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
     if starting is not None:
         start_from_artefact(sight, starting)
+        if main and not quiet:
+            print(describe_start(sight, starting), file=sys.stderr)
     elif state is None:
         sight.feature_norm.standardise(sight.features([picture.image for picture in spread(pictures, 256)]))
     model = sight.representation(compute_dtype)

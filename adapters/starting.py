@@ -17,7 +17,8 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
     """Load an adapter's weights as the start of a run.
 
     From the first stage an Assembly takes norm and bridge, and keeps its own fresh projection and LoRA. The text side
-    is left behind where the run's recipe has none.
+    is left behind where the run's recipe has none. A tower may see through another difference to the same published
+    weights (`other_differences`): the bridge gets used to it.
 
     Args:
         assembly: what is to be trained; without LoRA in place where the adapter brings its own.
@@ -40,8 +41,10 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
     ):
         if differs:
             raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
+    sight = assembly.sight if isinstance(assembly, Assembly) else assembly
+    free = other_differences(sight, name)
     for role, expected in facts.fingerprints.items():
-        if role == "language" and not has_language:
+        if role in free or (role == "language" and not has_language):
             continue
         if role in assembly.fingerprints and assembly.fingerprints[role] != expected:
             raise UserError(f"--start-from {name}: it was trained with other {role} weights than the recipe names")
@@ -49,9 +52,40 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
         assert isinstance(assembly, Assembly)
         load_trained(assembly, folder, drop_text_side=True, lora=theirs.language.lora is not None)
     else:
-        sight = assembly.sight if isinstance(assembly, Assembly) else assembly
         load_sight_weights(sight, folder, drop_text_side=True)
     return list(facts.terms)
+
+
+def other_differences(sight: Sight, name: str) -> list[str]:
+    """The towers, by role, that see through another difference to the published weights than an adapter's do.
+
+    Args:
+        sight: what is to be trained.
+        name: as `adapters.artefact.find_artefact` takes it.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    folder = find_artefact(name)
+    theirs, ours = read_facts(folder).fingerprints, sight.fingerprints
+    found = []
+    for place, tower in enumerate(read_recipe(folder).vision.towers):
+        role = f"vision.{place}"
+        if theirs.get(role) == ours.get(role):
+            continue
+        their_base = theirs.get(role) if tower.difference is None else read_difference(tower.difference, folder).base
+        added = sight.differences.get(place)
+        if their_base is not None and their_base == (ours.get(role) if added is None else added.base):
+            found.append(role)
+    return found
+
+
+def describe_start(sight: Sight, name: str) -> str:
+    """One line for who trains: where the run starts from, the terms it inherits, and towers that see otherwise."""
+    line = f"starting from {name}; terms: {'; '.join(read_facts(find_artefact(name)).terms) or 'not stated'}"
+    if others := other_differences(sight, name):
+        line += f"; {' and '.join(others)} with another difference than its bridge was trained with"
+    return line
 
 
 def _but_differences(vision: VisionSection) -> list[TowerSection]:

@@ -36,11 +36,19 @@ class TowerDifference:
     @property
     def terms(self) -> str | None:
         """The terms of the pictures it was trained on; what sees through it inherits them."""
+        return self._fact("terms")
+
+    @property
+    def base(self) -> str | None:
+        """The fingerprint of the published weights that it is added to."""
+        return self._fact("base")
+
+    def _fact(self, name: str) -> str | None:
         try:
-            terms = json.loads(self.files[_FACTS]).get("terms")
+            fact = json.loads(self.files[_FACTS]).get(name)
         except (ValueError, AttributeError):
             return None
-        return terms if isinstance(terms, str) and terms else None
+        return fact if isinstance(fact, str) and fact else None
 
     def digest(self) -> str:
         """SHA-256 over its files, in hex."""

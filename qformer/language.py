@@ -74,6 +74,7 @@ class LanguageModel(nn.Module):
         self.tokenizer: Any = tokenizer
         self.compute_dtype = compute_dtype
         self.checkpointing = False
+        self.label_smoothing = 0.0  # of training, see `supervised_loss`
         self._lora: str | None = None  # the name PEFT knows this one's matrices by
         self._family: list[LanguageModel] = [self]  # all that stand on the same weights; the first is active
         if self.tokenizer.pad_token_id is None:
@@ -139,7 +140,8 @@ class LanguageModel(nn.Module):
         other = LanguageModel.__new__(LanguageModel)
         nn.Module.__init__(other)
         other.model, other.tokenizer, other.compute_dtype = self.model, self.tokenizer, self.compute_dtype
-        other.checkpointing, other._lora, other._family = False, None, self._family
+        other.checkpointing, other.label_smoothing = False, 0.0
+        other._lora, other._family = None, self._family
         self._family.append(other)
         return other.train(False)
 
@@ -194,13 +196,17 @@ class LanguageModel(nn.Module):
             position_ids: [B, T], needed with a four-dimensional mask.
             weights: as `labels`, what each label's loss counts; left out, 1.
 
+        In training, `label_smoothing` of each target is spread over all tokens (Szegedy et al. 2016, arXiv
+        1512.00567, section 7), but where labels are weighed.
+
         Returns:
             The summed loss (a float32 scalar) and the number of positions it sums over.
         """
         logits, targets = self._supervised(inputs_embeds, attention_mask, labels, position_ids)
         wanted = targets[targets != IGNORED]
         if weights is None:
-            return F.cross_entropy(logits, wanted, reduction="sum"), len(wanted)
+            smoothing = self.label_smoothing if self.training else 0.0
+            return F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=smoothing), len(wanted)
         counted = weights[labels != IGNORED]  # [N]: labels stand one later than their targets, in the same order
         return (F.cross_entropy(logits, wanted, reduction="none") * counted).sum(), len(wanted)
 

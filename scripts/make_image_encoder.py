@@ -24,6 +24,9 @@ def main() -> int:
         "--start", type=int, default=5, help="last hidden state that stays published (default %(default)s)"
     )
     parser.add_argument("--epochs", type=int, default=12, help="passes over the pictures (default %(default)s)")
+    parser.add_argument(
+        "--views", type=int, default=5, help="of each picture: itself, and parts of it, mirrored and not"
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the heads; the blocks learn at a fifth")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     parser.add_argument("--terms", help="what the pictures may be used for; kept with the difference")
@@ -41,6 +44,7 @@ def main() -> int:
         source=options.source,
         start=options.start,
         epochs=options.epochs,
+        views=options.views,
         learning_rate=options.learning_rate,
         seed=options.seed,
         terms=options.terms,

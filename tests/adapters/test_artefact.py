@@ -30,7 +30,7 @@ from adapters.artefact import (
 from adapters.assembly import Assembly, assemble
 from adapters.recipe import parse_recipe
 from adapters.sight import FrozenModels
-from adapters.starting import sections_of, start_from_artefact
+from adapters.starting import describe_start, sections_of, start_from_artefact
 from qformer.config import BridgeConfig
 from qformer.difference import save_difference
 from qformer.errors import UserError
@@ -221,6 +221,50 @@ def test_what_ships_has_its_figures_and_no_folders_of_the_machine(assembly: Asse
     loaded, _ = load_artefact(folder, dtype="float32")
     for name, tensor in trained_state(loaded.parts()).items():
         assert torch.equal(tensor, trained_state(assembly.parts())[name].bfloat16().float()), name
+
+
+def test_a_run_starts_with_another_difference_to_the_same_tower(
+    language_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    towers = [save_tiny_efficientnet(tmp_path / f"tower{seed}", seed) for seed in (0, 1)]
+    for number, source in ((0, 0), (1, 0), (2, 1)):  # two of the first tower, one of the second
+        plain, changed = (load_image_encoder(str(towers[source]), layer=-1) for _ in range(2))
+        with torch.no_grad():
+            next(changed.model.parameters()).add_(0.1 * (number + 1))
+        save_difference(tmp_path / f"difference{number}", changed.model, plain.model, {"base": plain.weights})
+    data = draw_data(tmp_path / "data")
+
+    def made(source: int, difference: int | None) -> Assembly:
+        values: Any = tiny_values(towers[source], language_folders["llama"], data)
+        tower = {"source": str(towers[source]), "layer": -1}
+        tower |= {} if difference is None else {"difference": str(tmp_path / f"difference{difference}")}
+        return assemble(parse_recipe(values | {"vision": {"towers": [tower]}}, "test"), dtype="float32")
+
+    @torch.no_grad()
+    def start(begun: Assembly, run: Assembly) -> str:
+        for parameter in begun.model.bridge.parameters():
+            parameter.add_(0.1)
+        save_artefact(tmp_path / "artefact", begun, Facts(begun.fingerprints, terms=("CC BY",)))
+        assert start_from_artefact(run, str(tmp_path / "artefact")) == ["CC BY"]
+        taken = run.model.bridge.state_dict()
+        assert all(
+            torch.equal(t.bfloat16(), taken[name].bfloat16()) for name, t in begun.model.bridge.named_parameters()
+        )
+        return describe_start(run.sight, str(tmp_path / "artefact"))
+
+    notice = "; vision.0 with another difference"
+    for begun, run in ((0, 1), (None, 1), (0, None)):
+        assert notice in start(made(0, begun), made(0, run))
+    line = start(made(0, 0), made(0, 0))
+    assert notice not in line and line.endswith("terms: CC BY")
+    save_artefact(tmp_path / "artefact", made(1, 2), Facts(made(1, 2).fingerprints))
+    with pytest.raises(UserError, match=r"'vision' differs"):
+        start_from_artefact(made(0, 1), str(tmp_path / "artefact"))
+    shutil.rmtree(towers[1])
+    shutil.copytree(towers[0], towers[1])  # the same name, other weights
+    changed = made(1, None)
+    with pytest.raises(UserError, match=r"other vision\.0 weights"):
+        start_from_artefact(changed, str(tmp_path / "artefact"))
 
 
 def test_a_tower_of_one_s_own_goes_with_the_artefact(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import draw_captions, save_tiny_bert, save_tiny_efficientnet
 
 from adapters.contrastive import AttentionPool, SentenceEncoder, train_tower
+from adapters.data.images import ImageRef
 from adapters.data.readers import read_data
+from adapters.features import FeatureCache
 from adapters.recipe import TowerSection
 from adapters.tower_difference import read_difference
 from qformer.errors import UserError
@@ -39,6 +43,31 @@ def test_it_learns_and_leaves_a_difference(tmp_path: Path, capsys: pytest.Captur
         assert moved == start or (start and "depthwise" in name), name  # a channel that never fires learns nothing
     section = TowerSection(source=str(tower), layer=-1, difference=str(out))
     assert read_difference(section.difference or "").folder == out
+
+
+def test_it_learns_from_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower, bert = save_tiny_efficientnet(tmp_path / "tower"), save_tiny_bert(tmp_path / "bert")
+    data = draw_captions(tmp_path / "data")
+    seen: list[int] = []
+    load = FeatureCache.load
+
+    def noted(cache: FeatureCache, refs: Sequence[ImageRef]) -> torch.Tensor:
+        seen.extend(ref.view for ref in refs)
+        return load(cache, refs)
+
+    monkeypatch.setattr(FeatureCache, "load", noted)
+    train: dict[str, Any] = {
+        "source": str(tower),
+        "text_source": str(bert),
+        "epochs": 3,
+        "batch_size": 12,
+        "quiet": True,
+    }
+    train_tower(data, data, tmp_path / "made", views=3, **train)
+    pictures = len(read_data(data).examples)
+    assert set(seen) == {0, 1, 2} and seen.count(0) > 3 * pictures  # held-out pictures are shown whole, each epoch
+    with pytest.raises(UserError, match="views 0"):
+        train_tower(data, data, tmp_path / "none", views=0, **train)
 
 
 def test_the_trunk_and_the_tail_are_the_tower(tmp_path: Path) -> None:

@@ -52,6 +52,23 @@ def test_causal_loss_is_that_of_transformers(language_folders: dict[str, Path], 
     assert torch.allclose(loss / count, expected, atol=1e-5)
 
 
+def test_labels_are_smoothed_in_training_alone(language_folders: dict[str, Path]) -> None:
+    language = load(language_folders["llama"])
+    ids, mask, labels = batch(language)
+    plain, _ = language.supervised_loss(language.embed(ids), mask, labels)
+    language.label_smoothing = 0.1
+    assert torch.equal(language.eval().supervised_loss(language.embed(ids), mask, labels)[0], plain)
+    smoothed, _ = language.train().supervised_loss(language.embed(ids), mask, labels)
+    reference = AutoModelForCausalLM.from_pretrained(language_folders["llama"]).eval()
+    supervised = labels[:, 1:] != IGNORED
+    log_probs = reference(input_ids=ids, attention_mask=mask).logits[:, :-1][supervised].log_softmax(dim=-1)  # [N, V]
+    expected = 0.9 * plain - 0.1 * log_probs.mean(dim=-1).sum()
+    assert torch.allclose(smoothed, expected, atol=1e-4)
+    weights = torch.ones(labels.shape)  # as rewards are: what they weigh is not spread
+    weighed, _ = language.supervised_loss(language.embed(ids), mask, labels, weights=weights)
+    assert torch.allclose(weighed, plain, atol=1e-5)
+
+
 def test_encoder_decoder_loss_is_that_of_transformers(language_folders: dict[str, Path]) -> None:
     language = load(language_folders["t5"])
     ids, mask, _ = batch(language)
