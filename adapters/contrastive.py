@@ -28,16 +28,24 @@ from qformer.attention import MultiHeadAttention
 from qformer.difference import save_difference
 from qformer.errors import UserError
 from qformer.objectives import EMBEDDING_WIDTH, contrastive_loss
+from qformer.precision import default_compute_dtype
 from qformer.sources import resolve
 from qformer.towers import EfficientNetLiteEncoder
 from qformer.vision import load_image_encoder
 
 
 class AttentionPool(nn.Module):
-    """The mean of all places looks at them once more, as in CLIP's convolutional towers (section 2.4)."""
+    """The mean of all places looks at them once more, as in CLIP's convolutional towers (section 2.4).
 
-    def __init__(self, width: int, heads: int = 8) -> None:
+    Args:
+        width: D, of the features.
+        heads: of the attention, which divide D.
+        compute_dtype: of the attention; bfloat16 runs it under autocast. What is compared is float32.
+    """
+
+    def __init__(self, width: int, heads: int = 8, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.compute_dtype = compute_dtype
         self.norm = nn.LayerNorm(width)
         self.attention = MultiHeadAttention(width, heads)
         self.project = nn.Linear(width, EMBEDDING_WIDTH)
@@ -46,8 +54,10 @@ class AttentionPool(nn.Module):
         """Features [B, P, D] to unit vectors [B, E]."""
         places = self.norm(places)
         mean = places.mean(dim=1, keepdim=True)
-        looked = mean + self.attention(mean, places).hidden  # [B, 1, D]
-        return F.normalize(self.project(looked[:, 0]), dim=-1)
+        in_bfloat16 = self.compute_dtype == torch.bfloat16
+        with torch.autocast(places.device.type, dtype=torch.bfloat16, enabled=in_bfloat16):
+            seen = self.attention(mean, places).hidden  # [B, 1, D]
+        return F.normalize(self.project((mean + seen.float())[:, 0]), dim=-1)
 
 
 class SentenceEncoder:
@@ -140,7 +150,7 @@ def train_tower(
     sentences = SentenceEncoder(text_source, offline=offline)
     vectors = {text: row for part in (pictures, held_out) for text, row in _embedded(sentences, part)}
     tail = whole.tail(start).requires_grad_(True)
-    pool = AttentionPool(whole.width)
+    pool = AttentionPool(whole.width, compute_dtype=default_compute_dtype("cpu", four_bit=False))
     project = nn.Sequential(
         nn.Linear(sentences.width, sentences.width), nn.GELU(), nn.Linear(sentences.width, EMBEDDING_WIDTH)
     )
