@@ -18,7 +18,7 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
 
     From the first stage an Assembly takes norm and bridge, and keeps its own fresh projection and LoRA. The text side
     is left behind where the run's recipe has none. A tower may see through another difference to the same published
-    weights (`other_differences`): the bridge gets used to it.
+    weights (`other_differences`), or at another size: the bridge gets used to it.
 
     Args:
         assembly: what is to be trained; without LoRA in place where the adapter brings its own.
@@ -35,7 +35,7 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
     theirs, ours = read_recipe(folder), assembly.recipe
     has_language = isinstance(assembly, Assembly) and facts.kind == "language"
     for part, differs in (
-        ("vision", _but_differences(theirs.vision) != _but_differences(ours.vision)),
+        ("vision", _kinds(theirs.vision) != _kinds(ours.vision)),
         ("bridge", not _fits(theirs.bridge, ours.bridge)),
         ("language.lora", has_language and theirs.language.lora not in (None, ours.language.lora)),
     ):
@@ -83,14 +83,21 @@ def other_differences(sight: Sight, name: str) -> list[str]:
 def describe_start(sight: Sight, name: str) -> str:
     """One line for who trains: where the run starts from, the terms it inherits, and towers that see otherwise."""
     line = f"starting from {name}; terms: {'; '.join(read_facts(find_artefact(name)).terms) or 'not stated'}"
-    if others := other_differences(sight, name):
-        line += f"; {' and '.join(others)} with another difference than its bridge was trained with"
+    others = [f"{role} with another difference" for role in other_differences(sight, name)]
+    towers = zip(sight.recipe.vision.towers, read_recipe(find_artefact(name)).vision.towers, strict=True)
+    others += [
+        f"vision.{place} with pictures of {ours.image_size or 'its own'} px"
+        for place, (ours, theirs) in enumerate(towers)
+        if ours.image_size != theirs.image_size
+    ]
+    if others:
+        line += f"; its bridge was not trained with this: {', '.join(others)}"
     return line
 
 
-def _but_differences(vision: VisionSection) -> list[TowerSection]:
-    """Towers without the names of their differences, which say where they lie; what they are, fingerprints tell."""
-    return [tower.model_copy(update={"difference": None}) for tower in vision.towers]
+def _kinds(vision: VisionSection) -> list[TowerSection]:
+    """Towers without what may change: their differences, which fingerprints tell, and how large they see a picture."""
+    return [tower.model_copy(update={"difference": None, "image_size": None}) for tower in vision.towers]
 
 
 def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:

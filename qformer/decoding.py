@@ -29,11 +29,15 @@ class Decoding:
 
     @classmethod
     def preset(cls, name: str) -> Decoding:
-        """Return "greedy", "paper-vqa" (BLIP-2, section 4: beam 5, length penalty -1) or "caption" (beam 5)."""
+        """Return "greedy", "paper-vqa" (BLIP-2, section 4: beam 5, length penalty -1) or "caption" (beam 5).
+
+        A caption's length penalty is 0.5: with 1, which ranks by the mean over tokens, longer captions win that say more
+        than is sure (docs/pretraining.md has the scores).
+        """
         presets = {
             "greedy": cls(),
             "paper-vqa": cls(max_new_tokens=10, num_beams=5, length_penalty=-1.0),
-            "caption": cls(max_new_tokens=30, num_beams=5),
+            "caption": cls(max_new_tokens=30, num_beams=5, length_penalty=0.5),
         }
         if name not in presets:
             raise UserError(f"decoding: there is no preset '{name}'; take one of {', '.join(presets)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from data_rows import write_jsonl
@@ -61,3 +62,26 @@ def test_made_questions_are_answered_by_captions_and_rooms_are_spelt_out(make_ph
     assert answers["how many dogs are there?"] == "2" and answers["where are the dogs?"] == "on the beach"
     (room,) = read_data(make_photo.MADE / "rooms_train.jsonl").examples
     assert room.answers == ("garbage bin, floor mat",) and room.images[0].path == data / "daquar/images/a.jpg"
+
+
+def test_the_first_tower_is_made_once_and_is_there_only_whole(
+    make_photo: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, ...]] = []
+
+    def train_tower(train: Path, val: Path, out: Path, **options: Any) -> None:
+        made.append((train.name, val.name))
+        assert options["views"] == 1
+        out.mkdir(exist_ok=True)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        (out / "difference.json").touch()
+
+    monkeypatch.setattr("adapters.contrastive.train_tower", train_tower)
+    monkeypatch.setattr(make_photo, "FIRST_TOWER", tmp_path / "first_tower")
+    with pytest.raises(KeyboardInterrupt):
+        make_photo.make_first_tower(data)
+    for _ in range(2):
+        make_photo.make_first_tower(data)
+        assert [path.name for path in (tmp_path / "first_tower").iterdir()] == ["difference.json"]
+    assert made == [("captions_train.jsonl", "captions_val.jsonl")] * 2

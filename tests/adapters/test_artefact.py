@@ -234,9 +234,9 @@ def test_a_run_starts_with_another_difference_to_the_same_tower(
         save_difference(tmp_path / f"difference{number}", changed.model, plain.model, {"base": plain.weights})
     data = draw_data(tmp_path / "data")
 
-    def made(source: int, difference: int | None) -> Assembly:
+    def made(source: int, difference: int | None, image_size: int | None = None) -> Assembly:
         values: Any = tiny_values(towers[source], language_folders["llama"], data)
-        tower = {"source": str(towers[source]), "layer": -1}
+        tower = {"source": str(towers[source]), "layer": -1, "image_size": image_size}
         tower |= {} if difference is None else {"difference": str(tmp_path / f"difference{difference}")}
         return assemble(parse_recipe(values | {"vision": {"towers": [tower]}}, "test"), dtype="float32")
 
@@ -252,11 +252,11 @@ def test_a_run_starts_with_another_difference_to_the_same_tower(
         )
         return describe_start(run.sight, str(tmp_path / "artefact"))
 
-    notice = "; vision.0 with another difference"
+    notice = "vision.0 with another difference"
     for begun, run in ((0, 1), (None, 1), (0, None)):
         assert notice in start(made(0, begun), made(0, run))
-    line = start(made(0, 0), made(0, 0))
-    assert notice not in line and line.endswith("terms: CC BY")
+    assert start(made(0, 0), made(0, 0)).endswith("terms: CC BY")
+    assert start(made(0, 0), made(0, 0, 65)).endswith("vision.0 with pictures of 65 px")
     save_artefact(tmp_path / "artefact", made(1, 2), Facts(made(1, 2).fingerprints))
     with pytest.raises(UserError, match=r"'vision' differs"):
         start_from_artefact(made(0, 1), str(tmp_path / "artefact"))
