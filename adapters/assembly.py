@@ -15,8 +15,9 @@ from adapters.features import FeatureCache
 from adapters.recipe import LoraSection, Recipe
 from adapters.sight import MAX_INSTRUCTION, FrozenModels, Sight, load_sight
 from qformer.errors import UserError
-from qformer.language import LanguageModel, LoraSettings
+from qformer.language import LanguageModel
 from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
 from qformer.model import VisionLanguageModel
 from qformer.sources import fingerprint, resolve
 

@@ -67,6 +67,7 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
 
 def _tower(tower: TowerSection) -> str:
     more = f", with the difference `{tower.difference}`" if tower.difference else ""
+    more += f", at {tower.image_size} px" if tower.image_size else ""
     return f"`{tower.source}` (layer {tower.layer}{more})"
 
 

@@ -24,6 +24,7 @@ from adapters.data.readers import read_data
 from adapters.data.views import all_views
 from adapters.evaluation.retrieval import recalls
 from adapters.features import FeatureCache
+from adapters.run_data import fill_caches
 from qformer.attention import MultiHeadAttention
 from qformer.difference import save_difference
 from qformer.errors import UserError
@@ -146,11 +147,14 @@ def train_tower(
     pictures = captioned(read_data(train, task="caption", offline=offline).examples)
     held_out = captioned(read_data(val, task="caption", offline=offline).examples)
     cache = FeatureCache(trunk)
-    cache.fill([*all_views([p.image for p in pictures], views), *(p.image for p in held_out)])
+    images = [*all_views([picture.image for picture in pictures], views), *(picture.image for picture in held_out)]
+    fill_caches([cache], images, quiet=quiet)
     sentences = SentenceEncoder(text_source, offline=offline)
     vectors = {text: row for part in (pictures, held_out) for text, row in _embedded(sentences, part)}
     tail = whole.tail(start).requires_grad_(True)
     pool = AttentionPool(whole.width, compute_dtype=default_compute_dtype("cpu", four_bit=False))
+    if not quiet:
+        print(f"the pool computes in {str(pool.compute_dtype).removeprefix('torch.')}", file=sys.stderr)
     project = nn.Sequential(
         nn.Linear(sentences.width, sentences.width), nn.GELU(), nn.Linear(sentences.width, EMBEDDING_WIDTH)
     )

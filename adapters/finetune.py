@@ -36,7 +36,7 @@ from adapters.run_data import Result, agreed, fill_caches, note_validation, read
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.self_critical import Critic, check_self_critical, greedy_cider
 from adapters.sight import check_device, default_device
-from adapters.starting import describe_start, has_lora, start_from_artefact
+from adapters.starting import has_lora, start_from_artefact
 from adapters.stopping import interruptible
 from adapters.text_side import TextSideKeeper, check_keeping
 from qformer.compiling import compile_blocks
@@ -92,6 +92,11 @@ def finetune(
     if train.text_side_every:
         check_keeping(recipe, train_data, processes=world)
     if train.self_critical:
+        if train.label_smoothing:
+            raise UserError(
+                f"train.label_smoothing={train.label_smoothing:g}: samples are weighed, not smoothed; set it to 0"
+                " beside train.self_critical"
+            )
         check_self_critical(train_data, train.self_critical)
         check_self_critical(val_data, train.self_critical, what="validation data")
     starting = start_from if state is None else None  # a resumed run already holds what it started from
@@ -118,9 +123,10 @@ def finetune(
     )
     if starting is not None:
         position.started_from = starting
-        position.terms += start_from_artefact(assembly, starting)
-        if not quiet:
-            print(describe_start(assembly.sight, starting), file=sys.stderr)
+        start = start_from_artefact(assembly, starting)
+        position.terms += start.terms
+        if main and not quiet:
+            print(start, file=sys.stderr)
     how: Any = {"max_tokens": train.micro_batch_tokens, "stages": recipe.reason.stages}
     pictures = tokenise(train_data, assembly.prompts, **how)
     row_tokens = train.row_tokens if _packs(assembly) else 0

@@ -29,7 +29,7 @@ from adapters.retrieval import Retriever
 from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.sight import Sight, check_device, default_device, load_sight
-from adapters.starting import describe_start, start_from_artefact
+from adapters.starting import start_from_artefact
 from adapters.stopping import interruptible
 from adapters.text_side import model_inputs
 from qformer.errors import UserError
@@ -70,6 +70,11 @@ def pretrain(
         )
     if recipe.train.compile:
         raise UserError("train.compile: it is for the LLM's blocks, which the first stage has none of; set it to false")
+    if recipe.train.label_smoothing:
+        raise UserError(
+            f"train.label_smoothing={recipe.train.label_smoothing:g}: it is for the LLM's targets; ITC and ITG have"
+            " their own; set it to 0"
+        )
     on_cpu = (device or default_device()) == "cpu"
     accelerator = Accelerator(cpu=on_cpu, device_placement=False, mixed_precision="no")
     main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
@@ -97,9 +102,9 @@ def pretrain(
     accelerator.wait_for_everyone()
     fill_caches(sight.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
     if starting is not None:
-        start_from_artefact(sight, starting)
+        start = start_from_artefact(sight, starting)
         if main and not quiet:
-            print(describe_start(sight, starting), file=sys.stderr)
+            print(start, file=sys.stderr)
     elif state is None:
         sight.feature_norm.standardise(sight.features([picture.image for picture in spread(pictures, 256)]))
     model = sight.representation(compute_dtype)

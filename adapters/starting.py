@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapters.artefact import find_artefact, load_sight_weights, load_trained, read_facts, read_recipe
 from adapters.assembly import Assembly
-from adapters.recipe import BridgeSection, TowerSection, VisionSection
+from adapters.recipe import BridgeSection, VisionSection
 from adapters.sight import Sight
 from adapters.tower_difference import read_difference
 from qformer.errors import UserError
 
 
-def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
+@dataclass(frozen=True)
+class Start:
+    """What a run takes over from the adapter it starts from, beside weights.
+
+    Attributes:
+        name: as it was given.
+        terms: of its data, which what is trained inherits.
+        changes: what its bridge was not trained with and has to get used to.
+    """
+
+    name: str
+    terms: tuple[str, ...]
+    changes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        line = f"starting from {self.name}; terms: {'; '.join(self.terms) or 'not stated'}"
+        return line + (f"; new to its bridge: {', '.join(self.changes)}" if self.changes else "")
+
+
+def start_from_artefact(assembly: Assembly | Sight, name: str) -> Start:
     """Load an adapter's weights as the start of a run.
 
     From the first stage an Assembly takes norm and bridge, and keeps its own fresh projection and LoRA. The text side
     is left behind where the run's recipe has none. A tower may see through another difference to the same published
-    weights (`other_differences`), or at another size: the bridge gets used to it.
+    weights, or see pictures at another size where the run's recipe names one: the bridge gets used to it.
 
     Args:
         assembly: what is to be trained; without LoRA in place where the adapter brings its own.
         name: as `adapters.artefact.find_artefact` takes it.
 
-    Returns:
-        Its data's terms, which what is trained inherits.
-
     Raises:
-        UserError: recipe or frozen weights differ from the adapter's.
+        UserError: recipe or frozen weights differ from the adapter's otherwise.
     """
     folder = find_artefact(name)
     facts = read_facts(folder)
     theirs, ours = read_recipe(folder), assembly.recipe
     has_language = isinstance(assembly, Assembly) and facts.kind == "language"
     for part, differs in (
-        ("vision", _kinds(theirs.vision) != _kinds(ours.vision)),
+        ("vision", not _sees_alike(theirs.vision, ours.vision)),
         ("bridge", not _fits(theirs.bridge, ours.bridge)),
         ("language.lora", has_language and theirs.language.lora not in (None, ours.language.lora)),
     ):
         if differs:
             raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
     sight = assembly.sight if isinstance(assembly, Assembly) else assembly
-    free = other_differences(sight, name)
+    free = _other_differences(sight, folder)
     for role, expected in facts.fingerprints.items():
         if role in free or (role == "language" and not has_language):
             continue
@@ -53,20 +70,16 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> list[str]:
         load_trained(assembly, folder, drop_text_side=True, lora=theirs.language.lora is not None)
     else:
         load_sight_weights(sight, folder, drop_text_side=True)
-    return list(facts.terms)
+    sizes = [
+        f"vision.{place} sees {new.image_size} px"
+        for place, (old, new) in enumerate(zip(theirs.vision.towers, ours.vision.towers, strict=True))
+        if old.image_size != new.image_size
+    ]
+    return Start(name, tuple(facts.terms), (*(f"the difference of {role}" for role in free), *sizes))
 
 
-def other_differences(sight: Sight, name: str) -> list[str]:
-    """The towers, by role, that see through another difference to the published weights than an adapter's do.
-
-    Args:
-        sight: what is to be trained.
-        name: as `adapters.artefact.find_artefact` takes it.
-
-    Raises:
-        UserError: there is no such adapter.
-    """
-    folder = find_artefact(name)
+def _other_differences(sight: Sight, folder: Path) -> list[str]:
+    """The towers, by role, that see through another difference to the published weights than an adapter's do."""
     theirs, ours = read_facts(folder).fingerprints, sight.fingerprints
     found = []
     for place, tower in enumerate(read_recipe(folder).vision.towers):
@@ -80,24 +93,15 @@ def other_differences(sight: Sight, name: str) -> list[str]:
     return found
 
 
-def describe_start(sight: Sight, name: str) -> str:
-    """One line for who trains: where the run starts from, the terms it inherits, and towers that see otherwise."""
-    line = f"starting from {name}; terms: {'; '.join(read_facts(find_artefact(name)).terms) or 'not stated'}"
-    others = [f"{role} with another difference" for role in other_differences(sight, name)]
-    towers = zip(sight.recipe.vision.towers, read_recipe(find_artefact(name)).vision.towers, strict=True)
-    others += [
-        f"vision.{place} with pictures of {ours.image_size or 'its own'} px"
-        for place, (ours, theirs) in enumerate(towers)
-        if ours.image_size != theirs.image_size
-    ]
-    if others:
-        line += f"; its bridge was not trained with this: {', '.join(others)}"
-    return line
-
-
-def _kinds(vision: VisionSection) -> list[TowerSection]:
-    """Towers without what may change: their differences, which fingerprints tell, and how large they see a picture."""
-    return [tower.model_copy(update={"difference": None, "image_size": None}) for tower in vision.towers]
+def _sees_alike(theirs: VisionSection, ours: VisionSection) -> bool:
+    """Equal but for differences, which fingerprints tell, and sizes of pictures that our recipe sets itself."""
+    if len(theirs.towers) != len(ours.towers):
+        return False
+    return all(
+        old.model_copy(update={"difference": None, "image_size": new.image_size or old.image_size})
+        == new.model_copy(update={"difference": None})
+        for old, new in zip(theirs.towers, ours.towers, strict=True)
+    )
 
 
 def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:

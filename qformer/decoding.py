@@ -14,7 +14,8 @@ class Decoding:
     Attributes:
         max_new_tokens: the longest answer, in tokens of the LLM.
         num_beams: 1 is greedy search, more is beam search.
-        length_penalty: exponent on the length in beam search; below 0 favours short answers.
+        length_penalty: exponent on the length that divides the sum of log-probabilities in beam search: 1 ranks by the
+            mean over tokens, 0 by the sum, and the lower it is the shorter the answers.
         temperature: 0 never samples; above 0 samples at that temperature (with one beam).
         top_p: nucleus of the sampling.
         repetition_penalty: above 1 discourages tokens already written.
@@ -29,7 +30,7 @@ class Decoding:
 
     @classmethod
     def preset(cls, name: str) -> Decoding:
-        """Return "greedy", "paper-vqa" (BLIP-2, section 4: beam 5, length penalty -1) or "caption" (beam 5).
+        """Return "greedy", "paper-vqa" (BLIP-2, section 4: beam 5, length penalty -1) or "caption" (beam 5, 0.5).
 
         A caption's length penalty is 0.5: with 1, which ranks by the mean over tokens, longer captions win that say
         more than is sure (docs/pretraining.md has the scores).

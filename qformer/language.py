@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,28 +29,11 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError, first_line
 from qformer.generation import Beginning, Generated, Halt, OnStep, Watch, generation_options, stacked
 from qformer.head import head_sees
-from qformer.lora import speed_up_lora
+from qformer.lora import LoraSettings, speed_up_lora
 from qformer.precision import keep_four_bit_trainable
 from qformer.strict import describe_differences
 
 IGNORED = -100  # label of a position that carries no loss, as torch's cross-entropy has it
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA on the LLM (arXiv 2106.09685).
-
-    Attributes:
-        rank: rank of the update, r.
-        alpha: the update is scaled by alpha / rank.
-        dropout: dropout on LoRA's input while training.
-        targets: "all-linear" for every linear layer but the LM head, or names of layers, such as ("q_proj", "v_proj").
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] = "all-linear"
 
 
 class LanguageModel(nn.Module):

@@ -1,4 +1,4 @@
-"""LoRA on the CPU in as few passes over memory as it takes; the matrices stay PEFT's.
+"""LoRA's settings, and LoRA on the CPU in as few passes over memory as it takes; the matrices stay PEFT's.
 
 PEFT computes the frozen layer, LoRA's two products, a scaling and a sum one after the other, each a pass over a tensor
 as wide as the layer, and asks for CUDA's autocast where it means the device's, so that on a CPU every input also goes
@@ -7,10 +7,28 @@ to float32 and back. Here LoRA's second product is added to the frozen one's out
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on the LLM (arXiv 2106.09685).
+
+    Attributes:
+        rank: rank of the update, r.
+        alpha: the update is scaled by alpha / rank.
+        dropout: dropout on LoRA's input while training.
+        targets: "all-linear" for every linear layer but the LM head, or names of layers, such as ("q_proj", "v_proj").
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
 
 
 def speed_up_lora(model: nn.Module) -> None:

@@ -25,9 +25,17 @@ def main() -> int:
     )
     parser.add_argument("--epochs", type=int, default=12, help="passes over the pictures (default %(default)s)")
     parser.add_argument(
-        "--views", type=int, default=5, help="of each picture: itself, and parts of it, mirrored and not"
+        "--views",
+        type=int,
+        default=5,
+        help="of each picture: itself, and parts of it, mirrored and not (default %(default)s)",
     )
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the heads; the blocks learn at a fifth")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=5e-4,
+        help="of the heads; the blocks learn at a fifth (default %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     parser.add_argument("--terms", help="what the pictures may be used for; kept with the difference")
     parser.add_argument("--offline", action="store_true", help="take frozen weights from the cache only")

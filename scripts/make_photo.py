@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs")
 STAGE1, STAGE2, MORE = RUNS / "photo_stage1", RUNS / "photo_stage2", RUNS / "photo_more"
 ASKED, VIEWED, SEEN = RUNS / "photo_asked", RUNS / "photo_viewed", RUNS / "photo_seen"
-FIRST_TOWER = RUNS / "photo_first_tower"  # trained on whole pictures; the one that ships, on parts of them, came last
 MADE = RUNS / "photo_questions"
 FLICKR = "Flickr8k (Hodosh et al. 2013) - non-commercial research"
 ADDED_TERMS = (  # by stage 2; it inherits the first stage's
@@ -66,7 +65,7 @@ class Run:
 
 FASTER = ("train.compile=true", "train.row_tokens=144", "train.micro_batch_tokens=1536")
 AGAIN = ("train.learning_rate=4e-4", "train.validate_every=700")
-BEFORE = (f"vision.towers.0.difference={FIRST_TOWER}",)
+BEFORE = ("vision.towers.0.difference=flickr8k",)  # the tower that was trained on whole pictures
 RUNS_OF_STAGE2 = (
     Run(STAGE2, STAGE1, Mixture(), BEFORE),
     # English and questions go on; the rest is kept in mind
@@ -101,7 +100,7 @@ RUNS_OF_STAGE2 = (
         ),
         replace(VALIDATION, made=100),
     ),
-    # through the tower that ships, at a larger size
+    # through the tower that was trained on parts of pictures too, at a larger size
     Run(
         SEEN,
         VIEWED,
@@ -139,7 +138,6 @@ def main() -> int:
     from adapters.pretrain import pretrain
 
     data = options.data
-    make_first_tower(data)
     first = [f"data.train={data}/flickr8k/captions_train.jsonl", f"data.val={data}/flickr8k/captions_val.jsonl"]
     first += [f"data.terms={FLICKR}", *BEFORE, *options.set1]
     train(pretrain, "photo_stage1", STAGE1, first)
@@ -156,18 +154,6 @@ def main() -> int:
     print(json.dumps(found, indent=2))
     print(f"{SHIPPED.relative_to(ROOT)}: {size / 1e6:.1f} MB")
     return 0
-
-
-def make_first_tower(data: Path) -> None:
-    """Train the tower that all runs but the last see through, unless that is done."""
-    from adapters.contrastive import train_tower
-
-    if FIRST_TOWER.exists():
-        return
-    captions = [data / "flickr8k" / f"captions_{part}.jsonl" for part in ("train", "val")]
-    under_way = FIRST_TOWER.with_name(f"{FIRST_TOWER.name}.under_way")
-    train_tower(*captions, under_way, views=1, learning_rate=2e-4, terms=FLICKR)
-    under_way.rename(FIRST_TOWER)
 
 
 def sources(data: Path, part: str, mixture: Mixture) -> list[dict[str, Any]]:

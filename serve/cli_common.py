@@ -25,7 +25,8 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress.")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 BeamsOption = Annotated[int | None, typer.Option("--beams", min=1, help="Beams of the search; 1 is greedy.")]
 PresetOption = Annotated[
-    str | None, typer.Option("--decoding", help="A preset: greedy, paper-vqa (beam 5, length penalty -1) or caption.")
+    str | None,
+    typer.Option("--decoding", help="A preset: greedy, paper-vqa (beam 5, length penalty -1) or caption (5, 0.5)."),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 AnswerAdapterOption = Annotated[

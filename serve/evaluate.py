@@ -44,7 +44,7 @@ def evaluate(
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
-        decoding: how tokens are chosen; greedy where left out, for captions beam 5.
+        decoding: how tokens are chosen; where left out greedy, for captions the preset "caption".
         on_progress: called with (done, total) distinct questions or pictures.
 
     Returns:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from data_rows import write_jsonl
 from scripts_as_modules import load_script
 
+from adapters.artefact import read_recipe
 from adapters.data.readers import read_data
+from adapters.recipe import load_recipe
+from adapters.tower_difference import read_difference
 
 
 @pytest.fixture
@@ -64,24 +66,12 @@ def test_made_questions_are_answered_by_captions_and_rooms_are_spelt_out(make_ph
     assert room.answers == ("garbage bin, floor mat",) and room.images[0].path == data / "daquar/images/a.jpg"
 
 
-def test_the_first_tower_is_made_once_and_is_there_only_whole(
-    make_photo: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[tuple[str, ...]] = []
-
-    def train_tower(train: Path, val: Path, out: Path, **options: Any) -> None:
-        made.append((train.name, val.name))
-        assert options["views"] == 1
-        out.mkdir(exist_ok=True)
-        if len(made) == 1:
-            raise KeyboardInterrupt
-        (out / "difference.json").touch()
-
-    monkeypatch.setattr("adapters.contrastive.train_tower", train_tower)
-    monkeypatch.setattr(make_photo, "FIRST_TOWER", tmp_path / "first_tower")
-    with pytest.raises(KeyboardInterrupt):
-        make_photo.make_first_tower(data)
-    for _ in range(2):
-        make_photo.make_first_tower(data)
-        assert [path.name for path in (tmp_path / "first_tower").iterdir()] == ["difference.json"]
-    assert made == [("captions_train.jsonl", "captions_val.jsonl")] * 2
+def test_every_run_has_a_recipe_and_starts_from_the_one_before(make_photo: ModuleType) -> None:
+    before = make_photo.STAGE1
+    for run in make_photo.RUNS_OF_STAGE2:
+        recipe = load_recipe("photo_stage2", [*make_photo.FASTER, *run.overrides])
+        assert run.start == before and read_difference(recipe.vision.towers[0].difference).ships
+        before = run.out
+    shipped = read_recipe(make_photo.SHIPPED)
+    assert before == make_photo.SEEN and recipe.data.views == shipped.data.views
+    assert recipe == shipped.model_copy(update={"data": recipe.data})

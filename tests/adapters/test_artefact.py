@@ -30,7 +30,7 @@ from adapters.artefact import (
 from adapters.assembly import Assembly, assemble
 from adapters.recipe import parse_recipe
 from adapters.sight import FrozenModels
-from adapters.starting import describe_start, sections_of, start_from_artefact
+from adapters.starting import sections_of, start_from_artefact
 from qformer.config import BridgeConfig
 from qformer.difference import save_difference
 from qformer.errors import UserError
@@ -245,18 +245,23 @@ def test_a_run_starts_with_another_difference_to_the_same_tower(
         for parameter in begun.model.bridge.parameters():
             parameter.add_(0.1)
         save_artefact(tmp_path / "artefact", begun, Facts(begun.fingerprints, terms=("CC BY",)))
-        assert start_from_artefact(run, str(tmp_path / "artefact")) == ["CC BY"]
+        line = str(start_from_artefact(run, str(tmp_path / "artefact")))
+        assert "terms: CC BY" in line
         taken = run.model.bridge.state_dict()
         assert all(
             torch.equal(t.bfloat16(), taken[name].bfloat16()) for name, t in begun.model.bridge.named_parameters()
         )
-        return describe_start(run.sight, str(tmp_path / "artefact"))
+        return line
 
-    notice = "vision.0 with another difference"
+    notice = "; new to its bridge: the difference of vision.0"
     for begun, run in ((0, 1), (None, 1), (0, None)):
         assert notice in start(made(0, begun), made(0, run))
     assert start(made(0, 0), made(0, 0)).endswith("terms: CC BY")
-    assert start(made(0, 0), made(0, 0, 65)).endswith("vision.0 with pictures of 65 px")
+    assert start(made(0, 0), made(0, 0, 65)).endswith("; new to its bridge: vision.0 sees 65 px")
+    larger = made(0, 0, 65)
+    save_artefact(tmp_path / "artefact", larger, Facts(larger.fingerprints))
+    with pytest.raises(UserError, match=r"'vision' differs"):  # left out is not another size
+        start_from_artefact(made(0, 0), str(tmp_path / "artefact"))
     save_artefact(tmp_path / "artefact", made(1, 2), Facts(made(1, 2).fingerprints))
     with pytest.raises(UserError, match=r"'vision' differs"):
         start_from_artefact(made(0, 1), str(tmp_path / "artefact"))
@@ -296,7 +301,7 @@ def test_a_tower_of_one_s_own_goes_with_the_artefact(
     shutil.copytree("artefact", tmp_path / "copy")
     third, _ = load_artefact(tmp_path / "copy", dtype="float32", frozen=frozen)
     assert adapter_fingerprint(third) == adapter_fingerprint(again) and len(frozen.towers) == 1
-    assert start_from_artefact(made, "artefact") == []  # the same tower under another name
+    assert not start_from_artefact(made, "artefact").changes  # the same tower under another name
     assert sections_of("artefact")["vision"]["towers"][0]["difference"] == str(Path("artefact/towers/0").resolve())
     publish(tmp_path / "there" / "artefact", tmp_path / "published", {})
     assert str(tmp_path) not in (tmp_path / "published" / "recipe.yaml").read_text().replace(str(tower), "")

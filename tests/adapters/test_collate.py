@@ -12,8 +12,9 @@ from references import stir_lora
 from adapters.data.collate import Branch, Row, collate_encoder_decoder, collate_prompts, collate_rows, packed_mask
 from adapters.data.images import blank_image
 from adapters.data.prompts import IMAGE_SLOT, Prompt
-from qformer.language import IGNORED, LoraSettings
+from qformer.language import IGNORED
 from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
 from qformer.model import TokenBatch
 
 SHARED = (3, 7, IMAGE_SLOT, IMAGE_SLOT, 9)

@@ -84,7 +84,15 @@ def test_the_trunk_and_the_tail_are_the_tower(tmp_path: Path) -> None:
 
 def test_pool_and_sentences(tmp_path: Path) -> None:
     pool = AttentionPool(16, heads=2)
-    assert torch.allclose(pool(torch.randn(3, 9, 16)).norm(dim=-1), torch.ones(3))
+    places = torch.randn(3, 9, 16)
+    assert torch.allclose(pool(places).norm(dim=-1), torch.ones(3))
+    lower = AttentionPool(16, heads=2, compute_dtype=torch.bfloat16)
+    lower.load_state_dict(pool.state_dict())
+    found = lower(places)
+    assert found.dtype == torch.float32 and torch.allclose(found.norm(dim=-1), torch.ones(3))
+    assert torch.allclose(found, pool(places), atol=0.02) and not torch.equal(found, pool(places))
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lower.parameters())
     sentences = SentenceEncoder(str(save_tiny_bert(tmp_path / "bert")))
     texts = ["a red square", "the colour of the square is blue", "a square"]
     together = sentences(texts, batch_size=2)

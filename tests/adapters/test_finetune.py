@@ -90,6 +90,20 @@ def test_resume_equals_the_unbroken_run(
     assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
+def test_targets_are_smoothed_in_training_and_not_in_validation(recipe_of: Any, tmp_path: Path) -> None:
+    found = {}
+    for smoothing in (0.0, 0.5):
+        out = tmp_path / f"run{smoothing}"
+        # a rate of nothing: both runs stand where they began
+        run(recipe_of(max_steps=1, learning_rate=1e-12, label_smoothing=smoothing, dropout=0.0), out)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found[smoothing] = {key: value for line in lines for key, value in line.items()}
+    assert abs(found[0.5]["loss"] - found[0.0]["loss"]) > 0.01
+    assert found[0.5]["val_loss"] == pytest.approx(found[0.0]["val_loss"], abs=1e-5)
+    with pytest.raises(UserError, match=r"label_smoothing=0\.5: samples are weighed"):
+        run(recipe_of(label_smoothing=0.5, self_critical=2), tmp_path / "weighed")
+
+
 def test_accumulation_weighs_every_token_the_same(recipe_of: Any, tmp_path: Path) -> None:
     """Micro-batches of one row or of all: the same steps."""
     small = run(recipe_of(micro_batch_tokens=96, row_tokens=90, dropout=0.0, max_steps=3), tmp_path / "small")

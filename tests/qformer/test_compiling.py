@@ -10,8 +10,8 @@ from references import stir_lora
 
 from qformer.compiling import compile_blocks
 from qformer.errors import UserError
-from qformer.language import LoraSettings
 from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])

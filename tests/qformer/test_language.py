@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.head import head_sees
-from qformer.language import IGNORED, LanguageModel, LoraSettings
+from qformer.language import IGNORED, LanguageModel
 from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
 from qformer.precision import default_compute_dtype
 from qformer.sources import resolve
 
@@ -67,6 +68,18 @@ def test_labels_are_smoothed_in_training_alone(language_folders: dict[str, Path]
     weights = torch.ones(labels.shape)  # as rewards are: what they weigh is not spread
     weighed, _ = language.supervised_loss(language.embed(ids), mask, labels, weights=weights)
     assert torch.allclose(weighed, plain, atol=1e-5)
+
+
+def test_an_encoder_decoder_s_labels_are_smoothed_too(language_folders: dict[str, Path]) -> None:
+    language = load(language_folders["t5"])
+    ids, mask, _ = batch(language)
+    targets = torch.tensor([[7, 8, 1], [9, 1, IGNORED]])
+    language.label_smoothing = 0.1
+    loss, _ = language.train().supervised_loss(language.embed(ids), mask, targets)
+    reference = AutoModelForSeq2SeqLM.from_pretrained(language_folders["t5"]).eval()
+    logits = reference(input_ids=ids, attention_mask=mask, labels=targets).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=0.1)
+    assert torch.allclose(loss, expected, atol=1e-4)
 
 
 def test_encoder_decoder_loss_is_that_of_transformers(language_folders: dict[str, Path]) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
-from qformer.language import IGNORED, LanguageModel, LoraSettings
+from qformer.language import IGNORED, LanguageModel
 from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
 
 
 def with_lora(folder: Path, quantize: str, dtype: torch.dtype, dropout: float = 0.0) -> LanguageModel:

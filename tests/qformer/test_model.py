@@ -10,8 +10,9 @@ from torch import nn
 
 from qformer.bridge import QFormer
 from qformer.config import BridgeConfig
-from qformer.language import IGNORED, LoraSettings
+from qformer.language import IGNORED
 from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
 from qformer.model import TokenBatch, VisionLanguageModel
 from qformer.vision import FeatureNorm, ImageEncoder, load_image_encoder
 

@@ -9,8 +9,9 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from references import stir_lora
 
-from qformer.language import LanguageModel, LoraSettings
+from qformer.language import LanguageModel
 from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
 from qformer.precision import dequantize_four_bit
 
 EVERYTHING = 2**30

@@ -82,7 +82,7 @@ def test_captions_told_from_the_rows_are_decoded_as_captions(
         for file in (captions, source):
             run_batch(file, tmp_path / f"{file.stem}{number}.jsonl", predictor)
 
-    greedy, five_beams = Decoding(), Decoding(max_new_tokens=30, num_beams=5)  # BLIP-2's for captions
+    greedy, five_beams = Decoding(), Decoding(max_new_tokens=30, num_beams=5, length_penalty=0.5)
     assert used == [five_beams, greedy, beams["caption"], beams["vqa"], Decoding(num_beams=4), Decoding(num_beams=4)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,22 +209,23 @@ def test_questions_that_cannot_be_asked_are_told(client: Client, folder: Path, q
 
 
 def test_captions_in_three_styles_and_two_languages(client: Client, engine: FakeEngine, folder: Path) -> None:
-    picture = handle_file(folder / "blue.png")
+    picture, usual = handle_file(folder / "blue.png"), Decoding.preset("caption")
+    assert usual.num_beams == 5
 
     assert client.predict(picture, api_name="/caption") == "a caption (en) of blue.png"
     assert client.predict(picture, "greedy", "zh", api_name="/caption") == "a caption (zh) of blue.png"
     assert client.predict(picture, "varied", api_name="/caption").splitlines() == ["a caption (en) of blue.png"] * 3
     assert engine.decodings == [
-        Decoding(max_new_tokens=30, num_beams=5),
-        Decoding(max_new_tokens=30, num_beams=1),
-        *[Decoding(max_new_tokens=30, num_beams=1, temperature=0.8, top_p=0.9)] * 3,
+        usual,
+        replace(usual, num_beams=1),
+        *[replace(usual, num_beams=1, temperature=0.8, top_p=0.9)] * 3,
     ]
 
 
 def test_the_beams_of_a_caption_may_be_set(client: Client, engine: FakeEngine, folder: Path) -> None:
     client.predict(handle_file(folder / "red.png"), longest=12, beams=3, api_name="/caption")
 
-    assert engine.decodings == [Decoding(max_new_tokens=12, num_beams=3)]
+    assert engine.decodings == [replace(Decoding.preset("caption"), max_new_tokens=12, num_beams=3)]
 
 
 def test_an_unknown_style_is_told(client: Client, folder: Path) -> None:
@@ -307,9 +309,10 @@ def test_settings_stand_in_the_place_of_the_usual_ones() -> None:
     usual = Decoding.preset("caption")
 
     assert Settings().over(usual) == usual
-    assert Settings.of((64, 0.5, 0.9, 0)).over(usual) == Decoding(64, num_beams=1, temperature=0.5, top_p=0.9)
+    sampled = replace(usual, num_beams=1, top_p=0.9)
+    assert Settings.of((64, 0.5, 0.9, 0)).over(usual) == replace(sampled, max_new_tokens=64, temperature=0.5)
     assert Settings.of((0, 0, 1, 2)).over(usual).num_beams == 2
-    assert Settings().sampled(0.7, 0.9).over(usual) == Decoding(30, num_beams=1, temperature=0.7, top_p=0.9)
+    assert Settings().sampled(0.7, 0.9).over(usual) == replace(sampled, temperature=0.7)
 
 
 def test_a_line_is_a_question_with_or_without_choices() -> None:
