@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from adapters.artefact import Facts, find_artefact, read_facts, save_artefact
+from adapters.artefact import Facts, find_artefact, save_artefact
 from adapters.assembly import chosen_dtype
 from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
 from adapters.data.captioned import Batch, Captioned, captioned, draw_batch
@@ -90,7 +90,9 @@ def pretrain(
     if not held_out:
         raise UserError(f"{val_data.name} holds no pictures with English captions; name others with --set data.val")
     starting = start_from if state is None else None
-    inherited = read_facts(find_artefact(starting)).terms if starting is not None else ()
+    inherited: tuple[str, ...] = ()
+    if starting is not None:
+        find_artefact(starting)  # a mistake here is told before anything is loaded
     place = device or str(accelerator.device)
     check_device(place)
     compute_dtype = chosen_dtype(dtype or (read_position(state).dtype if state is not None else None))
@@ -103,6 +105,7 @@ def pretrain(
     fill_caches(sight.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
     if starting is not None:
         start = start_from_artefact(sight, starting)
+        inherited = start.terms
         if main and not quiet:
             print(start, file=sys.stderr)
     elif state is None:

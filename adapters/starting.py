@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> Start:
         if differs:
             raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
     sight = assembly.sight if isinstance(assembly, Assembly) else assembly
-    free = _other_differences(sight, folder)
+    free = _other_differences(sight, folder, theirs.vision, facts.fingerprints)
     for role, expected in facts.fingerprints.items():
         if role in free or (role == "language" and not has_language):
             continue
@@ -78,17 +79,24 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> Start:
     return Start(name, tuple(facts.terms), (*(f"the difference of {role}" for role in free), *sizes))
 
 
-def _other_differences(sight: Sight, folder: Path) -> list[str]:
-    """The towers, by role, that see through another difference to the published weights than an adapter's do."""
-    theirs, ours = read_facts(folder).fingerprints, sight.fingerprints
+def _other_differences(sight: Sight, folder: Path, vision: VisionSection, theirs: Mapping[str, str]) -> list[str]:
+    """The towers, by role, that see through another difference to the published weights than an adapter's do.
+
+    Args:
+        sight: what is to be trained.
+        folder: of the adapter.
+        vision: the adapter's towers.
+        theirs: the adapter's fingerprints, by role.
+    """
+    ours = sight.fingerprints
     found = []
-    for place, tower in enumerate(read_recipe(folder).vision.towers):
+    for place, tower in enumerate(vision.towers):
         role = f"vision.{place}"
-        if theirs.get(role) == ours.get(role):
+        if theirs.get(role) == ours[role]:
             continue
         their_base = theirs.get(role) if tower.difference is None else read_difference(tower.difference, folder).base
         added = sight.differences.get(place)
-        if their_base is not None and their_base == (ours.get(role) if added is None else added.base):
+        if their_base == (ours[role] if added is None else added.base):
             found.append(role)
     return found
 

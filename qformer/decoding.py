@@ -32,8 +32,8 @@ class Decoding:
     def preset(cls, name: str) -> Decoding:
         """Return "greedy", "paper-vqa" (BLIP-2, section 4: beam 5, length penalty -1) or "caption" (beam 5, 0.5).
 
-        A caption's length penalty is 0.5: with 1, which ranks by the mean over tokens, longer captions win that say
-        more than is sure (docs/pretraining.md has the scores).
+        A caption's length penalty is 0.5: with 1, which ranks by the mean over tokens, longer captions win, and score
+        lower (docs/pretraining.md has the scores).
         """
         presets = {
             "greedy": cls(),
