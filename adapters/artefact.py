@@ -380,7 +380,7 @@ def load_trained(assembly: Assembly, folder: Path, *, drop_text_side: bool = Fal
     if (folder / _LORA).is_dir():
         if assembly.recipe.language.lora is None:
             raise UserError(f"{folder}: there is a folder '{_LORA}', but the recipe has no LoRA; fetch a fresh copy")
-        assembly.model.language.load_lora(folder / _LORA)
+        assembly.model.language.load_lora(folder / _LORA, assembly.recipe.language.lora.dropout)
     elif assembly.recipe.language.lora is not None:
         raise UserError(f"{folder}: the recipe has LoRA, but the folder '{_LORA}' is missing; fetch a fresh copy")
     assembly.model.eval()

@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters.artefact import find_artefact, load_sight_weights, load_trained, read_facts, read_recipe
 from adapters.assembly import Assembly
-from adapters.recipe import BridgeSection, VisionSection
+from adapters.recipe import BridgeSection, LoraSection, VisionSection
 from adapters.sight import Sight
 from adapters.tower_difference import read_difference
 from qformer.errors import UserError
@@ -38,8 +38,9 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> Start:
     """Load an adapter's weights as the start of a run.
 
     From the first stage an Assembly takes norm and bridge, and keeps its own fresh projection and LoRA. The text side
-    is left behind where the run's recipe has none. A tower may see through another difference to the same published
-    weights, or see pictures at another size where the run's recipe names one: the bridge gets used to it.
+    is left behind where the run's recipe has none, and dropout may differ. A tower may see through another difference
+    to the same published weights, or see pictures at another size where the run's recipe names one: the bridge gets
+    used to it.
 
     Args:
         assembly: what is to be trained; without LoRA in place where the adapter brings its own.
@@ -55,7 +56,7 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> Start:
     for part, differs in (
         ("vision", not _sees_alike(theirs.vision, ours.vision)),
         ("bridge", not _fits(theirs.bridge, ours.bridge)),
-        ("language.lora", has_language and theirs.language.lora not in (None, ours.language.lora)),
+        ("language.lora", has_language and not _is_patched_alike(theirs.language.lora, ours.language.lora)),
     ):
         if differs:
             raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
@@ -110,6 +111,13 @@ def _sees_alike(theirs: VisionSection, ours: VisionSection) -> bool:
         == new.model_copy(update={"difference": None})
         for old, new in zip(theirs.towers, ours.towers, strict=True)
     )
+
+
+def _is_patched_alike(theirs: LoraSection | None, ours: LoraSection | None) -> bool:
+    """Equal but for dropout; theirs may have no LoRA."""
+    if theirs is None or ours is None:
+        return theirs is None
+    return theirs.model_copy(update={"dropout": ours.dropout}) == ours
 
 
 def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:

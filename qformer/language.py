@@ -327,8 +327,12 @@ class LanguageModel(nn.Module):
             raise UserError(f"lora.targets: {targets} names no layer of {self.config.model_type}: {error}") from error
         self.train(self.training)
 
-    def load_lora(self, folder: Path) -> None:
+    def load_lora(self, folder: Path, dropout: float | None = None) -> None:
         """Put LoRA matrices read from a folder in PEFT's own format on the LLM, trainable.
+
+        Args:
+            folder: where PEFT saved them.
+            dropout: on LoRA's input while training; None for what the folder says.
 
         Raises:
             UserError: the folder is damaged, or its matrices do not fit this LLM.
@@ -348,6 +352,8 @@ class LanguageModel(nn.Module):
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{settings}: cannot be read ({first_line(error)}); fetch a fresh copy") from error
         config.inference_mode = False
+        if dropout is not None:
+            config.lora_dropout = dropout
         try:
             self._wrap(config)
         except ValueError as error:

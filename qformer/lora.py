@@ -56,9 +56,11 @@ def _faster(kind: type[Any]) -> type[Any]:
             dtype = torch.get_autocast_dtype("cpu")
         dtype = dtype or x.dtype
         down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
+        x_cast, dropout = x.to(dtype), self.lora_dropout[name]
+        dropped = dropout(x_cast) if dropout.training and getattr(dropout, "p", 0) else None
         with torch.autocast("cpu", enabled=False):
             found = _LinearWithLora.apply(
-                x.to(dtype), down, up, self.scaling[name], base.weight.detach(), state, base.bias
+                x_cast, dropped, down, up, self.scaling[name], base.weight.detach(), state, base.bias
             )
         return found.to(x.dtype)
 
@@ -72,9 +74,6 @@ def _plain_lora(layer: Any) -> str | None:
     name: str = layer.active_adapters[0]
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias.get(name):
         return None
-    dropout = layer.lora_dropout[name]
-    if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p:
-        return None
     state = getattr(layer.base_layer.weight, "quant_state", None)
     if state is None and not layer.base_layer.weight.is_floating_point():
         return None  # 4-bit weights that have not been quantised yet
@@ -86,34 +85,49 @@ class _LinearWithLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, down: Tensor, up: Tensor, scaling: float, weight: Tensor, state: Any, bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        weight: Tensor,
+        state: Any,
+        bias: Tensor | None,
     ) -> Tensor:
-        """x [..., I], A [r, I], B [O, r], W [O, I] or its 4-bit form with its state; all but W of one dtype."""
+        """x [..., I], A [r, I], B [O, r], W [O, I] or its 4-bit form with its state; all but W of one dtype.
+
+        `dropped` is x after dropout, which A sees in its place; None where there is no dropout.
+        """
         flat = x.reshape(-1, x.shape[-1])  # [N, I]
-        small = flat @ down.T  # [N, r]
+        seen = flat if dropped is None else dropped.reshape(flat.shape)  # [N, I]
+        small = seen @ down.T  # [N, r]
         bias = None if bias is None else bias.to(x.dtype)
         out = nn.functional.linear(flat, _whole(weight, state, x.dtype), bias)  # [N, O]
         out.addmm_(small, up.T, alpha=scaling)
-        ctx.save_for_backward(flat, small, down, up, weight)
-        ctx.scaling, ctx.state = scaling, state
+        ctx.save_for_backward(seen, small, down, up, weight)
+        ctx.scaling, ctx.state, ctx.apart = scaling, state, dropped is not None
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, A and B; W is dequantised once more rather than kept."""
-        flat, small, down, up, weight = ctx.saved_tensors
+        """Gradients of x, of x after dropout, A and B; W is dequantised once more rather than kept."""
+        seen, small, down, up, weight = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])  # [N, O]
         of_small = (gradient @ up).mul_(ctx.scaling)  # [N, r]
-        of_x = of_down = of_up = None
+        of_x = of_dropped = of_down = of_up = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ _whole(weight, ctx.state, gradient.dtype)  # [N, I]
-            of_x.addmm_(of_small, down)
+            if not ctx.apart:
+                of_x.addmm_(of_small, down)
             of_x = of_x.unflatten(0, gradients[0].shape[:-1])
         if ctx.needs_input_grad[1]:
-            of_down = of_small.T @ flat
+            of_dropped = (of_small @ down).unflatten(0, gradients[0].shape[:-1])
         if ctx.needs_input_grad[2]:
+            of_down = of_small.T @ seen
+        if ctx.needs_input_grad[3]:
             of_up = (gradient.T @ small).mul_(ctx.scaling)
-        return of_x, of_down, of_up, None, None, None, None
+        return of_x, of_dropped, of_down, of_up, None, None, None, None
 
 
 def _whole(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:

@@ -188,6 +188,22 @@ def test_starting_from_an_adapter_inherits_its_terms(recipe_of: Any, tmp_path: P
         run(other, tmp_path / "third", start_from=str(tmp_path / "first"))
 
 
+def test_a_run_may_start_with_another_dropout_of_lora(recipe_of: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(max_steps=2)
+    run(recipe, tmp_path / "first")
+
+    def with_lora(**changes: Any) -> Recipe:
+        assert recipe.language.lora is not None
+        lora = recipe.language.lora.model_copy(update=changes)
+        return recipe.model_copy(update={"language": recipe.language.model_copy(update={"lora": lora})})
+
+    run(with_lora(dropout=0.25), tmp_path / "second", start_from=str(tmp_path / "first"))
+    model = load_artefact(tmp_path / "second" / "last", dtype="float32")[0].model
+    assert {module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")} == {0.25}
+    with pytest.raises(UserError, match=r"'language\.lora' differs"):
+        run(with_lora(rank=3), tmp_path / "third", start_from=str(tmp_path / "first"))
+
+
 def test_run_folders_are_not_overwritten(recipe_of: Any, tmp_path: Path) -> None:
     recipe = recipe_of(max_steps=3)
     with pytest.raises(UserError, match=r"--resume: .* holds no run"):
