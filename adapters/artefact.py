@@ -369,7 +369,7 @@ def load_trained(assembly: Assembly, folder: Path, *, drop_text_side: bool = Fal
     """Put an artefact's weights into an assembly of the same shape, strictly.
 
     Args:
-        assembly: changed in place; where LoRA is loaded, without any in place yet.
+        assembly: changed in place; where LoRA is loaded, without any in place yet. Its recipe says LoRA's dropout.
         folder: the artefact's.
         drop_text_side: as in `load_sight_weights`.
         lora: False leaves the assembly's own LoRA, for an artefact that was trained without.

@@ -20,6 +20,7 @@ from adapters.parts import Part, model_parts
 from adapters.recipe import Recipe
 from adapters.rehearsal import MicroBatch, rehearse
 from adapters.skeleton import build_skeleton
+from qformer.lora import undo_speed_up
 from qformer.precision import default_compute_dtype
 from qformer.vision import ImageEncoder
 
@@ -155,6 +156,8 @@ def _activations(
         )
     attention = "sdpa" if on_gpu else "eager"
     model = build_skeleton(recipe, compute_dtype=compute, tower_dtype=tower, quantized=False, attention=attention)
+    if on_gpu:
+        undo_speed_up(model)
     return max(rehearse(model, shape), 4 * trainable)
 
 

@@ -38,9 +38,9 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> Start:
     """Load an adapter's weights as the start of a run.
 
     From the first stage an Assembly takes norm and bridge, and keeps its own fresh projection and LoRA. The text side
-    is left behind where the run's recipe has none, and dropout may differ. A tower may see through another difference
-    to the same published weights, or see pictures at another size where the run's recipe names one: the bridge gets
-    used to it.
+    is left behind where the run's recipe has none, and the bridge's and LoRA's dropout may differ. A tower may see
+    through another difference to the same published weights, or see pictures at another size where the run's recipe
+    names one: the bridge gets used to it.
 
     Args:
         assembly: what is to be trained; without LoRA in place where the adapter brings its own.
@@ -59,7 +59,10 @@ def start_from_artefact(assembly: Assembly | Sight, name: str) -> Start:
         ("language.lora", has_language and not _is_patched_alike(theirs.language.lora, ours.language.lora)),
     ):
         if differs:
-            raise UserError(f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal")
+            but = "" if part == "vision" else ", dropout apart"
+            raise UserError(
+                f"--start-from {name}: its '{part}' differs from the recipe's; make the two sections equal{but}"
+            )
     sight = assembly.sight if isinstance(assembly, Assembly) else assembly
     free = _other_differences(sight, folder, theirs.vision, facts.fingerprints)
     for role, expected in facts.fingerprints.items():

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_FASTER = "Faster"
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -42,6 +44,15 @@ def speed_up_lora(model: nn.Module) -> None:
             module.__class__ = faster[type(module)]
 
 
+def undo_speed_up(model: nn.Module) -> None:
+    """Give PEFT's LoRA layers their own forward back, which is the one that a GPU runs."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and type(module).__name__.startswith(_FASTER):
+            module.__class__ = type(module).__mro__[1]
+
+
 def _faster(kind: type[Any]) -> type[Any]:
     """A class of PEFT's whose forward takes the short way where there is one; it is its own in all else."""
 
@@ -56,15 +67,16 @@ def _faster(kind: type[Any]) -> type[Any]:
             dtype = torch.get_autocast_dtype("cpu")
         dtype = dtype or x.dtype
         down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
-        x_cast, dropout = x.to(dtype), self.lora_dropout[name]
-        dropped = dropout(x_cast) if dropout.training and getattr(dropout, "p", 0) else None
+        dropout, dropped = self.lora_dropout[name], None
+        if dropout.training and getattr(dropout, "p", 0):
+            dropped = dropout(x.float()).to(dtype)  # in bfloat16 its scale would be rounded
         with torch.autocast("cpu", enabled=False):
             found = _LinearWithLora.apply(
-                x_cast, dropped, down, up, self.scaling[name], base.weight.detach(), state, base.bias
+                x.to(dtype), dropped, down, up, self.scaling[name], base.weight.detach(), state, base.bias
             )
         return found.to(x.dtype)
 
-    return type(f"Faster{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"{_FASTER}{kind.__name__}", (kind,), {"forward": forward})
 
 
 def _plain_lora(layer: Any) -> str | None:
@@ -81,7 +93,10 @@ def _plain_lora(layer: Any) -> str | None:
 
 
 class _LinearWithLora(torch.autograd.Function):
-    """x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ, with W frozen, in 4-bit or not (arXiv 2106.09685; 2305.14314, equation 5)."""
+    """x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ, with W frozen, in 4-bit or not.
+
+    LoRA is arXiv 2106.09685, over 4-bit weights 2305.14314, equation 5.
+    """
 
     @staticmethod
     def forward(

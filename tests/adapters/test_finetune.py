@@ -29,7 +29,7 @@ def recipe_of(vision_folder: Path, language_folders: dict[str, Path], tmp_path: 
         data = draw_data(tmp_path / "data")
         values: Any = tiny_values(vision_folder, language_folders[kind], data, **train)
         values["language"]["quantize"] = quantize
-        values["bridge"]["dropout"] = dropout
+        values["bridge"]["dropout"] = values["language"]["lora"]["dropout"] = dropout
         return parse_recipe(values, "test")
 
     return make
@@ -198,7 +198,9 @@ def test_a_run_may_start_with_another_dropout_of_lora(recipe_of: Any, tmp_path: 
         return recipe.model_copy(update={"language": recipe.language.model_copy(update={"lora": lora})})
 
     run(with_lora(dropout=0.25), tmp_path / "second", start_from=str(tmp_path / "first"))
-    model = load_artefact(tmp_path / "second" / "last", dtype="float32")[0].model
+    kept = tmp_path / "second" / "last"
+    assert json.loads((kept / "lora" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+    model = load_artefact(kept, dtype="float32")[0].model
     assert {module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")} == {0.25}
     with pytest.raises(UserError, match=r"'language\.lora' differs"):
         run(with_lora(rank=3), tmp_path / "third", start_from=str(tmp_path / "first"))
