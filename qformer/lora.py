@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_FASTER = "Faster"
-
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -46,11 +44,9 @@ def speed_up_lora(model: nn.Module) -> None:
 
 def undo_speed_up(model: nn.Module) -> None:
     """Give PEFT's LoRA layers their own forward back, which is the one that a GPU runs."""
-    from peft.tuners.lora.layer import LoraLayer
-
     for module in model.modules():
-        if isinstance(module, LoraLayer) and type(module).__name__.startswith(_FASTER):
-            module.__class__ = type(module).__mro__[1]
+        if (own := getattr(module, "peft_class", None)) is not None:
+            module.__class__ = own
 
 
 def _faster(kind: type[Any]) -> type[Any]:
@@ -68,7 +64,7 @@ def _faster(kind: type[Any]) -> type[Any]:
         dtype = dtype or x.dtype
         down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
         dropout, dropped = self.lora_dropout[name], None
-        if dropout.training and getattr(dropout, "p", 0):
+        if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p:
             dropped = dropout(x.float()).to(dtype)  # in bfloat16 its scale would be rounded
         with torch.autocast("cpu", enabled=False):
             found = _LinearWithLora.apply(
@@ -76,7 +72,7 @@ def _faster(kind: type[Any]) -> type[Any]:
             )
         return found.to(x.dtype)
 
-    return type(f"{_FASTER}{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"Faster{kind.__name__}", (kind,), {"forward": forward, "peft_class": kind})
 
 
 def _plain_lora(layer: Any) -> str | None:

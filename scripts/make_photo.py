@@ -66,6 +66,14 @@ class Run:
 
 FASTER = ("train.compile=true", "train.row_tokens=144", "train.micro_batch_tokens=1536")
 AGAIN = ("train.learning_rate=4e-4", "train.validate_every=700")
+LARGER = (  # through the better tower, at a larger size, in views
+    *AGAIN,
+    "vision.towers.0.image_size=320",
+    "train.text_side_every=8",
+    "train.label_smoothing=0.1",
+    "data.views=4",
+    "bridge.patch_dropout=0.2",
+)
 BEFORE = ("vision.towers.0.difference=flickr8k",)  # the tower that was trained on whole pictures
 RUNS_OF_STAGE2 = (
     Run(STAGE2, STAGE1, Mixture(), BEFORE),
@@ -106,17 +114,7 @@ RUNS_OF_STAGE2 = (
         SEEN,
         VIEWED,
         Mixture(chinese=800, made=8000, reasons=300, repeat=3),
-        (
-            *AGAIN,
-            "vision.towers.0.image_size=320",
-            "train.seed=5",
-            "train.epochs=1.25",
-            "train.validate_every=565",
-            "train.text_side_every=8",
-            "train.label_smoothing=0.1",
-            "data.views=4",
-            "bridge.patch_dropout=0.2",
-        ),
+        (*LARGER, "train.seed=5", "train.epochs=1.25", "train.validate_every=565"),
         replace(VALIDATION, made=100),
     ),
     # the same from there, shorter: its learning rate goes up and comes down once more
@@ -124,17 +122,7 @@ RUNS_OF_STAGE2 = (
         FURTHER,
         SEEN / "last",
         Mixture(chinese=600, made=5000, reasons=300, repeat=3),
-        (
-            *AGAIN,
-            "vision.towers.0.image_size=320",
-            "train.seed=6",
-            "train.epochs=0.62",
-            "train.validate_every=520",
-            "train.text_side_every=8",
-            "train.label_smoothing=0.1",
-            "data.views=4",
-            "bridge.patch_dropout=0.2",
-        ),
+        (*LARGER, "train.seed=6", "train.epochs=0.62", "train.validate_every=520"),
         replace(VALIDATION, made=100),
     ),
 )
