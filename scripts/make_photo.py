@@ -231,6 +231,9 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
         where = " on a blank picture" if blank else ""
         told = evaluate(engine, questions, task="vqa", limit=limit, blank_images=blank)
         found[f"DAQUAR, exact match{where}"] = told["exact_match"]
+        if "exact_match_low" in told:  # not where --limit leaves one picture
+            for end in ("low", "high"):
+                found[f"DAQUAR, exact match{where}, {end} end of the 95 % interval"] = told[f"exact_match_{end}"]
         told = evaluate_reasons(engine, statements, limit=limit, blank_images=blank)
         found[f"statements, answered with reasons{where}"] = told["accuracy"]
     retriever, _ = load_retriever(SHIPS)

@@ -13,7 +13,7 @@ from adapters.data.readers import read_data
 from adapters.evaluation.captions import score_captions
 from adapters.evaluation.java_scores import java_scores
 from adapters.evaluation.retrieval import recalls
-from adapters.evaluation.vqa import commonest_answer_score, score
+from adapters.evaluation.vqa import commonest_answer_score, exact_match, interval_by_picture, score
 from adapters.retrieval import RERANKED, Retriever
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -48,8 +48,10 @@ def evaluate(
         on_progress: called with (done, total) distinct questions or pictures.
 
     Returns:
-        Of answers "n", "exact_match" and "vqa_accuracy" as fractions, "skipped", and "commonest_answer": exact match
-        of giving each question the answer it most often has in this very set, which needs no picture and no model. Of
+        Of answers "n", "pictures", "exact_match" and "vqa_accuracy" as fractions, "exact_match_low" and
+        "exact_match_high" where there are two pictures or more (the 95 % interval by picture), "skipped", and
+        "commonest_answer": exact match of giving each question the answer it most often has in this very set, which
+        needs no picture and no model. Of
         captions "n" pictures, "BLEU-1" to "BLEU-4" and "ROUGE-L" as fractions, "CIDEr", "skipped", and "METEOR" and
         "SPICE" where Java can compute them.
 
@@ -81,8 +83,13 @@ def evaluate(
         language = languages.pop()
         by_java, _ = java_scores(said, answers, language=language)
         return {**score_captions(said, answers, language=language), **by_java, "skipped": len(rows.skipped)}
+    pictures = [tuple(image.digest() for image in example.images) for example in examples]
+    told = {"n": len(examples), "pictures": len(set(pictures)), **score(said, answers)}
+    if told["pictures"] > 1:
+        hits = [exact_match(*pair) for pair in zip(said, answers, strict=True)]
+        told["exact_match_low"], told["exact_match_high"] = interval_by_picture(hits, pictures)
     return {
-        **score(said, answers),
+        **told,
         "commonest_answer": commonest_answer_score([example.question for example in examples], answers),
         "skipped": len(rows.skipped),
     }

@@ -1,10 +1,12 @@
-"""Scores of short answers: exact match, the VQA accuracy of VQAv2, and the two controls that go with every score."""
+"""Scores of short answers: exact match and its interval, the VQA accuracy of VQAv2, and what language alone scores."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+
+import numpy as np
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {
@@ -64,6 +66,35 @@ def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[
         "exact_match": sum(exact_match(said, given) for said, given in pairs) / max(len(pairs), 1),
         "vqa_accuracy": sum(vqa_accuracy(said, given) for said, given in pairs) / max(len(pairs), 1),
     }
+
+
+def interval_by_picture(
+    hits: Sequence[float], pictures: Sequence[Hashable], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % interval of a mean score, by drawing whole pictures anew, with all that was asked of each.
+
+    Questions on one picture are right or wrong together, so an interval that took them for independent would be too
+    narrow. The percentile bootstrap over clusters (Davison and Hinkley 1997, sections 2.4 and 3.8).
+
+    Args:
+        hits: the score of each question, from 0 to 1.
+        pictures: which picture each question is on.
+        draws: how often as many pictures are drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: there is no question, or not one picture for each.
+    """
+    grouped: dict[Hashable, list[float]] = defaultdict(list)
+    for hit, picture in zip(hits, pictures, strict=True):
+        grouped[picture].append(float(hit))
+    if not grouped:
+        raise ValueError("no questions, so no interval")
+    sums = np.array([sum(each) for each in grouped.values()])
+    counts = np.array([len(each) for each in grouped.values()])
+    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
+    low, high = np.quantile(drawn @ sums / (drawn @ counts), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def commonest_answer_score(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.evaluation.vqa import commonest_answer_score, exact_match, score, vqa_accuracy
+from adapters.evaluation.vqa import commonest_answer_score, exact_match, interval_by_picture, score, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,27 @@ def test_scores_and_the_commonest_answer() -> None:
     answers = [("red",), ("red",), ("blue",), ("yes",)]
     assert score(["red", "blue", "blue", "no"], answers) == {"n": 4, "exact_match": 0.5, "vqa_accuracy": 0.5}
     assert commonest_answer_score(["colour?", "Colour?", "colour?", "is it?"], answers) == 0.75
+
+
+def test_the_interval_of_pictures_with_one_question_each_is_the_binomial_one() -> None:
+    hits = [1.0] * 30 + [0.0] * 70
+    low, high = interval_by_picture(hits, range(100))
+    error = 1.96 * (0.3 * 0.7 / 100) ** 0.5
+    assert low == pytest.approx(0.3 - error, abs=0.015)
+    assert high == pytest.approx(0.3 + error, abs=0.015)
+
+
+def test_more_questions_on_the_same_pictures_do_not_narrow_the_interval() -> None:
+    hits, pictures = [1.0] * 30 + [0.0] * 70, list(range(100))
+    once = interval_by_picture(hits, pictures)
+    assert interval_by_picture(hits * 10, pictures * 10) == pytest.approx(once)
+    taken_for_independent = interval_by_picture(hits * 10, range(1000))
+    assert taken_for_independent[1] - taken_for_independent[0] < 0.5 * (once[1] - once[0])
+
+
+def test_pictures_weigh_by_their_questions() -> None:
+    # one picture with three right answers, one with a wrong one: drawn anew these are 3/3, 3/4 and 0/1
+    low, high = interval_by_picture([1, 1, 1, 0], ["a", "a", "a", "b"])
+    assert (low, high) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="no questions"):
+        interval_by_picture([], [])

@@ -90,8 +90,9 @@ def test_evaluate_scores_as_fractions(call: Call, run_folder: Path, data_file: P
     blank = call("evaluate", data_file, "--adapter", run_folder, "--json", "--blank-images", "--quiet", *FAST).values
 
     assert found["n"] == 6
-    assert 0 <= found["exact_match"] <= 1
+    assert 0 <= found["exact_match_low"] <= found["exact_match"] <= found["exact_match_high"] <= 1
     assert 0 <= found["vqa_accuracy"] <= 1
+    assert blank["pictures"] == 12
     # three colours, four pictures each; yes and no, six each: 4/12 and 6/12
     assert blank["commonest_answer"] == pytest.approx((4 + 6) / 24)
     assert blank["n"] == 24
