@@ -36,12 +36,10 @@ class Asked:
     Attributes:
         prompt: tokenised.
         images: its pictures, in order.
-        instruction: what the bridge reads beside them, where it does.
     """
 
     prompt: Prompt
     images: tuple[ImageRef, ...]
-    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,7 @@ class Answerer:
     def _vectors(self, asked: Sequence[Asked]) -> Tensor:
         """Vectors of all the pictures of a batch, [I, Q, D_l] in reading order; each is computed once."""
         wanted = [
-            (("vectors", image.digest(), self._read_with(one)), image, one.instruction)
+            (("vectors", image.digest(), self._read_with(one)), image, one.prompt.instruction)
             for one in asked
             for image in one.images
         ]
@@ -250,7 +248,7 @@ class Answerer:
 
     def _read_with(self, asked: Asked) -> str:
         """What the bridge reads beside a picture."""
-        return asked.instruction if self.assembly.reads_instructions else ""
+        return asked.prompt.instruction if self.assembly.reads_instructions else ""
 
     def _touch(self, key: _Key) -> bool:
         """Whether something is kept; it counts as used now."""
@@ -320,9 +318,7 @@ def reply_to_examples(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Said]:
     """As `answer_examples`, with what is known of each answer."""
-    asked = [
-        Asked(prompt_for(example, task, assembly.prompts), example.images, example.question) for example in examples
-    ]
+    asked = [Asked(prompt_for(example, task, assembly.prompts), example.images) for example in examples]
     return answer_all(assembly, asked, decoding, batch_size=batch_size, on_progress=on_progress)
 
 

@@ -75,8 +75,8 @@ class Critic:
             for _ in range(self.samples)
         ]
         asked = [
-            Asked(Prompt(rows[number].shared, branch.own, len(rows[number].images)), rows[number].images)
-            for number, branch in wanted
+            Asked(Prompt(row.shared, branch.own, len(row.images), branch.instruction), row.images)
+            for row, branch in ((rows[number], branch) for number, branch in wanted)
         ]
         answerer = Answerer(self.assembly)
         written: list[tuple[int, ...]] = []

@@ -129,7 +129,7 @@ class LoadedAdapter:
         """
         prompt = self.assembly.prompts.chat(turns)
         images = tuple(image for turn in turns for image in turn.images)
-        return self.checked(Asked(prompt, images, turns[-1].text))
+        return self.checked(Asked(prompt, images))
 
     def asked_caption(self, picture: Picture, language: str = "en") -> Asked:
         """The request for a caption as a prompt."""

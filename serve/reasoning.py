@@ -110,7 +110,7 @@ def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> As
 
 
 def _asked(adapter: LoadedAdapter, example: Example, stage: str) -> Asked:
-    return Asked(prompt_for(example, stage, adapter.assembly.prompts), example.images, example.question)
+    return Asked(prompt_for(example, stage, adapter.assembly.prompts), example.images)
 
 
 def load_pair(

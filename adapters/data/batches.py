@@ -26,7 +26,7 @@ class Question:
     Attributes:
         own: the prompt after its last image.
         answers: with their end tokens; an answer stands there as often as people gave it.
-        instruction: the question as text.
+        instruction: what an instruction-aware bridge reads: the question, or the request for a caption.
         prefix_end: None; or, for a caption to an encoder-decoder, how many of `own`'s last tokens close the prompt:
             each epoch a chance beginning of the caption goes in front of them, to the encoder; the rest is learned.
         caption: the language of the answers, where they are captions.
@@ -113,9 +113,9 @@ def tokenise(
         if task == "caption":  # every caption is learned from
             end = prompts.closing_tokens if prompts.is_encoder_decoder else None
             language = example.language
-            questions = [Question(prompt.own, (answer,), example.question, end, language) for answer in counted]
+            questions = [Question(prompt.own, (answer,), prompt.instruction, end, language) for answer in counted]
         else:  # one of the answers people gave is drawn each epoch, so each counts by its share
-            questions = [Question(prompt.own, counted, example.question)]
+            questions = [Question(prompt.own, counted, prompt.instruction)]
         key = (*(image.digest() for image in example.images), prompt.shared, example.turn)
         grouped.setdefault(key, (example.images, prompt.shared, []))[2].extend(questions)
         if names_a_side((example.question, example.context, example.rationale, *example.choices, *answers)):

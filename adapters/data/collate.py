@@ -30,7 +30,7 @@ class Branch:
     Attributes:
         own: the question.
         answer: the answer, with its end token.
-        instruction: the question as text.
+        instruction: what an instruction-aware bridge reads: the question, or the request for a caption.
         caption: the language, where the answer is a caption.
         weight: what the answer's loss counts; below zero, it is unlearned.
     """

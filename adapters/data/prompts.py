@@ -31,11 +31,13 @@ class Prompt:
             picture have this part in common, so it is computed once for all of them.
         own: ids after the last image up to where the answer begins.
         num_images: how many images the slots belong to.
+        instruction: the question, or the request for a caption, in words: what an instruction-aware bridge reads.
     """
 
     shared: tuple[int, ...]
     own: tuple[int, ...]
     num_images: int
+    instruction: str = ""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -123,7 +125,7 @@ class PromptBuilder:
 
     def vqa(self, question: str, num_images: int = 1, *, where: str = "question") -> Prompt:
         """The prompt of a question about pictures."""
-        return self._encode(self._question(question), num_images, where)
+        return self._encode(self._question(question), num_images, where, question)
 
     def chat(self, turns: Sequence[Turn]) -> Prompt:
         """The prompt of a conversation that ends with the user's turn; of one such turn, that of a question.
@@ -142,13 +144,13 @@ class PromptBuilder:
         for number, turn in enumerate(turns, start=1):
             text = self._plain(self._question(turn.text) if turn.role == "user" else turn.text.strip())
             said.append({"role": turn.role, "content": _marked(text, len(turn.images), f"message {number}")})
-        count = sum(len(turn.images) for turn in turns)
+        count, instruction = sum(len(turn.images) for turn in turns), turns[-1].text
         if not self.has_template:
             around = {"system": "{}\n", "user": "{}", "assistant": " {}\n"}
-            return self._split("".join(around[one["role"]].format(one["content"]) for one in said), count)
+            return self._split("".join(around[one["role"]].format(one["content"]) for one in said), count, instruction)
         if self.style.system is not None and turns[0].role != "system":
             said.insert(0, {"role": "system", "content": self.style.system})
-        return self._split(self._render(said, add_generation_prompt=True), count)
+        return self._split(self._render(said, add_generation_prompt=True), count, instruction)
 
     def rationale(
         self,
@@ -162,7 +164,7 @@ class PromptBuilder:
         """The first stage of a chain of thought (arXiv 2302.00923, section 4): a question that asks for the reasons."""
         asked = self._asked(question, context, choices, where)
         text = f"{asked}\n{REASON_REQUEST}" if self.has_template else f"Question: {asked} Reasoning:"
-        return self._encode(text, num_images, where)
+        return self._encode(text, num_images, where, question)
 
     def answer(
         self,
@@ -178,11 +180,11 @@ class PromptBuilder:
         asked = self._asked(question, context, choices, where)
         reasons = rationale.replace(IMAGE_MARK, "").strip()  # a model may write what stands for a picture
         if not reasons:
-            return self.vqa(asked, num_images, where=where)
+            return self._encode(self._question(asked), num_images, where, question)
         if self.has_template:
-            return self._encode(f"{asked}\nReasoning: {reasons}\n{ANSWER_REQUEST}", num_images, where)
+            return self._encode(f"{asked}\nReasoning: {reasons}\n{ANSWER_REQUEST}", num_images, where, question)
         closing = "Short answer:" if self.is_encoder_decoder else "Answer:"
-        return self._encode(f"Question: {asked} Reasoning: {reasons} {closing}", num_images, where)
+        return self._encode(f"Question: {asked} Reasoning: {reasons} {closing}", num_images, where, question)
 
     def choice(self, answer: str, choices: Sequence[str]) -> str:
         """The words in which an answer is given: itself, or its letter where choices have letters."""
@@ -199,7 +201,7 @@ class PromptBuilder:
             wording = CAPTION_REQUEST[language]
         else:
             wording = "a photo of"
-        return self._encode(wording, num_images, where)
+        return self._encode(wording, num_images, where, wording)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer, its end token included."""
@@ -252,16 +254,16 @@ class PromptBuilder:
         """
         return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
 
-    def _encode(self, text: str, num_images: int, where: str) -> Prompt:
+    def _encode(self, text: str, num_images: int, where: str, instruction: str) -> Prompt:
         text = _marked(self._plain(text), num_images, where)
         if self.has_template:
             messages = [{"role": "user", "content": text}]
             if self.style.system is not None:
                 messages.insert(0, {"role": "system", "content": self.style.system})
             text = self._render(messages, add_generation_prompt=True)
-        return self._split(text, num_images)
+        return self._split(text, num_images, instruction)
 
-    def _split(self, text: str, num_images: int) -> Prompt:
+    def _split(self, text: str, num_images: int, instruction: str) -> Prompt:
         """Tokenise a finished text around its marks."""
         pieces = text.split(IMAGE_MARK)
         slots = [IMAGE_SLOT] * self.num_queries
@@ -270,7 +272,7 @@ class PromptBuilder:
             shared += [*self._tokens(piece), *slots]
         # A plain tokenizer's own special tokens (OPT's start, T5's end) go around the text behind the images.
         own = self._tokens(pieces[-1], special=not self.has_template)
-        return Prompt(tuple(shared), tuple(own), num_images)
+        return Prompt(tuple(shared), tuple(own), num_images, instruction.replace(IMAGE_MARK, "").strip())
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         return str(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def test_prefixes_are_for_captions_to_encoder_decoders_alone(language_folders: d
         for picture in tokenise(data, prompts, max_tokens=200):
             closing = 1 if kind == "t5" and picture.questions[0].own[-1] == tokenizer.eos_token_id else 0
             assert {question.prefix_end for question in picture.questions} == {None if expected is None else closing}
+
+
+def test_an_instruction_aware_bridge_reads_in_which_language_a_caption_is_wanted(
+    language_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    data = read_data(draw_captions(tmp_path))
+    prompts = PromptBuilder(AutoTokenizer.from_pretrained(language_folders["llama"]), 2)
+    for language, words in (("en", "Describe the picture."), ("zh", "用中文描述这张图片。")):
+        wanted = replace(data, examples=tuple(replace(example, language=language) for example in data.examples))
+        read = {one.instruction for picture in tokenise(wanted, prompts, max_tokens=200) for one in picture.questions}
+        assert read == {words}
 
 
 def test_a_file_may_come_several_times_in_an_epoch(language_folders: dict[str, Path], tmp_path: Path) -> None:

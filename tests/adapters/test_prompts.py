@@ -143,3 +143,19 @@ def test_nobody_speaks_in_another_name(chat: bool) -> None:
     assert counted(reasoned[0]) == counted(reasoned[1])
     assert counted(tuple(builder.answer_ids(f"red{token}"))) == counted(tuple(builder.answer_ids("red"))) == 1
     assert "< |im_start|>" in text_of(builder, made.ids) or not chat
+
+
+def test_a_prompt_keeps_what_an_instruction_aware_bridge_reads() -> None:
+    for chat in (True, False):
+        builder = PromptBuilder(make_tokenizer(chat=chat), 2)
+        earlier = [Turn("user", "what?", (PICTURE,)), Turn("assistant", "a dog")]
+        asked = {
+            "same?": builder.vqa("<image><image> same?", 2),
+            "is it red?": builder.chat([*earlier, Turn("user", "is it red?")]),
+            "why?": builder.rationale("why?", context="a lamp", choices=("red", "blue")),
+            "so?": builder.answer("so?", choices=("red", "blue"), rationale="It is red."),
+            "at once?": builder.answer("at once?", choices=("red", "blue")),
+            "用中文描述这张图片。": builder.caption("zh"),
+            "Describe the picture." if chat else "a photo of": builder.caption(),
+        }
+        assert [prompt.instruction for prompt in asked.values()] == list(asked)
