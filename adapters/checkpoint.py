@@ -151,9 +151,7 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer,
     for key, value in moments.items():
         name, _, kind = key.rpartition("|")
         parameter = parameters[name]
-        # AdamW keeps its step count on the CPU, its moments beside the parameter
-        placed = value if kind == "step" else value.to(parameter.device)
-        optimiser.state[parameter][kind] = placed
+        optimiser.state[parameter][kind] = value.to(parameter.device)  # the fused AdamW keeps its step count there too
     own = {name.partition(".")[2]: state for name, state in generators.items() if name.startswith(f"{rank}.")}
     if "cpu" not in own:
         raise UserError(

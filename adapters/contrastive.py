@@ -146,6 +146,14 @@ def train_tower(
     torch.manual_seed(seed)
     pictures = captioned(read_data(train, task="caption", offline=offline).examples)
     held_out = captioned(read_data(val, task="caption", offline=offline).examples)
+    for data, part in ((train, pictures), (val, held_out)):
+        if len(part) < 2:
+            raise UserError(
+                f"{data}: {len(part)} pictures with English captions, which the text encoder reads; telling pictures"
+                " apart needs two"
+            )
+    if start >= whole.layer:
+        raise UserError(f"start is {start}, and {source} has the hidden states 0 to {whole.layer}: take an earlier one")
     cache = FeatureCache(trunk)
     images = [*all_views([picture.image for picture in pictures], views), *(picture.image for picture in held_out)]
     fill_caches([cache], images, quiet=quiet)

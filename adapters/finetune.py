@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
 
 from adapters.alignment import align_words
 from adapters.answering import answer_examples
@@ -32,7 +33,7 @@ from adapters.optimiser import build_optimiser, learning_rate
 from adapters.reasoning import validate_reasons
 from adapters.recipe import Recipe, TrainSection
 from adapters.reporting import Reporter
-from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped
+from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped, tell_terms
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.self_critical import Critic, check_self_critical, greedy_cider
 from adapters.sight import check_device, default_device
@@ -127,6 +128,8 @@ def finetune(
         position.terms += start.terms
         if main and not quiet:
             print(start, file=sys.stderr)
+    if state is None and main and not quiet:
+        tell_terms(term for term in assembly.sight.terms if starting is None or term not in start.terms)
     how: Any = {"max_tokens": train.micro_batch_tokens, "stages": recipe.reason.stages}
     pictures = tokenise(train_data, assembly.prompts, **how)
     row_tokens = train.row_tokens if _packs(assembly) else 0
@@ -198,6 +201,7 @@ def finetune(
             validate(assembly, Step(validation.rows[:2]), val_data.examples[:2], recipe)
         losses: list[float] = []
         rewards: list[float] = []
+        text_side: list[Tensor] = []
         timer = time.monotonic()
         samples = 0
         for step in _steps_from(position, plan):
@@ -226,6 +230,8 @@ def finetune(
             if keeper is not None and position.step % train.text_side_every == 0:
                 kept = keeper.losses(position.step)
                 accelerator.backward(kept.total)
+                said = torch.stack([kept.contrastive, kept.matching, kept.generation]).detach()
+                text_side.append(accelerator.reduce(said, "mean").cpu())
             loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device)))
             check_finite(loss, position.step + 1, recipe)
             norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm))
@@ -248,9 +254,10 @@ def finetune(
                         "gradient_norm": norm,
                         "samples_per_second": samples / elapsed,
                         **({"reward": sum(rewards) / len(rewards)} if rewards else {}),
+                        **_named_means(text_side),
                     },
                 )
-                losses, rewards, samples, timer = [], [], 0, time.monotonic()
+                losses, rewards, text_side, samples, timer = [], [], [], 0, time.monotonic()
             if position.step % train.validate_every == 0 or position.step == total:
                 metrics = validate(assembly, validation, val_data.examples, recipe)
                 report.validation(position.step, metrics)
@@ -280,6 +287,15 @@ def finetune(
             {**position.metrics, "peak_memory_gib": report.memory.peak_gib},
             finished,
         )
+
+
+def _named_means(text_side: Sequence[Tensor]) -> dict[str, float]:
+    """The first stage's objectives, [3] a step that had them, as their means by the names that stage logs them by."""
+    return (
+        dict(zip(("itc", "itm", "itg"), torch.stack(list(text_side)).mean(0).tolist(), strict=True))
+        if text_side
+        else {}
+    )
 
 
 def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:

@@ -26,7 +26,7 @@ from adapters.optimiser import build_optimiser, learning_rate
 from adapters.recipe import Recipe
 from adapters.reporting import Reporter
 from adapters.retrieval import Retriever
-from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped
+from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped, tell_terms
 from adapters.run_folder import check_finite, check_run_folder, open_run_folder
 from adapters.sight import Sight, check_device, default_device, load_sight
 from adapters.starting import start_from_artefact
@@ -68,13 +68,11 @@ def pretrain(
         raise UserError(
             "the first stage reads captions: set bridge.text_branch=true and bridge.start to a BERT's source"
         )
-    if recipe.train.compile:
-        raise UserError("train.compile: it is for the LLM's blocks, which the first stage has none of; set it to false")
-    if recipe.train.label_smoothing:
-        raise UserError(
-            f"train.label_smoothing={recipe.train.label_smoothing:g}: it is for the LLM's targets; ITC and ITG have"
-            " their own; set it to 0"
-        )
+    for name in ("compile", "label_smoothing", "self_critical", "align_steps", "text_side_every"):
+        if value := getattr(recipe.train, name):
+            raise UserError(
+                f"train.{name}={value}: it is for training with an LLM, which the first stage has none of; leave it out"
+            )
     on_cpu = (device or default_device()) == "cpu"
     accelerator = Accelerator(cpu=on_cpu, device_placement=False, mixed_precision="no")
     main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
@@ -108,7 +106,9 @@ def pretrain(
         inherited = start.terms
         if main and not quiet:
             print(start, file=sys.stderr)
-    elif state is None:
+    if state is None and main and not quiet:
+        tell_terms(term for term in sight.terms if term not in inherited)
+    if state is None and starting is None:
         sight.feature_norm.standardise(sight.features([picture.image for picture in spread(pictures, 256)]))
     model = sight.representation(compute_dtype)
     optimiser = build_optimiser(model, train)

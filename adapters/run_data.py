@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +116,14 @@ def note_validation(position: Position, score: float, metrics: dict[str, float],
     position.stale += 1
     position.stopped_early = patience is not None and position.stale >= patience
     return False
+
+
+def tell_terms(terms: Iterable[str]) -> None:
+    """Say on stderr what the image encoder's own training binds this run to."""
+    if bound := list(dict.fromkeys(terms)):
+        print(
+            f"the image encoder was trained on data whose terms this run inherits: {'; '.join(bound)}", file=sys.stderr
+        )
 
 
 def tell_skipped(report: Reporter, *parts: DataSet) -> None:

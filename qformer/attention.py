@@ -1,5 +1,7 @@
 """Multi-head attention on torch's scaled_dot_product_attention, and the three masks of stage 1.
 
+ITC needs no mask in practice: its two passes, queries alone and text alone, equal the one with `contrastive_mask`.
+
 Masks are boolean everywhere: True means "may attend". Rows are who looks, columns what is looked at.
 """
 

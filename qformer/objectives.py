@@ -1,7 +1,8 @@
 """The three objectives of BLIP-2's first stage (arXiv 2301.12597, section 3.2), and the heads they need.
 
 ITC pulls a picture's queries and its text together, ITM tells pairs that belong together from hard negatives, and ITG
-writes the text from the queries. One set of weights, three attention masks: `qformer.representation` runs them.
+writes the text from the queries. One set of weights; what may see what differs: `qformer.representation`
+runs the passes.
 """
 
 from __future__ import annotations

@@ -64,6 +64,10 @@ def main() -> int:
     for key in ("recipe", "stage", "columns", "settings"):
         if key not in plan:
             parser.error(f"{options.comparison}: '{key}' is missing")
+    if plan["stage"] not in (1, 2):
+        parser.error(f"{options.comparison}: stage is {plan['stage']!r}; write 1 or 2")
+    if not isinstance(plan["settings"], dict):
+        parser.error(f"{options.comparison}: settings are names, each with a list of overrides behind it")
     if unknown := set(options.only) - plan["settings"].keys():
         parser.error(f"--only {min(unknown)}: no such setting; known: {', '.join(plan['settings'])}")
     if options.test and "evaluate" not in plan:
@@ -77,7 +81,7 @@ def main() -> int:
         if options.only and name not in options.only:
             continue
         given = setting if isinstance(setting, dict) else {"set": setting}
-        every, start = [*plan.get("common", []), *given.get("set", []), *options.set], given.get("start_from")
+        every, start = [*plan.get("common", []), *(given.get("set") or []), *options.set], given.get("start_from")
         rows[name] = [train(plan, every, options.out / folder_of(name, seed), seed, start) for seed in seeds]
     print(table(plan["columns"], rows))
     return 0

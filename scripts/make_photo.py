@@ -145,7 +145,7 @@ def main() -> int:
     from adapters.finetune import finetune
     from adapters.pretrain import pretrain
 
-    data = options.data
+    data = options.data.resolve()  # the files made from it lie elsewhere
     first = [f"data.train={data}/flickr8k/captions_train.jsonl", f"data.val={data}/flickr8k/captions_val.jsonl"]
     first += [f"data.terms={FLICKR}", *BEFORE, *options.set1]
     train(pretrain, "photo_stage1", STAGE1, first)

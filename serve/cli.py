@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -172,6 +173,9 @@ def evaluate(
     blank_images: Annotated[
         bool, typer.Option("--blank-images", help="The control: every picture is replaced by a grey one.")
     ] = False,
+    rerank: Annotated[
+        bool, typer.Option("--rerank/--no-rerank", help="For retrieval: let ITM rank the best 16 anew.")
+    ] = True,
     limit: LimitOption = None,
     skip_bad_rows: SkipOption = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 64,
@@ -192,6 +196,10 @@ def evaluate(
         raise UserError(f"--task {task}: take vqa, caption, reason or retrieval")
     if task != "reason" and (controls or answer_adapter is not None or rationale_tokens is not None):
         raise UserError(f"--controls, --answer-adapter and --rationale-tokens go with --task reason, not {task}")
+    if task == "retrieval" and not decoding is beams is max_new_tokens is None:
+        raise UserError("--decoding, --beams and --max-new-tokens are for what an LLM writes, not for retrieval")
+    if task != "retrieval" and not rerank:
+        raise UserError(f"--no-rerank goes with --task retrieval, not {task}")
     check_source(data)
     on_progress = None if quiet else progress("done")
     if task == "reason":
@@ -212,7 +220,7 @@ def evaluate(
         retriever, _ = load_retriever(adapter, device=device, dtype=dtype, offline=offline)
         scores = evaluate_retrieval(
             retriever, data, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
-            on_progress=on_progress,
+            rerank=rerank, on_progress=on_progress,
         )  # fmt: skip
     else:
         from serve.evaluate import evaluate as run
@@ -223,6 +231,7 @@ def evaluate(
         scores = run(
             engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
             offline=offline, batch_size=batch_size, decoding=settings, on_progress=on_progress,
+            tell=None if quiet else partial(typer.echo, err=True),
         )  # fmt: skip
     width = max(28, 2 + max(map(len, scores)))
     report(scores, as_json, "\n".join(f"{key:<{width}}{value:.4g}" for key, value in scores.items()))

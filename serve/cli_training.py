@@ -59,7 +59,7 @@ def finetune(
 
 
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A recipe (file or shipped name) for captions.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe (file or shipped name), or a file of captions.")],
     stage: Annotated[
         int, typer.Option("--stage", min=1, max=2, help="1: ITC, ITM and ITG without an LLM; 2: with it.")
     ],
@@ -82,7 +82,9 @@ def pretrain(
         raise UserError("--stage 2 goes on from the first stage: add --start-from RUN (finetune starts without one)")
     task = "caption" if stage == 1 else None
     given = _overrides(set_, task=task, seed=seed)
-    chosen, name = _recipe_for(recipe, given, offline=offline, start_from=start_from if stage == 2 else None)
+    first_recipe = "photo_stage1" if stage == 1 else None
+    theirs = start_from if stage == 2 else None
+    chosen, name = _recipe_for(recipe, given, offline=offline, start_from=theirs, base=first_recipe)
     folder = out or Path("runs") / name
     run = first if stage == 1 else second
     result = run(
@@ -113,12 +115,13 @@ def _overrides(set_: list[str] | None, *, task: str | None, seed: int | None) ->
 
 
 def _recipe_for(
-    name: str, overrides: Sequence[str], *, offline: bool, start_from: str | None = None
+    name: str, overrides: Sequence[str], *, offline: bool, start_from: str | None = None, base: str | None = None
 ) -> tuple[Any, str]:
     """A recipe and the name of its run.
 
-    A data file is learned from by the default recipe of its rows' task, and on the models of the adapter that the run
-    starts from, where there is one. ScienceQA has its own rows to choose on, and is answered by letters.
+    A data file is learned from by the recipe `base`, or the default one of its rows' task, and on the models of the
+    adapter that the run starts from, where there is one. ScienceQA has its own rows to choose on, and is answered by
+    letters.
     """
     from adapters.data.readers import read_data
     from adapters.data.scienceqa import scienceqa_folder
@@ -139,5 +142,5 @@ def _recipe_for(
         data.append("prompt.letters=true")
     theirs = sections_of(start_from) if start_from is not None else {}
     sections = [f"{key}={json.dumps(section)}" for key, section in theirs.items()]
-    base = "reason_cpu" if task == "reason" else "domain_cpu"
+    base = base or ("reason_cpu" if task == "reason" else "domain_cpu")
     return load_recipe(base, [*data, *sections, *overrides]), path.stem.replace(":", "-")

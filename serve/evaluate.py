@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapters.data.captioned import captioned
-from adapters.data.examples import DataSet
+from adapters.data.examples import DataSet, Example
 from adapters.data.images import ImageRef, blank_image
 from adapters.data.readers import read_data
 from adapters.evaluation.captions import score_captions
@@ -32,6 +32,7 @@ def evaluate(
     batch_size: int = 64,
     decoding: Decoding | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Score short answers or captions.
 
@@ -46,6 +47,7 @@ def evaluate(
         batch_size: prompts generated together.
         decoding: how tokens are chosen; where left out greedy, for captions the preset "caption".
         on_progress: called with (done, total) distinct questions or pictures.
+        tell: called with a line for each score of captions that is left out, and why.
 
     Returns:
         Of answers "n", "pictures", "exact_match" and "vqa_accuracy" as fractions, "exact_match_low" and
@@ -81,9 +83,12 @@ def evaluate(
     answers = [example.answers for example in examples]
     if task == "caption":
         language = languages.pop()
-        by_java, _ = java_scores(said, answers, language=language)
+        by_java, left_out = java_scores(said, answers, language=language)
+        if tell is not None:
+            for reason in left_out.values():
+                tell(reason)
         return {**score_captions(said, answers, language=language), **by_java, "skipped": len(rows.skipped)}
-    pictures = [tuple(image.digest() for image in example.images) for example in examples]
+    pictures = [_digests(example) for example in examples]
     told = {"n": len(examples), "pictures": len(set(pictures)), **score(said, answers)}
     if told["pictures"] > 1:
         hits = [exact_match(*pair) for pair in zip(said, answers, strict=True)]
@@ -144,10 +149,14 @@ def evaluate_retrieval(
     return found | reranked | {f"itc_{name}": value for name, value in plain.items()}
 
 
-def _captions_by_picture(rows: DataSet) -> dict[str, tuple[int, tuple[str, ...]]]:
-    """For each distinct picture, by digest: the row it first stands in, and the captions of all its rows."""
-    grouped: dict[str, tuple[int, tuple[str, ...]]] = {}
+def _digests(example: Example) -> tuple[str, ...]:
+    return tuple(image.digest() for image in example.images)
+
+
+def _captions_by_picture(rows: DataSet) -> dict[tuple[str, ...], tuple[int, tuple[str, ...]]]:
+    """For each distinct picture, or several shown together: the row it first stands in, and all its rows' captions."""
+    grouped: dict[tuple[str, ...], tuple[int, tuple[str, ...]]] = {}
     for number, example in enumerate(rows.examples):
-        first, texts = grouped.get(example.images[0].digest(), (number, ()))
-        grouped[example.images[0].digest()] = (first, texts + example.answers)
+        first, texts = grouped.get(_digests(example), (number, ()))
+        grouped[_digests(example)] = (first, texts + example.answers)
     return grouped

@@ -102,6 +102,32 @@ def test_mistakes_are_told(words: list[str], plan: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"stage": "1"}, "stage is '1'; write 1 or 2"), ({"settings": ["a"]}, "settings are names, each with a list")],
+)
+def test_a_wrong_plan_is_told(
+    changed: dict[str, Any],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(json.dumps({"recipe": "gone", "stage": 1, "columns": ["x"], "settings": {"plain": None}} | changed))
+    assert compare(monkeypatch, str(plan), "--out", str(tmp_path / "runs")) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_setting_without_overrides_may_stay_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(json.dumps({"recipe": "gone", "stage": 1, "columns": ["x"], "settings": {"plain": None}}))
+    assert compare(monkeypatch, str(plan), "--out", str(tmp_path / "runs")) == 2
+    assert "gone" in capsys.readouterr().err  # it came as far as the recipe
+
+
 def test_the_first_stage_is_measured(
     plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

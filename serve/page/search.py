@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ MAX_UPLOADS = 200
 MOST = 24  # pictures shown
 _TOGETHER = 16  # pictures embedded before whoever else asks has a turn
 _THUMBNAIL = 480  # pixels, the longest side
+_FRESH = 10.0  # seconds that an index is taken for up to date: pictures come and go while the page is open
 _FOLDER, _UPLOADS = "folder", "uploads"
 
 
@@ -43,6 +45,7 @@ class Finder:
         self.folder = folder
         self._retrievers: dict[str, Retriever] = {}
         self._indexes: dict[str, PictureIndex] = {}
+        self._looked: dict[str, float] = {}  # when each adapter's index was brought up to date
 
     def index_folder(self, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, IndexReport]:
         """Bring the folder's index up to date, for every adapter that can search; what was done, by adapter.
@@ -77,7 +80,7 @@ class Finder:
         folder = self.folder
 
         def errand(loaded: LoadedAdapter) -> list[Hit]:
-            if loaded.name not in self._indexes:
+            if time.monotonic() - self._looked.get(loaded.name, -_FRESH) >= _FRESH:
                 self._index(loaded)
             return self._indexes[loaded.name].search(query, most=most)
 
@@ -122,6 +125,7 @@ class Finder:
         index = PictureIndex(self.folder, self._retriever(adapter), key=key)
         report = index.update(on_progress)
         self._indexes[adapter.name] = index
+        self._looked[adapter.name] = time.monotonic()
         return report
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_rows import write_jsonl
 from tiny import draw_captions, save_tiny_bert, save_tiny_efficientnet
 
 from adapters.contrastive import AttentionPool, SentenceEncoder, train_tower
@@ -106,3 +107,16 @@ def test_other_towers_are_refused(vision_folder: Path, tmp_path: Path) -> None:
         train_tower(data, data, tmp_path / "made", source=str(vision_folder), start=1)
     with pytest.raises(UserError, match="none of that name ships"):
         read_difference("nothing")
+
+
+def test_captions_in_other_languages_and_nothing_to_train_are_told_first(tmp_path: Path) -> None:
+    tower, bert = save_tiny_efficientnet(tmp_path / "tower"), save_tiny_bert(tmp_path / "bert")
+    english = draw_captions(tmp_path / "data")
+    rows = [json.loads(line) | {"language": "zh"} for line in english.read_text(encoding="utf-8").splitlines()]
+    chinese = write_jsonl(tmp_path / "data" / "zh.jsonl", rows)
+    known: Any = {"source": str(tower), "text_source": str(bert)}
+    for train, val in ((chinese, english), (english, chinese)):
+        with pytest.raises(UserError, match=r"zh\.jsonl: 0 pictures with English captions"):
+            train_tower(train, val, tmp_path / "made", start=5, **known)
+    with pytest.raises(UserError, match=r"start is 8, and .* has the hidden states 0 to 8"):
+        train_tower(english, english, tmp_path / "made", start=8, **known)

@@ -98,6 +98,17 @@ def test_evaluate_scores_as_fractions(call: Call, run_folder: Path, data_file: P
     assert blank["n"] == 24
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--task", "retrieval", "--beams", 3], "not for retrieval"),
+        (["--task", "caption", "--no-rerank"], "--no-rerank goes with --task retrieval, not caption"),
+    ],
+)
+def test_flags_of_another_task_are_refused(words: list[object], told: str, call: Call, data_file: Path) -> None:
+    assert told in call("evaluate", data_file, *words).mistake()
+
+
 def test_finetune_prints_one_object_and_leaves_a_run(call: Call, recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = call("finetune", recipe_file, "--out", out, "--json", "--set", "train.max_steps=2", *FAST)

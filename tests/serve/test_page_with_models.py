@@ -155,3 +155,14 @@ def test_where_the_bridge_looks_is_drawn(client: Client, red: Path) -> None:
 def test_a_query_that_is_none_is_told(client: Client, red: Path) -> None:
     with pytest.raises(AppError, match="take 1 to 3"):
         client.predict(handle_file(red), query=4, api_name="/look")
+
+
+def test_the_folder_s_pictures_may_come_and_go(client: Client, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.predict("a red square", where="folder", most=1, api_name="/search")
+    monkeypatch.setattr("serve.page.search._FRESH", 0.0)
+    (pictures / "blue0.png").rename(pictures / "moved.png")
+    found = client.predict("a blue square", where="folder", most=24, api_name="/search")
+    (pictures / "moved.png").rename(pictures / "blue0.png")
+
+    names = {hit["picture"] for hit in found}
+    assert "moved.png" in names and "blue0.png" not in names

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from command import FAST, Call
 from data_rows import write_jsonl
+from tiny import draw_captions
+
+from adapters.data.examples import Example
+from serve.evaluate import evaluate
 
 
 @pytest.fixture
@@ -43,3 +48,24 @@ def test_pairs_are_learned_from_scored_and_asked(call: Call, recipe_file: Path, 
         "ask", *asked[1]["images"], asked[1]["question"], "--adapter", run, "--max-new-tokens", 3, "--json", *FAST
     ).values
     assert one["answer"] == lines[1]["answer"]
+
+
+def test_captions_belong_to_all_their_pictures_together(tmp_path: Path) -> None:
+    """Two pairs that begin with the same picture are two things to describe."""
+    draw_captions(tmp_path)
+    pairs = [["red0.png", "red1.png"], ["red0.png", "blue1.png"], ["red0.png", "red1.png"]]
+    rows = [{"images": pair, "caption": text} for pair, text in zip(pairs, ("one", "two", "three"), strict=True)]
+    data = write_jsonl(tmp_path / "captions.jsonl", rows)
+
+    asked: list[Example] = []
+
+    class Parrot:
+        def answer(self, examples: list[Example], task: str, **_: object) -> list[str]:
+            asked.extend(examples)
+            return ["one"] * len(examples)
+
+    told: list[str] = []
+    found = evaluate(cast(Any, Parrot()), data, task="caption", tell=told.append)
+    assert found["n"] == 2
+    assert [example.answers for example in asked] == [("one", "three"), ("two",)]
+    assert [line.split()[0] for line in told] == [name for name in ("METEOR", "SPICE") if name not in found]
