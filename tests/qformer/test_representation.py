@@ -239,3 +239,54 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         assert torch.allclose(found[f"grad.{name}"], expected, atol=1e-5), name
     assert torch.isfinite(found["matching"]).all()
+
+
+def next_picture(scores: Tensor, ids: Tensor, other_ids: Tensor, generator: object = None) -> Tensor:
+    """In the place of the draw: each picture's negative is of the one after it, on whichever process that is."""
+    wanted = 10 + (ids - 10 + 1) % 4
+    return (other_ids[None, :] == wanted[:, None]).long().argmax(dim=1)
+
+
+def unlike_texts() -> TextBatch:
+    """A caption a picture, of 7, 5, 4 and 6 tokens: two processes pad their halves to unlike widths."""
+    _, text, _ = make_batch()
+    rows = torch.tensor([0, 1, 3, 4])
+    return TextBatch(text.ids[rows], text.mask[rows], torch.arange(4))
+
+
+def _matching_process(rank: int, folder: str) -> None:
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, (features, _, images), text = make_model(), make_batch(), unlike_texts()
+    chosen = slice(2 * rank, 2 * rank + 2)
+    width = int(text.mask[chosen].sum(dim=1).max())
+    half = TextBatch(text.ids[chosen, :width], text.mask[chosen, :width], torch.tensor([0, 1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qformer.representation.hard_negatives", next_picture)
+        losses = model([features[chosen]], half, images[chosen])
+    losses.matching.backward()
+    result = {"matching": losses.matching.detach().reshape(1)}
+    result |= {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    for value in result.values():
+        dist.all_reduce(value)
+    if rank == 0:
+        save_file({name: (value / 2).contiguous() for name, value in result.items()}, f"{folder}/result.safetensors")
+    dist.destroy_process_group()
+
+
+def test_two_processes_match_the_pairs_that_one_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negatives of the other process are the pictures and texts that they are in one."""
+    from safetensors.torch import load_file
+
+    mp.spawn(_matching_process, args=(str(tmp_path),), nprocs=2)
+    found = load_file(tmp_path / "result.safetensors")
+    monkeypatch.setattr("qformer.representation.hard_negatives", next_picture)
+    model, (features, _, images) = make_model(), make_batch()
+    losses = model([features], unlike_texts(), images)
+    losses.matching.backward()
+    assert torch.allclose(found.pop("matching"), losses.matching.detach(), atol=1e-5)
+    for name, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(found[name], expected, atol=1e-5), name
