@@ -96,7 +96,8 @@ def draw_questions(folder: Path) -> None:
         shutil.copy(folder / "blue1.png", folder / f"{name}.jpg")
         with (folder / f"{name}.jpg").open("ab") as file:
             file.write(name.encode())  # pictures are told apart by their bytes
-    (folder / "my_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("my_data", "rooms_train", "rooms_val"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "captions.csv").write_text("image\nphoto.jpg\nthird.jpg\n")
 
 

@@ -121,6 +121,16 @@ def test_every_command_runs(
     assert quiet_page == [port for name, port in served.items() if command.startswith(f"querybridge {name} ")]
 
 
+def test_the_scores_shown_have_the_names_that_are_printed(
+    in_workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("querybridge evaluate my_data.jsonl --adapter runs/quickstart --quiet", monkeypatch) == 0
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    shown = re.search(r"^```\n(n +100\n.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    assert [line.split()[0] for line in shown[1].splitlines()] == printed
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "estimate" in c])
 def test_estimates_run_as_written(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(command, monkeypatch) == 0
