@@ -30,14 +30,16 @@ class Decoding:
 
     @classmethod
     def preset(cls, name: str) -> Decoding:
-        """Return "greedy", "paper-vqa" (BLIP-2, section 4: beam 5, length penalty -1) or "caption" (beam 5, 0.5).
+        """Return "greedy", "paper-vqa", "likeliest" or "caption"; the last three search with five beams.
 
-        A caption's length penalty is 0.5: with 1, which ranks by the mean over tokens, longer captions win, and score
-        lower (docs/pretraining.md has the scores).
+        "paper-vqa" is BLIP-2's (section 4), whose length penalty of -1 favours short answers; "likeliest" ranks short
+        answers by their probability as a whole. A caption's length penalty is 0.5: with 1, which ranks by the mean over
+        tokens, longer captions win, and score lower (docs/pretraining.md has the scores).
         """
         presets = {
             "greedy": cls(),
             "paper-vqa": cls(max_new_tokens=10, num_beams=5, length_penalty=-1.0),
+            "likeliest": cls(max_new_tokens=10, num_beams=5, length_penalty=0.0),
             "caption": cls(max_new_tokens=30, num_beams=5, length_penalty=0.5),
         }
         if name not in presets:

@@ -215,6 +215,7 @@ def train(run: Callable[..., Any], recipe: str, out: Path, overrides: list[str],
 
 def scores(data: Path, limit: int | None) -> dict[str, float]:
     """What the card says: captions both ways, retrieval, questions and statements with their blank-picture controls."""
+    from qformer.decoding import Decoding
     from serve.evaluate import evaluate, evaluate_retrieval
     from serve.evaluate_reasons import evaluate_reasons
     from serve.loaded import load_adapter
@@ -229,11 +230,15 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
     questions, statements = MADE / "rooms_val.jsonl", data / "flickr8k" / "reasons_val.jsonl"
     for blank in (False, True):
         where = " on a blank picture" if blank else ""
-        told = evaluate(engine, questions, task="vqa", limit=limit, blank_images=blank)
-        found[f"DAQUAR, exact match{where}"] = told["exact_match"]
-        if "exact_match_low" in told:  # not where --limit leaves one picture
-            for end in ("low", "high"):
-                found[f"DAQUAR, exact match{where}, {end} end of the 95 % interval"] = told[f"exact_match_{end}"]
+        for preset in ("greedy", "likeliest"):
+            decoding = Decoding.preset(preset)
+            told = evaluate(engine, questions, task="vqa", limit=limit, blank_images=blank, decoding=decoding)
+            name = f"DAQUAR, exact match, {preset}{where}"
+            found[name] = told["exact_match"]
+            if "exact_match_low" in told:  # not where --limit leaves one picture
+                found |= {
+                    f"{name}, {end} end of the 95 % interval": told[f"exact_match_{end}"] for end in ("low", "high")
+                }
         told = evaluate_reasons(engine, statements, limit=limit, blank_images=blank)
         found[f"statements, answered with reasons{where}"] = told["accuracy"]
     retriever, _ = load_retriever(SHIPS)

@@ -26,7 +26,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 BeamsOption = Annotated[int | None, typer.Option("--beams", min=1, help="Beams of the search; 1 is greedy.")]
 PresetOption = Annotated[
     str | None,
-    typer.Option("--decoding", help="A preset: greedy, paper-vqa (beam 5, length penalty -1) or caption (5, 0.5)."),
+    typer.Option(
+        "--decoding", help="A preset: greedy; paper-vqa, likeliest, caption (beam 5, length penalty -1, 0, 0.5)."
+    ),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 AnswerAdapterOption = Annotated[

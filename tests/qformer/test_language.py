@@ -245,7 +245,9 @@ def pad_left(rows: list[torch.Tensor]) -> Padded:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=6), Decoding.preset("paper-vqa")])
+@pytest.mark.parametrize(
+    "decoding", [Decoding(max_new_tokens=6), Decoding.preset("paper-vqa"), Decoding.preset("likeliest")]
+)
 def test_generation_is_that_of_transformers(language_folders: dict[str, Path], kind: str, decoding: Decoding) -> None:
     """A left-padded batch (right-padded for T5) gives what transformers gives for each prompt alone."""
     language = load(language_folders[kind])
