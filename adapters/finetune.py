@@ -290,12 +290,10 @@ def finetune(
 
 
 def _named_means(text_side: Sequence[Tensor]) -> dict[str, float]:
-    """The first stage's objectives, [3] a step that had them, as their means by the names that stage logs them by."""
-    return (
-        dict(zip(("itc", "itm", "itg"), torch.stack(list(text_side)).mean(0).tolist(), strict=True))
-        if text_side
-        else {}
-    )
+    """The means of the first stage's objectives, [3] for each step that had them."""
+    if not text_side:
+        return {}
+    return dict(zip(("text_itc", "text_itm", "text_itg"), torch.stack(list(text_side)).mean(0).tolist(), strict=True))
 
 
 def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:

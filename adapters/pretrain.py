@@ -129,6 +129,12 @@ def pretrain(
     prepared = accelerator.prepare(model)
     steps_an_epoch = max(1, len(pictures) // train.batch_size)
     total = train.max_steps or max(1, round(train.epochs * steps_an_epoch))
+    if main and not quiet and total <= train.contrastive_steps:
+        print(
+            f"all {total} steps are ITC's alone (train.contrastive_steps={train.contrastive_steps}): ITM and ITG"
+            f" learn nothing; for all three set it to {total * 2 // 3} or less",
+            file=sys.stderr,
+        )
     facts = Facts(
         fingerprints=sight.fingerprints,
         data={

@@ -68,6 +68,10 @@ def main() -> int:
         parser.error(f"{options.comparison}: stage is {plan['stage']!r}; write 1 or 2")
     if not isinstance(plan["settings"], dict):
         parser.error(f"{options.comparison}: settings are names, each with a list of overrides behind it")
+    for name, setting in plan["settings"].items():
+        overrides = setting.get("set") if isinstance(setting, dict) else setting
+        if not isinstance(overrides, list | None):
+            parser.error(f"{options.comparison}: '{name}' is {overrides!r}; write a list of overrides")
     if unknown := set(options.only) - plan["settings"].keys():
         parser.error(f"--only {min(unknown)}: no such setting; known: {', '.join(plan['settings'])}")
     if options.test and "evaluate" not in plan:

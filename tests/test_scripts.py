@@ -104,7 +104,11 @@ def test_mistakes_are_told(words: list[str], plan: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("changed", "told"),
-    [({"stage": "1"}, "stage is '1'; write 1 or 2"), ({"settings": ["a"]}, "settings are names, each with a list")],
+    [
+        ({"stage": "1"}, "stage is '1'; write 1 or 2"),
+        ({"settings": ["a"]}, "settings are names, each with a list"),
+        ({"settings": {"a": "data.limit=3"}}, "'a' is 'data.limit=3'; write a list of overrides"),
+    ],
 )
 def test_a_wrong_plan_is_told(
     changed: dict[str, Any],

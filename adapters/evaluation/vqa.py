@@ -92,8 +92,12 @@ def interval_by_picture(
         raise ValueError("no questions, so no interval")
     sums = np.array([sum(each) for each in grouped.values()])
     counts = np.array([len(each) for each in grouped.values()])
-    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
-    low, high = np.quantile(drawn @ sums / (drawn @ counts), [0.025, 0.975])
+    generator, even = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums))
+    means = []
+    for start in range(0, draws, 100):  # some at a time: a large set has tens of thousands of pictures
+        drawn = generator.multinomial(len(sums), even, size=min(100, draws - start))  # [100, pictures]
+        means.append(drawn @ sums / (drawn @ counts))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -81,7 +81,11 @@ class Finder:
 
         def errand(loaded: LoadedAdapter) -> list[Hit]:
             if time.monotonic() - self._looked.get(loaded.name, -_FRESH) >= _FRESH:
-                self._index(loaded)
+                try:
+                    self._index(loaded)
+                except UserError:  # what was found before still can be
+                    if loaded.name not in self._indexes:
+                        raise
             return self._indexes[loaded.name].search(query, most=most)
 
         hits = self.engine.run(errand, adapter=adapter).result()
@@ -121,11 +125,11 @@ class Finder:
 
     def _index(self, adapter: LoadedAdapter, on_progress: Callable[[int, int], None] | None = None) -> IndexReport:
         assert self.folder is not None
+        self._looked[adapter.name] = time.monotonic()
         key = sight_fingerprint(adapter.assembly.sight)
         index = PictureIndex(self.folder, self._retriever(adapter), key=key)
         report = index.update(on_progress)
         self._indexes[adapter.name] = index
-        self._looked[adapter.name] = time.monotonic()
         return report
 
 

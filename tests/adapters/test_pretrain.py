@@ -177,7 +177,13 @@ def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
 def test_mistakes_are_one_clear_line(recipe_of: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bridge\.text_branch=true"):
         run(recipe_of(text_branch=False), tmp_path / "run")
-    for name, value in (("compile", True), ("label_smoothing", 0.1), ("self_critical", 2), ("align_steps", 3)):
+    for name, value in (
+        ("compile", True),
+        ("label_smoothing", 0.1),
+        ("self_critical", 2),
+        ("align_steps", 3),
+        ("text_side_every", 2),
+    ):
         with pytest.raises(UserError, match=rf"train\.{name}={value}: .*the first stage has none of"):
             run(recipe_of(**{name: value}), tmp_path / "run")
     with pytest.raises(UserError, match=r"train\.contrastive_steps=2: .*pretrain RECIPE --stage 1"):
@@ -215,7 +221,8 @@ def test_the_text_side_is_kept_beside_an_llm(recipe_of: Any, tmp_path: Path) -> 
     finetune(recipe, out, device="cpu", dtype="float32", quiet=True)
     kept, _ = load_sight_artefact(out / "last")
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all({"itc", "itm", "itg"} <= line.keys() for line in logged if "loss" in line)
+    steps = [line for line in logged if "loss" in line]
+    assert steps and all(line[f"text_{name}"] > 0 for line in steps for name in ("itc", "itm", "itg"))
     without = recipe_of(max_steps=80, validate_every=80, learning_rate=5e-3, dropout=0.0)
     finetune(without, tmp_path / "without", device="cpu", dtype="float32", quiet=True)
     fallen, _ = load_sight_artefact(tmp_path / "without" / "last")

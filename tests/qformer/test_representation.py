@@ -244,7 +244,9 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
 def next_picture(scores: Tensor, ids: Tensor, other_ids: Tensor, generator: object = None) -> Tensor:
     """In the place of the draw: each picture's negative is of the one after it, on whichever process that is."""
     wanted = 10 + (ids - 10 + 1) % 4
-    return (other_ids[None, :] == wanted[:, None]).long().argmax(dim=1)
+    found = other_ids[None, :] == wanted[:, None]
+    assert found.any(dim=1).all()
+    return found.long().argmax(dim=1)
 
 
 def unlike_texts() -> TextBatch:

@@ -161,8 +161,11 @@ def test_the_folder_s_pictures_may_come_and_go(client: Client, pictures: Path, m
     client.predict("a red square", where="folder", most=1, api_name="/search")
     monkeypatch.setattr("serve.page.search._FRESH", 0.0)
     (pictures / "blue0.png").rename(pictures / "moved.png")
-    found = client.predict("a blue square", where="folder", most=24, api_name="/search")
-    (pictures / "moved.png").rename(pictures / "blue0.png")
+    try:
+        found = client.predict("a blue square", where="folder", most=24, api_name="/search")
+    finally:
+        (pictures / "moved.png").rename(pictures / "blue0.png")
+        client.predict("a blue square", where="folder", most=1, api_name="/search")  # the index follows back
 
     names = {hit["picture"] for hit in found}
     assert "moved.png" in names and "blue0.png" not in names
