@@ -53,9 +53,8 @@ def evaluate(
         Of answers "n", "pictures", "exact_match" and "vqa_accuracy" as fractions, "exact_match_low" and
         "exact_match_high" where there are two pictures or more (the 95 % interval by picture), "skipped", and
         "commonest_answer": exact match of giving each question the answer it most often has in this very set, which
-        needs no picture and no model. Of
-        captions "n" pictures, "BLEU-1" to "BLEU-4" and "ROUGE-L" as fractions, "CIDEr", "skipped", and "METEOR" and
-        "SPICE" where Java can compute them.
+        needs no picture and no model. Of captions "n" pictures, "BLEU-1" to "BLEU-4" and "ROUGE-L" as fractions,
+        "CIDEr", "skipped", and "METEOR" and "SPICE" where Java can compute them.
 
     Raises:
         UserError: the data cannot be read, or the task has no scores here.

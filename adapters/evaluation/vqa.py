@@ -73,8 +73,9 @@ def interval_by_picture(
 ) -> tuple[float, float]:
     """The 95 % interval of a mean score, by drawing whole pictures anew, with all that was asked of each.
 
-    Questions on one picture are right or wrong together, so an interval that took them for independent would be too
-    narrow. The percentile bootstrap over clusters (Davison and Hinkley 1997, sections 2.4 and 3.8).
+    Questions on one picture tend to be right or wrong together, so an interval that took them for independent would be
+    too narrow. This is the percentile bootstrap over clusters (Davison and Hinkley 1997, Bootstrap Methods and their
+    Application).
 
     Args:
         hits: the score of each question, from 0 to 1.
