@@ -50,18 +50,18 @@ class Said:
         text: in words.
         tokens: how many tokens were written, the end token included.
         ended: it came to its end; False where it was cut off.
-        log_prob: mean log-probability of its tokens, so that long and short answers compare; None for beam search.
+        log_prob: mean log-probability of its tokens, so that long and short answers compare.
     """
 
     text: str
     tokens: int
     ended: bool
-    log_prob: float | None
+    log_prob: float
 
     @property
-    def confidence(self) -> float | None:
+    def confidence(self) -> float:
         """The geometric mean of its tokens' probabilities, between 0 and 1."""
-        return None if self.log_prob is None else math.exp(self.log_prob)
+        return math.exp(self.log_prob)
 
 
 class Answerer:
@@ -143,19 +143,16 @@ class Answerer:
         self._forget()
         return made
 
-    def _said(self, ids: Tensor, log_probs: Tensor | None) -> list[Said]:
+    def _said(self, ids: Tensor, log_probs: Tensor) -> list[Said]:
         """Rows of token ids [B, N] in words; `log_probs` is of the same shape."""
         stops = set(self.assembly.model.language.stop_ids)
         said = []
-        chances = (
-            [None] * len(ids) if log_probs is None else log_probs.tolist()
-        )  # one wait for the device, not one a row
-        for tokens, chance in zip(ids.tolist(), chances, strict=True):
+        for tokens, chance in zip(ids.tolist(), log_probs.tolist(), strict=True):  # one wait for the device for all
             # What stands behind a stop is filling, and its kind depends on the rows beside it
             written = list(takewhile(lambda token: token not in stops, tokens))
             ended = len(written) < len(tokens)
             count = len(written) + ended
-            log_prob = sum(chance[:count]) / count if chance is not None and count else None
+            log_prob = sum(chance[:count]) / count
             said.append(Said(self.assembly.prompts.decode(written), count, ended, log_prob))
         return said
 

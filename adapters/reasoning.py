@@ -32,7 +32,7 @@ class Thought:
         rationale: the reasons, as written or as given; None where the answer was asked for directly.
         answer: in words; where choices go by letters, the words of the choice that was named.
         confidence: the geometric mean of the answer's token probabilities or, of a choice, its probability; None where
-            it was not asked for, and for beam search.
+            it was not asked for.
         choices: each choice's probability as the answer, the likeliest first; None where the answer was written.
     """
 

@@ -179,6 +179,9 @@ class Recipe(_Section):
         default="vqa", description="vqa, caption, reason, or mixed where the files or rows say it"
     )
     description: str = Field(default="", description="one sentence for lists and pages")
+    decoding: Literal["greedy", "paper-vqa", "likeliest"] = Field(
+        default="greedy", description="how questions are answered where nothing else is asked for; in training greedily"
+    )
     data: DataSection = DataSection()
     vision: VisionSection
     bridge: BridgeSection = BridgeSection()

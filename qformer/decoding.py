@@ -32,14 +32,14 @@ class Decoding:
     def preset(cls, name: str) -> Decoding:
         """Return "greedy", "paper-vqa", "likeliest" or "caption"; the last three search with five beams.
 
-        "paper-vqa" is BLIP-2's (section 4), whose length penalty of -1 favours short answers; "likeliest" ranks short
+        "paper-vqa" is BLIP-2's (section 4), whose length penalty of -1 favours short answers; "likeliest" ranks
         answers by their probability as a whole. A caption's length penalty is 0.5: with 1, which ranks by the mean over
         tokens, longer captions win, and score lower (docs/pretraining.md has the scores).
         """
         presets = {
             "greedy": cls(),
             "paper-vqa": cls(max_new_tokens=10, num_beams=5, length_penalty=-1.0),
-            "likeliest": cls(max_new_tokens=10, num_beams=5, length_penalty=0.0),
+            "likeliest": cls(num_beams=5, length_penalty=0.0),
             "caption": cls(max_new_tokens=30, num_beams=5, length_penalty=0.5),
         }
         if name not in presets:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, StoppingCriteria
 
 from qformer.decoding import Decoding
+from qformer.head import head_sees
+
+if TYPE_CHECKING:
+    from qformer.language import LanguageModel
 
 OnStep = Callable[[Tensor, Tensor], Tensor | None]
 """Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
@@ -42,11 +47,11 @@ class Generated:
 
     Attributes:
         ids: [B, N] new tokens, padded on the right with the padding token; an end token that was written is there.
-        log_probs: [B, N] of each token under the model, before penalties and temperature; None for beam search.
+        log_probs: [B, N] of each token under the model, before penalties and temperature.
     """
 
     ids: Tensor
-    log_probs: Tensor | None
+    log_probs: Tensor
 
 
 class Watch(StoppingCriteria):
@@ -148,3 +153,41 @@ def stacked(
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
     return cache, mask
+
+
+@torch.no_grad()
+def log_probs_of(
+    language: LanguageModel,
+    ids: Tensor,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor,
+    beginnings: Sequence[Beginning | None] | None,
+) -> Tensor:
+    """Log-probabilities [B, N] of tokens that beam search wrote, read once more: transformers keeps none of them.
+
+    Args:
+        language: wrote them; in eval mode.
+        ids: [B, N] as transformers gives them; of an encoder-decoder [B, 1 + N], from its start token on.
+        inputs_embeds: the prompts, as `LanguageModel.generate` takes them.
+        attention_mask: as there.
+        beginnings: as there.
+    """
+    written = ids
+    inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    if language.is_encoder_decoder:
+        written = ids[:, 1:]
+        inputs["decoder_input_ids"] = ids[:, :-1]
+    else:
+        # what stands behind an end token is seen by none before it, so that it needs no mask
+        embeds = torch.cat([inputs_embeds, language.embed(ids[:, :-1]).to(inputs_embeds.dtype)], dim=1)
+        mask = F.pad(attention_mask, (0, ids.shape[1] - 1), value=1)
+        if beginnings is not None and any(beginnings):
+            inputs["past_key_values"], read = stacked(beginnings, language.config, repeats=1)
+            mask = torch.cat([read, mask], dim=1)
+        if language.can_pack:
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        inputs |= {"inputs_embeds": embeds, "attention_mask": mask}
+    inputs["inputs_embeds"] = inputs["inputs_embeds"].to(language.compute_dtype)
+    with language.autocast(), head_sees(language.base, (slice(None), slice(-written.shape[1], None))):
+        logits = language.model(**inputs, use_cache=False).logits  # [B, N, V]
+    return logits.float().log_softmax(dim=-1).gather(2, written[..., None]).squeeze(2)

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError, first_line
-from qformer.generation import Beginning, Generated, Halt, OnStep, Watch, generation_options, stacked
+from qformer.generation import Beginning, Generated, Halt, OnStep, Watch, generation_options, log_probs_of, stacked
 from qformer.head import head_sees
 from qformer.lora import LoraSettings, speed_up_lora
 from qformer.precision import keep_four_bit_trainable
@@ -265,12 +265,13 @@ class LanguageModel(nn.Module):
             stopped: looked at after each token of a beam search; True ends it with what was found.
         """
         options = generation_options(decoding, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids)
+        whole, mask = inputs_embeds, attention_mask
         if beginnings is not None and any(beginnings):
             cache, read = stacked(beginnings, self.config, repeats=decoding.num_beams)
             options["past_key_values"] = cache
-            attention_mask = torch.cat([read, attention_mask], dim=1)
+            mask = torch.cat([read, mask], dim=1)
             # transformers wants the whole prompt, and cuts off what the cache holds
-            inputs_embeds = F.pad(inputs_embeds, (0, 0, read.shape[1], 0))
+            whole = F.pad(whole, (0, 0, read.shape[1], 0))
         # a decoder starts from a start token, which is no answer's
         watch = Watch(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
         if watch is not None:
@@ -284,13 +285,13 @@ class LanguageModel(nn.Module):
             head_sees(self.base, (slice(None), slice(-1, None))),
             watch.over(self.base) if watch else nullcontext(),
         ):
-            ids = self.model.generate(
-                inputs_embeds=inputs_embeds.to(self.compute_dtype), attention_mask=attention_mask, **options
-            )
+            ids = self.model.generate(inputs_embeds=whole.to(self.compute_dtype), attention_mask=mask, **options)
+        if watch is not None:
+            log_probs = torch.cat(watch.log_probs, dim=1)
+        else:
+            log_probs = log_probs_of(self, ids, inputs_embeds, attention_mask, beginnings)
         self.train(was_training)
-        if self.is_encoder_decoder:
-            ids = ids[:, 1:]
-        return Generated(ids, torch.cat(watch.log_probs, dim=1) if watch else None)
+        return Generated(ids[:, 1:] if self.is_encoder_decoder else ids, log_probs)
 
     @property
     def stop_ids(self) -> list[int]:

@@ -19,8 +19,8 @@ from qformer.errors import UserError
 from serve.batch_job import BatchJob, check_same_job, digest_of, read_job, write_job
 from serve.loaded import LoadedAdapter, load_adapter, picture_ref
 
-PRESETS = {"vqa": "greedy", "caption": "caption"}
-"""The decoding a task gets where none is named."""
+TASKS = ("vqa", "caption")
+"""What a batch job may be."""
 
 _LINE_START = b'{"row": '  # how every line of ours begins
 
@@ -32,8 +32,7 @@ class VQAPredictor:
 
     Args:
         adapter: a run's folder, an artefact's folder or a shipped name.
-        decoding: how tokens are chosen, for every task or by task; left out, questions are answered greedily and
-            captions written with the preset "caption".
+        decoding: how tokens are chosen, for every task or by task; left out, as the adapter usually does.
         batch_size: prompts generated together.
         options: as `serve.loaded.load_adapter` takes them.
     """
@@ -77,7 +76,7 @@ class VQAPredictor:
         """How tokens are chosen for "vqa" or "caption"."""
         if isinstance(self.decoding, Decoding):
             return self.decoding
-        return (self.decoding or {}).get(task) or Decoding.preset(PRESETS[task])
+        return (self.decoding or {}).get(task) or self.engine.usual(task)
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ def run_batch(
     """Answer every row of a file into a JSONL file; a job that was stopped goes on where it stopped.
 
     Each line of `out` has "row" (the row's number in the input, from 1; neither a header nor blank lines count), "id",
-    "image" (or "images", a list, where the row has several), "question", "answer" and its "confidence" (null for beam
-    search); "reference" where the row held an answer. With `skip_bad_rows` a bad row's line has "row" and "error", and
+    "image" (or "images", a list, where the row has several), "question", "answer" and its "confidence";
+    "reference" where the row held an answer. With `skip_bad_rows` a bad row's line has "row" and "error", and
     what could be read of the rest. Beside `out` a small `.job.json` file says what the answers were made by; the input
     may grow at its end between sittings.
 
@@ -135,7 +134,7 @@ def run_batch(
     # What was read in an earlier sitting is read again, however few rows are asked for now: to compare it.
     reach = max(limit, before.rows if before else 0) if limit is not None else None
     data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=reach, offline=offline)
-    if data.task not in PRESETS:
+    if data.task not in TASKS:
         raise UserError(f"{source}: rows with reasons; --task vqa answers their questions, without reasons")
     job = _job(data, predictor)
     if before is not None:

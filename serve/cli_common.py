@@ -27,7 +27,9 @@ BeamsOption = Annotated[int | None, typer.Option("--beams", min=1, help="Beams o
 PresetOption = Annotated[
     str | None,
     typer.Option(
-        "--decoding", help="A preset: greedy; paper-vqa, likeliest, caption (beam 5, length penalty -1, 0, 0.5)."
+        "--decoding",
+        help="A preset: greedy; paper-vqa, likeliest, caption (beam 5, length penalty -1, 0, 0.5). Left out, the one "
+        "that the adapter's recipe names.",
     ),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
@@ -62,14 +64,18 @@ def report(values: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(values, ensure_ascii=False, default=str) if as_json else text)
 
 
-def decoding_of(preset: str, beams: int | None, max_new_tokens: int | None) -> Decoding:
-    """How tokens are chosen, from the flags that say so."""
+def decoding_from(preset: str | None, beams: int | None, max_new_tokens: int | None) -> Callable[[Decoding], Decoding]:
+    """How tokens are chosen, from the flags that say so: given what is usual, what was asked for.
+
+    Raises:
+        UserError: there is no such preset.
+    """
     from qformer.decoding import Decoding
 
-    chosen = Decoding.preset(preset)
-    if beams is not None:
-        chosen = replace(chosen, num_beams=beams)
-    return replace(chosen, max_new_tokens=max_new_tokens) if max_new_tokens is not None else chosen
+    named = Decoding.preset(preset) if preset is not None else None
+    flags = {"num_beams": beams, "max_new_tokens": max_new_tokens}
+    changes: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    return lambda usual: replace(named or usual, **changes)
 
 
 def check_pictures(names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from serve.cli_common import (
     PresetOption,
     RationaleTokensOption,
     check_pictures,
-    decoding_of,
+    decoding_from,
     report,
 )
 
@@ -44,6 +44,7 @@ def reason(
     as_json: JsonOption = False,
 ) -> None:
     """Reason about one or several pictures, and answer from the reasons."""
+    from qformer.decoding import Decoding
     from serve.loaded import checked_choices, user_turn
     from serve.reasoning import load_pair
     from serve.reasoning import reason as run
@@ -56,7 +57,7 @@ def reason(
     user_turn(images, question)  # a mistake is told before the models are loaded
     if listed and max_new_tokens is not None:
         raise UserError("--max-new-tokens: with --choices the answer is one of them, and not written; leave it out")
-    settings = decoding_of(decoding or "greedy", beams, max_new_tokens)
+    settings = decoding_from(decoding, beams, max_new_tokens)(Decoding())
     first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
     thought = run(
         first, images, question, context=context, choices=listed, answerer=second, decoding=settings,

@@ -45,7 +45,7 @@ def evaluate(
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
-        decoding: how tokens are chosen; where left out greedy, for captions the preset "caption".
+        decoding: how tokens are chosen; where left out, as the adapter usually does.
         on_progress: called with (done, total) distinct questions or pictures.
         tell: called with a line for each score of captions that is left out, and why.
 
@@ -76,8 +76,6 @@ def evaluate(
     asked = [
         replace(example, images=(blank,) * len(example.images)) if blank_images else example for example in examples
     ]
-    if task == "caption":
-        decoding = decoding or Decoding.preset("caption")
     said = engine.answer(asked, task, decoding=decoding, batch_size=batch_size, on_progress=on_progress)
     answers = [example.answers for example in examples]
     if task == "caption":

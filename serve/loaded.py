@@ -60,7 +60,7 @@ class LoadedAdapter:
         Args:
             pictures: one, or a list; `<image>` marks in the question say where each belongs, else they come first.
             question: in words.
-            decoding: how tokens are chosen; greedy where left out.
+            decoding: how tokens are chosen; where left out, as its recipe says.
 
         Raises:
             UserError: a picture cannot be read, or the question is empty.
@@ -69,7 +69,7 @@ class LoadedAdapter:
 
     def say(self, pictures: Picture | Sequence[Picture], question: str, *, decoding: Decoding | None = None) -> Said:
         """As `ask`, with the answer's confidence."""
-        return self.answerer([self.asked([user_turn(pictures, question)])], decoding or Decoding())[0]
+        return self.answerer([self.asked([user_turn(pictures, question)])], decoding or self.usual("vqa"))[0]
 
     def choose(self, pictures: Picture | Sequence[Picture], question: str, choices: Sequence[str]) -> dict[str, float]:
         """The probability of each choice as the answer, the likeliest first; they add up to 1.
@@ -87,7 +87,7 @@ class LoadedAdapter:
         Raises:
             UserError: the picture cannot be read, or the language is not known.
         """
-        return self.answerer([self.asked_caption(picture, language)], decoding or Decoding.preset("caption"))[0].text
+        return self.answerer([self.asked_caption(picture, language)], decoding or self.usual("caption"))[0].text
 
     def answer(
         self,
@@ -116,10 +116,14 @@ class LoadedAdapter:
             self.assembly,
             examples,
             task,
-            decoding=decoding or Decoding(),
+            decoding=decoding or self.usual(task),
             batch_size=batch_size,
             on_progress=on_progress,
         )
+
+    def usual(self, task: str) -> Decoding:
+        """How tokens are chosen where nothing else is asked for: of "vqa" the recipe says, of "caption" the preset."""
+        return Decoding.preset("caption" if task == "caption" else self.assembly.recipe.decoding)
 
     def asked(self, turns: Sequence[Turn]) -> Asked:
         """A conversation as a prompt.

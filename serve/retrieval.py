@@ -88,13 +88,19 @@ class PictureIndex:
         self._entries: list[_Entry] = []
         self._embeddings = torch.empty(0)  # [N, Q, E] half precision
 
-    def update(self, on_progress: Callable[[int, int], None] | None = None) -> IndexReport:
+    def update(
+        self,
+        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        embed: Callable[[Sequence[ImageRef]], Tensor] | None = None,
+    ) -> IndexReport:
         """Bring the index up to date: new and changed files are encoded, others kept, lost ones dropped.
 
         What was encoded stays when the rest is interrupted. Two processes wait for each other.
 
         Args:
             on_progress: called with (done, files to encode).
+            embed: N pictures to their vectors [N, Q, E]; the retriever's own where left out.
 
         Raises:
             UserError: the folder cannot be read, or the index not written.
@@ -102,12 +108,14 @@ class PictureIndex:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._file.with_suffix(".lock")):
-                return self._update(on_progress)
+                return self._update(on_progress, embed or self.retriever.embed_images)
         except OSError as error:
             named = error.filename or self.folder
             raise UserError(f"{named}: cannot be read or written ({error.strerror}); mend its rights") from error
 
-    def _update(self, on_progress: Callable[[int, int], None] | None) -> IndexReport:
+    def _update(
+        self, on_progress: Callable[[int, int], None] | None, embed: Callable[[Sequence[ImageRef]], Tensor]
+    ) -> IndexReport:
         known = self._read()
         found = {str(path.relative_to(self.folder)): path for path in self._pictures()}
         kept: list[tuple[_Entry, Tensor]] = []
@@ -135,7 +143,7 @@ class PictureIndex:
                     continue
                 good.append((_Entry(name, status.st_size, status.st_mtime_ns), ref))
             if good:
-                vectors = self.retriever.embed_images([ref for _, ref in good]).half()
+                vectors = embed([ref for _, ref in good]).half()
                 kept += [(entry, vector) for (entry, _), vector in zip(good, vectors, strict=True)]
                 encoded += len(good)
                 if time.monotonic() - written > _KEEP_EVERY:  # the features themselves are kept as they come

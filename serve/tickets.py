@@ -21,7 +21,7 @@ class Answer:
         adapter: the name of the adapter that answered.
         finish: "stop" came to its end; "length" reached its longest; "stopped" was stopped by the one who asked.
         confidence: the geometric mean of its tokens' probabilities or, of a choice, its probability among the choices;
-            None for beam search.
+            None where nothing was written.
         tokens: written, the end token included.
         prompt_tokens: read, the pictures' included.
         choices: each choice's probability, the likeliest first, where there were any.

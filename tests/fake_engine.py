@@ -49,6 +49,9 @@ class FakeAdapter:
     def checked(self, asked: Asked, *, room: int = 0) -> Asked:
         return asked
 
+    def usual(self, task: str) -> Decoding:
+        return Decoding.preset("caption" if task == "caption" else self.assembly.recipe.decoding)
+
 
 class FakeEngine:
     """Answers in words that name the question, the pictures and how many turns there were."""
@@ -154,6 +157,6 @@ class FakeEngine:
             if ticket.decoding.num_beams == 1:
                 ticket._told(" ".join(written))
             time.sleep(self.pause)
-        share = 0.7 if choices else None if ticket.decoding.num_beams > 1 else 0.87
+        share = 0.7 if choices else 0.87
         finish: Any = "stopped" if ticket.stopped else "stop"
         ticket._finish(Answer(" ".join(written), name, finish, share, len(written), 9, choices))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,7 +34,7 @@ _FOLDER, _UPLOADS = "folder", "uploads"
 
 
 class Finder:
-    """Searches with whichever adapter is chosen; models run in the engine's thread.
+    """Searches with whichever adapter is chosen; models run in the engine's thread, a few pictures at a time.
 
     Args:
         engine: holds the adapters.
@@ -46,6 +47,7 @@ class Finder:
         self._retrievers: dict[str, Retriever] = {}
         self._indexes: dict[str, PictureIndex] = {}
         self._looked: dict[str, float] = {}  # when each adapter's index was brought up to date
+        self._updating = threading.Lock()
 
     def index_folder(self, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, IndexReport]:
         """Bring the folder's index up to date, for every adapter that can search; what was done, by adapter.
@@ -60,7 +62,7 @@ class Finder:
         for name in self.engine.names if self.folder is not None else ():
             if can_search(self.engine.adapter(name)):
                 tell = None if on_progress is None else partial(on_progress, name)
-                found[name] = self.engine.run(partial(self._index, on_progress=tell), adapter=name).result()
+                found[name] = self._index(self.engine.adapter(name), tell)
         if self.folder is not None and not found:
             raise UserError(
                 "--search-folder: no adapter here has its text side (bridge.text_branch), so none can search"
@@ -74,62 +76,79 @@ class Finder:
             UserError: there is no folder, or the adapter cannot search.
             Busy: too many wait.
         """
-        self._check(adapter)
+        loaded = self._checked(adapter)
         if self.folder is None:
             raise UserError("There is no folder to search: start the page with --search-folder FOLDER, or upload some")
-        folder = self.folder
-
-        def errand(loaded: LoadedAdapter) -> list[Hit]:
-            if time.monotonic() - self._looked.get(loaded.name, -_FRESH) >= _FRESH:
-                try:
-                    self._index(loaded)
-                except UserError:  # what was found before still can be
-                    if loaded.name not in self._indexes:
-                        raise
-            return self._indexes[loaded.name].search(query, most=most)
-
-        hits = self.engine.run(errand, adapter=adapter).result()
-        return [(hit, ImageRef(hit.path, path=folder / hit.path)) for hit in hits]
+        index = self._fresh_index(loaded)
+        hits = self.engine.run(lambda _: index.search(query, most=most), adapter=loaded.name).result()
+        return [(hit, ImageRef(hit.path, path=self.folder / hit.path)) for hit in hits]
 
     def among(
         self, pictures: Sequence[ImageRef], query: str | ImageRef, most: int, adapter: str
     ) -> list[tuple[Hit, ImageRef]]:
         """The best of some pictures; raises as `in_folder`."""
-        self._check(adapter)
+        embedded = self._embed(self._checked(adapter), pictures)
+
+        def best(loaded: LoadedAdapter) -> list[tuple[Hit, ImageRef]]:
+            hits = rank(self._retriever(loaded), pictures, embedded, query, most=most)
+            return [(hit, pictures[place]) for place, hit in hits]
+
+        return self.engine.run(best, adapter=adapter, admitted=True).result()
+
+    def _embed(self, adapter: LoadedAdapter, pictures: Sequence[ImageRef], *, admitted: bool = False) -> Tensor:
+        """Vectors of pictures; whoever else asks has a turn in between."""
 
         def embed(part: Sequence[ImageRef], loaded: LoadedAdapter) -> Tensor:
             return self._retriever(loaded).embed_images(part)
 
-        def best(loaded: LoadedAdapter) -> list[tuple[Hit, ImageRef]]:
-            hits = rank(self._retriever(loaded), pictures, torch.cat(embedded), query, most=most)
-            return [(hit, pictures[place]) for place, hit in hits]
-
         parts = [pictures[start : start + _TOGETHER] for start in range(0, len(pictures), _TOGETHER)]
-        embedded = [
-            self.engine.run(partial(embed, part), adapter=adapter, admitted=number > 0).result()
-            for number, part in enumerate(parts)
-        ]
-        return self.engine.run(best, adapter=adapter, admitted=True).result()
+        return torch.cat(
+            [
+                self.engine.run(partial(embed, part), adapter=adapter.name, admitted=admitted or number > 0).result()
+                for number, part in enumerate(parts)
+            ]
+        )
 
-    def _check(self, name: str) -> None:
+    def _checked(self, name: str) -> LoadedAdapter:
         adapter = self.engine.adapter(name)
         if not can_search(adapter):
             raise UserError(
                 f"{adapter.name} was trained without its text side (bridge.text_branch), so it cannot search"
             )
+        return adapter
 
     def _retriever(self, adapter: LoadedAdapter) -> Retriever:
         if adapter.name not in self._retrievers:
             self._retrievers[adapter.name] = Retriever(adapter.assembly.sight)
         return self._retrievers[adapter.name]
 
+    def _fresh_index(self, adapter: LoadedAdapter) -> PictureIndex:
+        """The folder's index, brought up to date where that is due; as it was, while another visitor sees to it."""
+        known = self._indexes.get(adapter.name)
+        if known is not None and not (self._due(adapter) and self._updating.acquire(blocking=False)):
+            return known
+        if known is None:
+            self._updating.acquire()
+        try:
+            if self._due(adapter):  # else another visitor was first
+                self._index(adapter)
+        except UserError:  # what was found before still can be
+            if known is None:
+                raise
+            self._looked[adapter.name] = time.monotonic()
+        finally:
+            self._updating.release()
+        return self._indexes[adapter.name]
+
+    def _due(self, adapter: LoadedAdapter) -> bool:
+        return time.monotonic() - self._looked.get(adapter.name, -_FRESH) >= _FRESH
+
     def _index(self, adapter: LoadedAdapter, on_progress: Callable[[int, int], None] | None = None) -> IndexReport:
         assert self.folder is not None
-        self._looked[adapter.name] = time.monotonic()
         key = sight_fingerprint(adapter.assembly.sight)
         index = PictureIndex(self.folder, self._retriever(adapter), key=key)
-        report = index.update(on_progress)
-        self._indexes[adapter.name] = index
+        report = index.update(on_progress, embed=partial(self._embed, adapter, admitted=True))
+        self._indexes[adapter.name], self._looked[adapter.name] = index, time.monotonic()
         return report
 
 

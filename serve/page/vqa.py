@@ -11,7 +11,6 @@ import gradio as gr
 
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Turn
-from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
 from serve.page.desk import ASKS_MODELS, PRIVATE, Desk, last, submit_all, wait_for
@@ -88,7 +87,7 @@ def ask(
     """
     if len(asked) > MAX_QUESTIONS:
         raise UserError(f"{len(asked)} questions at once are too many: ask at most {MAX_QUESTIONS}")
-    decoding = settings.over(Decoding())
+    decoding = settings.over(engine.adapter(adapter).usual("vqa"))
 
     def one(question: str, choices: Sequence[str]) -> Ticket:
         turns = [Turn("user", words(question, "A line has choices but no question before the bar"), (picture,))]
@@ -129,8 +128,6 @@ def _answer(one: dict[str, Any]) -> str:
 
 
 def _confidence(one: dict[str, Any]) -> str:
-    if one["answer"] is None:
-        return ""
     if one["confidence"] is None:
-        return "<span title='Beam search gives no confidence'>not known</span>"
+        return ""
     return f"{one['confidence']:.0%}<span class='bar'><i style='width:{one['confidence']:.0%}'></i></span>"

@@ -290,9 +290,7 @@ def test_a_prompt_goes_on_from_its_beginning(language_folders: dict[str, Path], 
     expected = language.generate(language.embed(whole.ids), whole.mask, decoding)
 
     assert found.ids.tolist() == expected.ids.tolist()
-    if beams == 1:
-        assert found.log_probs is not None and expected.log_probs is not None
-        torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
     again = language.generate(language.embed(own.ids), own.mask, decoding, beginnings=beginnings)
     assert again.ids.tolist() == found.ids.tolist(), "going on changed the beginning"
 
@@ -306,13 +304,15 @@ def test_beginnings_of_a_sliding_window_are_not_reused(language_folders: dict[st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_probabilities_of_what_was_written(language_folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize("beams", [1, 3])
+def test_probabilities_of_what_was_written(language_folders: dict[str, Path], kind: str, beams: int) -> None:
     """Beside the tokens stand their log-probabilities: those of a pass over the finished text."""
     language = load(language_folders[kind])
     torch.manual_seed(4)
     ids = torch.randint(5, 100, (1, 6))
-    made = language.generate(language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=4))
-    assert made.log_probs is not None
+    made = language.generate(
+        language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=4, num_beams=beams, repetition_penalty=1.5)
+    )
     if language.is_encoder_decoder:
         logits = language.base(
             input_ids=ids, decoder_input_ids=torch.cat([torch.zeros(1, 1, dtype=torch.long), made.ids[:, :-1]], dim=1)

@@ -65,14 +65,14 @@ def test_pictures_alone_are_captioned(predictor: VQAPredictor, data_file: Path, 
     assert "question" not in line
 
 
-def test_captions_told_from_the_rows_are_decoded_as_captions(
+def test_rows_are_decoded_as_their_task_and_the_adapter_want(
     predictor: VQAPredictor, source: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[Decoding] = []
 
     def reply(examples: Sequence[Example], task: str, *, decoding: Decoding, batch_size: int) -> list[Said]:
         used.append(decoding)
-        return [Said("x", 1, True, None)] * len(examples)
+        return [Said("x", 1, True, 0.0)] * len(examples)
 
     monkeypatch.setattr(predictor.engine, "reply", reply)
     captions = write_jsonl(tmp_path / "captions.jsonl", [{"image": str(data_file.parent / "0.png")}])
@@ -84,6 +84,13 @@ def test_captions_told_from_the_rows_are_decoded_as_captions(
 
     greedy, five_beams = Decoding(), Decoding(max_new_tokens=30, num_beams=5, length_penalty=0.5)
     assert used == [five_beams, greedy, beams["caption"], beams["vqa"], Decoding(num_beams=4), Decoding(num_beams=4)]
+
+    assembly = predictor.engine.assembly
+    monkeypatch.setattr(assembly, "recipe", assembly.recipe.model_copy(update={"decoding": "likeliest"}))
+    predictor.decoding = None
+    for file in (captions, source):
+        run_batch(file, tmp_path / f"{file.stem} by recipe.jsonl", predictor)
+    assert used[6:] == [five_beams, Decoding.preset("likeliest")]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])

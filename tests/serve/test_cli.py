@@ -61,6 +61,21 @@ def test_ask_takes_several_pictures_and_settings(call: Call, run_folder: Path, d
     assert isinstance(beams.values["answer"], str)
 
 
+def test_the_adapters_recipe_says_how_questions_are_answered(call: Call, run_folder: Path, data_file: Path) -> None:
+    recipe = run_folder / "best" / "recipe.yaml"
+    before = recipe.read_text(encoding="utf-8")
+    asked = ["ask", data_file.parent / "0.png", "what?", "--json", "--adapter", run_folder, *FAST]
+    named, greedy = call(*asked, "--decoding", "likeliest").values, call(*asked, "--decoding", "greedy").values
+    assert call(*asked).values == greedy
+    try:
+        recipe.write_text(before.replace("decoding: greedy", "decoding: likeliest"), encoding="utf-8")
+        usual, changed = call(*asked).values, call(*asked, "--beams", 1).values
+    finally:
+        recipe.write_text(before, encoding="utf-8")
+
+    assert usual == named and changed == greedy != named
+
+
 def test_caption_describes_each_picture(call: Call, run_folder: Path, data_file: Path) -> None:
     two = [str(data_file.parent / "0.png"), str(data_file.parent / "1.png")]
     options = ["--max-new-tokens", 3, "--language", "zh", "--adapter", run_folder, *FAST]

@@ -191,11 +191,15 @@ def test_questions_about_one_picture_are_asked_at_once(client: Client, engine: F
     assert len(engine.tickets) == 2
 
 
-def test_beams_give_no_confidence(client: Client, folder: Path) -> None:
-    (row,) = client.predict(handle_file(folder / "red.png"), "what?", beams=3, api_name="/vqa")
+def test_questions_are_answered_as_the_adapter_usually_does(
+    client: Client, engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeAdapter, "usual", lambda *_: Decoding.preset("likeliest"))
+    (row,) = client.predict(handle_file(folder / "red.png"), "what?", api_name="/vqa")
+    client.predict(handle_file(folder / "red.png"), "what?", beams=3, api_name="/vqa")
 
-    assert row["confidence"] is None
-    assert "not known" in as_table([row])
+    assert engine.decodings == [Decoding.preset("likeliest"), replace(Decoding.preset("likeliest"), num_beams=3)]
+    assert "87%" in as_table([row])
 
 
 @pytest.mark.parametrize(

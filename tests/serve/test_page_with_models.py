@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,19 @@ from gradio_client.exceptions import AppError
 from page_server import get, served
 from PIL import Image
 from tiny import COLOURS, draw_captions, draw_data, save_tiny_bert, tiny_values
+from torch import Tensor
 
+from adapters.data.images import ImageRef
 from adapters.data.prompts import Turn
 from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
+from adapters.retrieval import Retriever
 from qformer.decoding import Decoding
 from serve.engine import Engine
 from serve.explain import CAVEAT
 from serve.loaded import picture_ref
+from serve.page.search import Finder
+from serve.tickets import Ticket
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +174,26 @@ def test_the_folder_s_pictures_may_come_and_go(client: Client, pictures: Path, m
 
     names = {hit["picture"] for hit in found}
     assert "moved.png" in names and "blue0.png" not in names
+
+
+def test_others_have_a_turn_while_a_folder_is_encoded(
+    engine: Engine, pictures: Path, red: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUERYBRIDGE_CACHE", str(tmp_path))  # no index yet
+    monkeypatch.setattr("serve.page.search._TOGETHER", 1)
+    tickets: list[Ticket] = []
+    answered: list[bool] = []
+    embed_images = Retriever.embed_images
+
+    def embed(retriever: Retriever, refs: Sequence[ImageRef]) -> Tensor:
+        if not tickets:
+            turn = Turn("user", "what?", (picture_ref(red),))
+            tickets.append(engine.chat([turn], adapter="plain", decoding=Decoding(max_new_tokens=2)))
+        answered.append(tickets[0].done)
+        return embed_images(retriever, refs)
+
+    monkeypatch.setattr(Retriever, "embed_images", embed)
+    found = Finder(engine, pictures).in_folder("a red square", 24, "finds")
+
+    assert len(found) == len(COLOURS) * 3
+    assert answered == [False] + [True] * (len(found) - 1)
