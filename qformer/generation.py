@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -125,15 +126,12 @@ def generation_options(decoding: Decoding, *, pad_id: int, stop_ids: list[int]) 
     return options
 
 
-def stacked(
-    beginnings: Sequence[Beginning | None], config: PretrainedConfig, *, repeats: int
-) -> tuple[DynamicCache, Tensor]:
+def stacked(beginnings: Sequence[Beginning | None], config: PretrainedConfig) -> tuple[DynamicCache, Tensor]:
     """Beginnings as one cache, shorter ones padded on the left, and their mask [B, T] long.
 
     Args:
         beginnings: one a row, at least one of them there.
         config: the LLM's.
-        repeats: copies of each row in the cache (beams).
     """
     some = next(beginning for beginning in beginnings if beginning)
     length = max(len(beginning) if beginning else 0 for beginning in beginnings)
@@ -149,45 +147,78 @@ def stacked(
         layers.append((stacked[0], stacked[1]))
     for row, beginning in enumerate(beginnings):
         mask[row, length - (len(beginning) if beginning else 0) :] = 1
-    cache = DynamicCache(layers, config=config)
-    if repeats > 1:
-        cache.batch_repeat_interleave(repeats)
-    return cache, mask
+    return DynamicCache(layers, config=config), mask
 
 
-@torch.no_grad()
-def log_probs_of(
-    language: LanguageModel,
-    ids: Tensor,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor,
-    beginnings: Sequence[Beginning | None] | None,
-) -> Tensor:
-    """Log-probabilities [B, N] of tokens that beam search wrote, read once more: transformers keeps none of them.
+class Prompts:
+    """A batch of prompts, part of which may have been read already.
 
     Args:
-        language: wrote them; in eval mode.
-        ids: [B, N] as transformers gives them; of an encoder-decoder [B, 1 + N], from its start token on.
-        inputs_embeds: the prompts, as `LanguageModel.generate` takes them.
-        attention_mask: as there.
-        beginnings: as there.
+        language: reads them.
+        embeds: [B, T, D_l]; what comes after the beginnings.
+        mask: [B, T].
+        beginnings: as `LanguageModel.generate` takes them.
+
+    Attributes:
+        embeds: [B, T, D_l], what is still to be read.
+        mask: [B, R + T], of what has been read too.
+        cache: keys and values of the R positions that have been read; None where none have.
     """
-    written = ids
-    inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-    if language.is_encoder_decoder:
-        written = ids[:, 1:]
-        inputs["decoder_input_ids"] = ids[:, :-1]
-    else:
-        # what stands behind an end token is seen by none before it, so that it needs no mask
-        embeds = torch.cat([inputs_embeds, language.embed(ids[:, :-1]).to(inputs_embeds.dtype)], dim=1)
-        mask = F.pad(attention_mask, (0, ids.shape[1] - 1), value=1)
+
+    def __init__(
+        self, language: LanguageModel, embeds: Tensor, mask: Tensor, beginnings: Sequence[Beginning | None] | None
+    ) -> None:
+        self.language, self.embeds, self.mask = language, embeds.to(language.compute_dtype), mask
+        self.cache: DynamicCache | None = None
         if beginnings is not None and any(beginnings):
-            inputs["past_key_values"], read = stacked(beginnings, language.config, repeats=1)
-            mask = torch.cat([read, mask], dim=1)
-        if language.can_pack:
+            self.cache, read = stacked(beginnings, language.config)
+            self.mask = torch.cat([read, mask], dim=1)
+
+    def read(self) -> None:
+        """Read on, up to the last token: beams that start from one prompt would read all of it once each."""
+        if self.cache is None:
+            self.cache = DynamicCache(config=self.language.config)
+        if self.embeds.shape[1] > 1:
+            self._run(self.embeds[:, :-1], self.mask[:, :-1], self.cache, slice(-1, None))
+            self.embeds = self.embeds[:, -1:]
+
+    def inputs(self, beams: int) -> dict[str, Any]:
+        """What transformers' `generate` takes; beams go on with a copy of the cache."""
+        if self.cache is None:
+            return {"inputs_embeds": self.embeds, "attention_mask": self.mask}
+        cache = self.cache
+        if beams > 1:
+            cache = copy.deepcopy(cache)
+            cache.batch_repeat_interleave(beams)
+        # it wants the whole prompt, and cuts off what the cache holds
+        embeds = F.pad(self.embeds, (0, 0, self.mask.shape[1] - self.embeds.shape[1], 0))
+        return {"inputs_embeds": embeds, "attention_mask": self.mask, "past_key_values": cache}
+
+    def log_probs(self, ids: Tensor) -> Tensor:
+        """Log-probabilities [B, N] of what beam search wrote, read once more: transformers keeps none of them.
+
+        Args:
+            ids: [B, N] as transformers gives them; of an encoder-decoder [B, 1 + N], from its start token on.
+        """
+        language = self.language
+        if language.is_encoder_decoder:
+            written = ids[:, 1:]
+            with language.autocast():
+                logits = language.model(
+                    inputs_embeds=self.embeds, attention_mask=self.mask, decoder_input_ids=ids[:, :-1], use_cache=False
+                ).logits
+        else:
+            written = ids
+            # what stands behind an end token is seen by none before it, so that it needs no mask
+            embeds = torch.cat([self.embeds, language.embed(ids[:, :-1]).to(self.embeds.dtype)], dim=1)
+            mask = F.pad(self.mask, (0, ids.shape[1] - 1), value=1)
+            logits = self._run(embeds, mask, copy.deepcopy(self.cache), slice(-ids.shape[1], None))
+        return logits.float().log_softmax(dim=-1).gather(2, written[..., None]).squeeze(2)
+
+    def _run(self, embeds: Tensor, mask: Tensor, cache: DynamicCache | None, wanted: slice) -> Tensor:
+        """Logits [B, N, V] at the wanted positions; the cache takes up what was read."""
+        inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "past_key_values": cache}
+        if self.language.can_pack:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        inputs |= {"inputs_embeds": embeds, "attention_mask": mask}
-    inputs["inputs_embeds"] = inputs["inputs_embeds"].to(language.compute_dtype)
-    with language.autocast(), head_sees(language.base, (slice(None), slice(-written.shape[1], None))):
-        logits = language.model(**inputs, use_cache=False).logits  # [B, N, V]
-    return logits.float().log_softmax(dim=-1).gather(2, written[..., None]).squeeze(2)
+        with self.language.autocast(), head_sees(self.language.base, (slice(None), wanted)):
+            return cast(Tensor, self.language.model(**inputs, use_cache=cache is not None).logits)

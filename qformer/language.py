@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError, first_line
-from qformer.generation import Beginning, Generated, Halt, OnStep, Watch, generation_options, log_probs_of, stacked
+from qformer.generation import Beginning, Generated, Halt, OnStep, Prompts, Watch, generation_options
 from qformer.head import head_sees
 from qformer.lora import LoraSettings, speed_up_lora
 from qformer.precision import keep_four_bit_trainable
@@ -265,13 +265,6 @@ class LanguageModel(nn.Module):
             stopped: looked at after each token of a beam search; True ends it with what was found.
         """
         options = generation_options(decoding, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids)
-        whole, mask = inputs_embeds, attention_mask
-        if beginnings is not None and any(beginnings):
-            cache, read = stacked(beginnings, self.config, repeats=decoding.num_beams)
-            options["past_key_values"] = cache
-            mask = torch.cat([read, mask], dim=1)
-            # transformers wants the whole prompt, and cuts off what the cache holds
-            whole = F.pad(whole, (0, 0, read.shape[1], 0))
         # a decoder starts from a start token, which is no answer's
         watch = Watch(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
         if watch is not None:
@@ -280,16 +273,16 @@ class LanguageModel(nn.Module):
             options["stopping_criteria"] = StoppingCriteriaList([Halt(stopped)])
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
+        prompts = Prompts(self, inputs_embeds, attention_mask, beginnings)
+        if watch is None and self.can_continue:
+            prompts.read()
         with (
             self.autocast(),
             head_sees(self.base, (slice(None), slice(-1, None))),
             watch.over(self.base) if watch else nullcontext(),
         ):
-            ids = self.model.generate(inputs_embeds=whole.to(self.compute_dtype), attention_mask=mask, **options)
-        if watch is not None:
-            log_probs = torch.cat(watch.log_probs, dim=1)
-        else:
-            log_probs = log_probs_of(self, ids, inputs_embeds, attention_mask, beginnings)
+            ids = self.model.generate(**prompts.inputs(decoding.num_beams), **options)
+        log_probs = torch.cat(watch.log_probs, dim=1) if watch is not None else prompts.log_probs(ids)
         self.train(was_training)
         return Generated(ids[:, 1:] if self.is_encoder_decoder else ids, log_probs)
 
