@@ -180,7 +180,8 @@ class Recipe(_Section):
     )
     description: str = Field(default="", description="one sentence for lists and pages")
     decoding: Literal["greedy", "paper-vqa", "likeliest"] = Field(
-        default="greedy", description="how questions are answered where nothing else is asked for; in training greedily"
+        default="greedy",
+        description="how ask, batch, evaluate and the page's VQA tab answer questions; all else is greedy",
     )
     data: DataSection = DataSection()
     vision: VisionSection
@@ -225,7 +226,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Dotted names of the keys in which two recipes differ."""
+    """Dotted names of the keys in which the trainings of two recipes differ."""
 
     def walk(left: Any, right: Any, name: str) -> list[str]:
         if isinstance(left, dict) and isinstance(right, dict):
@@ -233,7 +234,8 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
             return [found for key in keys for found in walk(left.get(key), right.get(key), f"{name}.{key}")]
         return [] if left == right else [name[1:]]
 
-    return walk(one.model_dump(mode="json"), other.model_dump(mode="json"), "")
+    left, right = (recipe.model_dump(mode="json", exclude={"decoding"}) for recipe in (one, other))  # not trained
+    return walk(left, right, "")
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from qformer.head import head_sees
 
 if TYPE_CHECKING:
     from qformer.language import LanguageModel
+
+_LOGITS_AT_ONCE = 512  # positions: those of a whole batch of long answers would take gigabytes
 
 OnStep = Callable[[Tensor, Tensor], Tensor | None]
 """Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
@@ -150,7 +151,7 @@ def stacked(beginnings: Sequence[Beginning | None], config: PretrainedConfig) ->
     return DynamicCache(layers, config=config), mask
 
 
-class Prompts:
+class PartlyRead:
     """A batch of prompts, part of which may have been read already.
 
     Args:
@@ -174,12 +175,12 @@ class Prompts:
             self.cache, read = stacked(beginnings, language.config)
             self.mask = torch.cat([read, mask], dim=1)
 
-    def read(self) -> None:
-        """Read on, up to the last token: beams that start from one prompt would read all of it once each."""
-        if self.cache is None:
-            self.cache = DynamicCache(config=self.language.config)
+    def read_on(self) -> None:
+        """Read up to the last token: beams that start from one prompt would read all of it once each."""
         if self.embeds.shape[1] > 1:
-            self._run(self.embeds[:, :-1], self.mask[:, :-1], self.cache, slice(-1, None))
+            if self.cache is None:
+                self.cache = DynamicCache(config=self.language.config)
+            self._logits(self.embeds[:, :-1], self.mask[:, :-1], self.cache, slice(-1, None))
             self.embeds = self.embeds[:, -1:]
 
     def inputs(self, beams: int) -> dict[str, Any]:
@@ -188,8 +189,7 @@ class Prompts:
             return {"inputs_embeds": self.embeds, "attention_mask": self.mask}
         cache = self.cache
         if beams > 1:
-            cache = copy.deepcopy(cache)
-            cache.batch_repeat_interleave(beams)
+            cache = self._rows_of_cache(torch.arange(len(self.mask)).repeat_interleave(beams))
         # it wants the whole prompt, and cuts off what the cache holds
         embeds = F.pad(self.embeds, (0, 0, self.mask.shape[1] - self.embeds.shape[1], 0))
         return {"inputs_embeds": embeds, "attention_mask": self.mask, "past_key_values": cache}
@@ -200,22 +200,34 @@ class Prompts:
         Args:
             ids: [B, N] as transformers gives them; of an encoder-decoder [B, 1 + N], from its start token on.
         """
-        language = self.language
-        if language.is_encoder_decoder:
+        rows = torch.arange(len(ids)).split(max(1, _LOGITS_AT_ONCE // ids.shape[1]))
+        return torch.cat([self._log_probs(ids, part) for part in rows])
+
+    def _log_probs(self, ids: Tensor, rows: Tensor) -> Tensor:
+        ids, embeds, mask = ids[rows], self.embeds[rows], self.mask[rows]
+        if self.language.is_encoder_decoder:
             written = ids[:, 1:]
-            with language.autocast():
-                logits = language.model(
-                    inputs_embeds=self.embeds, attention_mask=self.mask, decoder_input_ids=ids[:, :-1], use_cache=False
+            with self.language.autocast():
+                logits = self.language.model(
+                    inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=ids[:, :-1], use_cache=False
                 ).logits
         else:
             written = ids
             # what stands behind an end token is seen by none before it, so that it needs no mask
-            embeds = torch.cat([self.embeds, language.embed(ids[:, :-1]).to(self.embeds.dtype)], dim=1)
-            mask = F.pad(self.mask, (0, ids.shape[1] - 1), value=1)
-            logits = self._run(embeds, mask, copy.deepcopy(self.cache), slice(-ids.shape[1], None))
-        return logits.float().log_softmax(dim=-1).gather(2, written[..., None]).squeeze(2)
+            embeds = torch.cat([embeds, self.language.embed(ids[:, :-1]).to(embeds.dtype)], dim=1)
+            mask = F.pad(mask, (0, ids.shape[1] - 1), value=1)
+            cache = None if self.cache is None else self._rows_of_cache(rows)
+            logits = self._logits(embeds, mask, cache, slice(-ids.shape[1], None))
+        chosen = logits.gather(2, written[..., None]).squeeze(2).float()
+        return chosen - logits.float().logsumexp(dim=-1)
 
-    def _run(self, embeds: Tensor, mask: Tensor, cache: DynamicCache | None, wanted: slice) -> Tensor:
+    def _rows_of_cache(self, rows: Tensor) -> DynamicCache:
+        """A copy of the cache with these rows, in this order."""
+        parts = [(layer.keys, layer.values) for layer in cast(Any, self.cache).layers]
+        layers = [(keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in parts]
+        return DynamicCache(layers, config=self.language.config)
+
+    def _logits(self, embeds: Tensor, mask: Tensor, cache: DynamicCache | None, wanted: slice) -> Tensor:
         """Logits [B, N, V] at the wanted positions; the cache takes up what was read."""
         inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "past_key_values": cache}
         if self.language.can_pack:

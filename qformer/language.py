@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError, first_line
-from qformer.generation import Beginning, Generated, Halt, OnStep, Prompts, Watch, generation_options
+from qformer.generation import Beginning, Generated, Halt, OnStep, PartlyRead, Watch, generation_options
 from qformer.head import head_sees
 from qformer.lora import LoraSettings, speed_up_lora
 from qformer.precision import keep_four_bit_trainable
@@ -273,9 +273,9 @@ class LanguageModel(nn.Module):
             options["stopping_criteria"] = StoppingCriteriaList([Halt(stopped)])
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
-        prompts = Prompts(self, inputs_embeds, attention_mask, beginnings)
+        prompts = PartlyRead(self, inputs_embeds, attention_mask, beginnings)
         if watch is None and self.can_continue:
-            prompts.read()
+            prompts.read_on()
         with (
             self.autocast(),
             head_sees(self.base, (slice(None), slice(-1, None))),

@@ -33,7 +33,7 @@ from serve.cli_common import (
     RationaleTokensOption,
     SkipOption,
     check_pictures,
-    decoding_from,
+    decoding_over,
     progress,
     report,
 )
@@ -90,9 +90,9 @@ def ask(
         lines = "\n".join(f"{share:6.1%}  {choice}" for choice, share in shares.items())
         report({**asked, "answer": next(iter(shares)), "choices": shares}, as_json, lines)
         return
-    settings = decoding_from(decoding, beams, max_new_tokens)
+    over = decoding_over(decoding, beams, max_new_tokens)
     engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    said = engine.say(images, question, decoding=settings(engine.usual("vqa")))
+    said = engine.say(images, question, decoding=over(engine.usual("vqa")))
     report({**asked, "answer": said.text, "confidence": said.confidence}, as_json, said.text)
 
 
@@ -115,9 +115,9 @@ def caption(
 
     check_pictures(pictures)
     check_language(language)
-    settings = decoding_from(decoding, beams, max_new_tokens)
+    over = decoding_over(decoding, beams, max_new_tokens)
     engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    how = settings(engine.usual("caption"))
+    how = over(engine.usual("caption"))
     captions = {picture: engine.caption(picture, language=language, decoding=how) for picture in pictures}
     lines = list(captions.values()) if len(captions) == 1 else [f"{name}: {text}" for name, text in captions.items()]
     report({"captions": captions, "language": language}, as_json, "\n".join(lines))
@@ -147,10 +147,10 @@ def batch(
     from adapters.data.readers import check_source
     from serve.batch import TASKS, VQAPredictor, run_batch
 
-    settings = decoding_from(decoding, beams, max_new_tokens)
+    over = decoding_over(decoding, beams, max_new_tokens)
     check_source(source)
     predictor = VQAPredictor(adapter, batch_size=batch_size, device=device, dtype=dtype, offline=offline)
-    predictor.decoding = {kind: settings(predictor.engine.usual(kind)) for kind in TASKS}
+    predictor.decoding = {kind: over(predictor.engine.usual(kind)) for kind in TASKS}
     done = run_batch(
         source, out, predictor, task=task, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
         on_progress=None if quiet else progress("answered"),
@@ -208,12 +208,12 @@ def evaluate(
         from serve.evaluate_reasons import evaluate_reasons
         from serve.reasoning import load_pair
 
-        settings = decoding_from(decoding, beams, max_new_tokens)
+        over = decoding_over(decoding, beams, max_new_tokens)
         first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
         scores = evaluate_reasons(
             first, data, answerer=second, controls=controls, blank_images=blank_images, limit=limit,
             skip_bad_rows=skip_bad_rows, offline=offline, batch_size=batch_size, rationale_tokens=rationale_tokens,
-            decoding=settings(Decoding()), on_progress=on_progress,
+            decoding=over(Decoding()), on_progress=on_progress,
         )  # fmt: skip
     elif task == "retrieval":
         from serve.evaluate import evaluate_retrieval
@@ -228,11 +228,11 @@ def evaluate(
         from serve.evaluate import evaluate as run
         from serve.loaded import load_adapter
 
-        settings = decoding_from(decoding, beams, max_new_tokens)
+        over = decoding_over(decoding, beams, max_new_tokens)
         engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
         scores = run(
             engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
-            offline=offline, batch_size=batch_size, decoding=settings(engine.usual(task)), on_progress=on_progress,
+            offline=offline, batch_size=batch_size, decoding=over(engine.usual(task)), on_progress=on_progress,
             tell=None if quiet else partial(typer.echo, err=True),
         )  # fmt: skip
     width = max(28, 2 + max(map(len, scores)))

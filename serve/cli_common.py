@@ -28,8 +28,8 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         "--decoding",
-        help="A preset: greedy; paper-vqa, likeliest, caption (beam 5, length penalty -1, 0, 0.5). Left out, the one "
-        "that the adapter's recipe names.",
+        help="A preset: greedy; paper-vqa, likeliest, caption (beam 5, length penalty -1, 0, 0.5). Left out, questions "
+        "are answered as the adapter's recipe says, captions written by the preset, reasons greedily.",
     ),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
@@ -64,7 +64,7 @@ def report(values: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(values, ensure_ascii=False, default=str) if as_json else text)
 
 
-def decoding_from(preset: str | None, beams: int | None, max_new_tokens: int | None) -> Callable[[Decoding], Decoding]:
+def decoding_over(preset: str | None, beams: int | None, max_new_tokens: int | None) -> Callable[[Decoding], Decoding]:
     """How tokens are chosen, from the flags that say so: given what is usual, what was asked for.
 
     Raises:
@@ -75,7 +75,13 @@ def decoding_from(preset: str | None, beams: int | None, max_new_tokens: int | N
     named = Decoding.preset(preset) if preset is not None else None
     flags = {"num_beams": beams, "max_new_tokens": max_new_tokens}
     changes: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    return lambda usual: replace(named or usual, **changes)
+
+    def over(usual: Decoding) -> Decoding:
+        chosen = replace(named or usual, **changes)
+        # one beam has no lengths to weigh: however it was named, it is the same
+        return chosen if chosen.num_beams > 1 else replace(chosen, length_penalty=Decoding.length_penalty)
+
+    return over
 
 
 def check_pictures(names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from serve.cli_common import (
     PresetOption,
     RationaleTokensOption,
     check_pictures,
-    decoding_from,
+    decoding_over,
     report,
 )
 
@@ -57,7 +57,7 @@ def reason(
     user_turn(images, question)  # a mistake is told before the models are loaded
     if listed and max_new_tokens is not None:
         raise UserError("--max-new-tokens: with --choices the answer is one of them, and not written; leave it out")
-    settings = decoding_from(decoding, beams, max_new_tokens)(Decoding())
+    settings = decoding_over(decoding, beams, max_new_tokens)(Decoding())
     first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
     thought = run(
         first, images, question, context=context, choices=listed, answerer=second, decoding=settings,

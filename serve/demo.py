@@ -194,7 +194,7 @@ def _make_settings() -> list[Any]:
             render=False, elem_id="top-p",
         ),
         gr.Slider(
-            0, MAX_BEAMS, 0, step=1, label="Beams", info="0: as each tab needs; 1: greedy",
+            0, MAX_BEAMS, 0, step=1, label="Beams", info="0: as each tab needs; 1: no search",
             render=False, elem_id="beams",
         ),
     ]  # fmt: skip

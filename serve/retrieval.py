@@ -170,12 +170,14 @@ class PictureIndex:
         Raises:
             UserError: the words are empty, or the index is.
         """
-        if not self._entries:
-            raise UserError(f"{self.folder}: no pictures in it ({', '.join(SUFFIXES)})")
         if isinstance(query, str) and not query.strip():
             raise UserError("TEXT: it is empty; say what to look for")
         refs = [ImageRef(entry.path, path=self.folder / entry.path) for entry in self._entries]
-        found = rank(self.retriever, refs, self._embeddings.float(), query, most=most, rerank=rerank)
+        there = [number for number, ref in enumerate(refs) if ref.path and ref.path.is_file()]  # not deleted since
+        if not there:
+            raise UserError(f"{self.folder}: no pictures in it ({', '.join(SUFFIXES)})")
+        embeddings = self._embeddings[there].float()
+        found = rank(self.retriever, [refs[n] for n in there], embeddings, query, most=most, rerank=rerank)
         return [hit for _, hit in found]
 
     def _pictures(self) -> list[Path]:

@@ -44,10 +44,14 @@ class Finder:
     def __init__(self, engine: Engine, folder: Path | None) -> None:
         self.engine = engine
         self.folder = folder
-        self._retrievers: dict[str, Retriever] = {}
+        self._retrievers = {
+            name: Retriever(adapter.assembly.sight)
+            for name in engine.names
+            if can_search(adapter := engine.adapter(name))
+        }
         self._indexes: dict[str, PictureIndex] = {}
         self._looked: dict[str, float] = {}  # when each adapter's index was brought up to date
-        self._updating = threading.Lock()
+        self._updating = {name: threading.Lock() for name in self._retrievers}
 
     def index_folder(self, on_progress: Callable[[str, int, int], None] | None = None) -> dict[str, IndexReport]:
         """Bring the folder's index up to date, for every adapter that can search; what was done, by adapter.
@@ -59,10 +63,9 @@ class Finder:
             UserError: there is a folder, but no adapter can search.
         """
         found = {}
-        for name in self.engine.names if self.folder is not None else ():
-            if can_search(self.engine.adapter(name)):
-                tell = None if on_progress is None else partial(on_progress, name)
-                found[name] = self._index(self.engine.adapter(name), tell)
+        for name in self._retrievers if self.folder is not None else ():
+            tell = None if on_progress is None else partial(on_progress, name)
+            found[name] = self._index(self.engine.adapter(name), tell)
         if self.folder is not None and not found:
             raise UserError(
                 "--search-folder: no adapter here has its text side (bridge.text_branch), so none can search"
@@ -79,8 +82,9 @@ class Finder:
         loaded = self._checked(adapter)
         if self.folder is None:
             raise UserError("There is no folder to search: start the page with --search-folder FOLDER, or upload some")
+        self.engine.run(lambda _: None, adapter=loaded.name).result()  # let in now, with all that follows
         index = self._fresh_index(loaded)
-        hits = self.engine.run(lambda _: index.search(query, most=most), adapter=loaded.name).result()
+        hits = self.engine.run(lambda _: index.search(query, most=most), adapter=loaded.name, admitted=True).result()
         return [(hit, ImageRef(hit.path, path=self.folder / hit.path)) for hit in hits]
 
     def among(
@@ -90,7 +94,7 @@ class Finder:
         embedded = self._embed(self._checked(adapter), pictures)
 
         def best(loaded: LoadedAdapter) -> list[tuple[Hit, ImageRef]]:
-            hits = rank(self._retriever(loaded), pictures, embedded, query, most=most)
+            hits = rank(self._retrievers[loaded.name], pictures, embedded, query, most=most)
             return [(hit, pictures[place]) for place, hit in hits]
 
         return self.engine.run(best, adapter=adapter, admitted=True).result()
@@ -99,7 +103,7 @@ class Finder:
         """Vectors of pictures; whoever else asks has a turn in between."""
 
         def embed(part: Sequence[ImageRef], loaded: LoadedAdapter) -> Tensor:
-            return self._retriever(loaded).embed_images(part)
+            return self._retrievers[loaded.name].embed_images(part)
 
         parts = [pictures[start : start + _TOGETHER] for start in range(0, len(pictures), _TOGETHER)]
         return torch.cat(
@@ -117,18 +121,14 @@ class Finder:
             )
         return adapter
 
-    def _retriever(self, adapter: LoadedAdapter) -> Retriever:
-        if adapter.name not in self._retrievers:
-            self._retrievers[adapter.name] = Retriever(adapter.assembly.sight)
-        return self._retrievers[adapter.name]
-
     def _fresh_index(self, adapter: LoadedAdapter) -> PictureIndex:
         """The folder's index, brought up to date where that is due; as it was, while another visitor sees to it."""
-        known = self._indexes.get(adapter.name)
-        if known is not None and not (self._due(adapter) and self._updating.acquire(blocking=False)):
+        known, updating = self._indexes.get(adapter.name), self._updating[adapter.name]
+        if known is not None and not self._due(adapter):
             return known
-        if known is None:
-            self._updating.acquire()
+        if not updating.acquire(blocking=known is None):
+            assert known is not None
+            return known
         try:
             if self._due(adapter):  # else another visitor was first
                 self._index(adapter)
@@ -137,7 +137,7 @@ class Finder:
                 raise
             self._looked[adapter.name] = time.monotonic()
         finally:
-            self._updating.release()
+            updating.release()
         return self._indexes[adapter.name]
 
     def _due(self, adapter: LoadedAdapter) -> bool:
@@ -146,7 +146,7 @@ class Finder:
     def _index(self, adapter: LoadedAdapter, on_progress: Callable[[int, int], None] | None = None) -> IndexReport:
         assert self.folder is not None
         key = sight_fingerprint(adapter.assembly.sight)
-        index = PictureIndex(self.folder, self._retriever(adapter), key=key)
+        index = PictureIndex(self.folder, self._retrievers[adapter.name], key=key)
         report = index.update(on_progress, embed=partial(self._embed, adapter, admitted=True))
         self._indexes[adapter.name], self._looked[adapter.name] = index, time.monotonic()
         return report

@@ -25,7 +25,7 @@ from serve.engine import Engine
 from serve.explain import CAVEAT
 from serve.loaded import picture_ref
 from serve.page.search import Finder
-from serve.tickets import Ticket
+from serve.tickets import Busy, Ticket
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +197,26 @@ def test_others_have_a_turn_while_a_folder_is_encoded(
 
     assert len(found) == len(COLOURS) * 3
     assert answered == [False] + [True] * (len(found) - 1)
+
+
+def test_an_older_index_is_searched_while_another_visitor_brings_it_up_to_date(
+    engine: Engine, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUERYBRIDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr("serve.page.search._FRESH", 0.0)
+    finder = Finder(engine, pictures)
+    finder.index_folder()
+    with finder._updating["finds"]:  # as it is while another visitor's request sees to it
+        found = finder.in_folder("a red square", 24, "finds")
+
+    assert len(found) == len(COLOURS) * 3
+
+
+def test_a_full_queue_refuses_a_search_before_anything_is_encoded(
+    engine: Engine, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUERYBRIDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(Retriever, "embed_images", lambda *_: pytest.fail("it encodes"))
+    monkeypatch.setattr(engine, "max_waiting", 0)
+    with pytest.raises(Busy):
+        Finder(engine, pictures).in_folder("a red square", 24, "finds")

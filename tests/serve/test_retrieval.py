@@ -76,6 +76,17 @@ def test_the_index_follows_the_folder(index: PictureIndex) -> None:
     assert found == {"deeper/red1.png", "red2.png", "blue0.png"}
 
 
+def test_what_was_deleted_since_is_not_found(index: PictureIndex) -> None:
+    index.update()
+    (index.folder / "red0.png").unlink()
+    names = {hit.path for hit in index.search("a red square", most=12)}
+    assert len(names) == 11 and "red0.png" not in names
+    for path in index.folder.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="no pictures in it"):
+        index.search("a red square")
+
+
 def test_of_many_files_that_are_left_out_some_are_named() -> None:
     lines = IndexReport(0, 0, 0, tuple(f"file {n}" for n in range(12))).left_out()
     assert lines == [*(f"left out: file {n}" for n in range(10)), "left out: 12 files in all"]
