@@ -53,6 +53,7 @@ class Facts:
         terms: terms of the training data, one a line; inherited from an artefact it started from.
         steps: optimiser steps taken.
         started_from: the artefact it started from, or None.
+        averaged: the artefacts whose weights' mean it is, each with its share; None where one run made it.
         versions: of the libraries.
         format_version: of this folder's layout.
         kind: "representation" is BLIP-2's first stage (norm, bridge, heads); "language" has an LLM that reads them.
@@ -64,6 +65,7 @@ class Facts:
     terms: tuple[str, ...] = ()
     steps: int = 0
     started_from: str | None = None
+    averaged: Mapping[str, float] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     kind: Literal["representation", "language"] = "language"
@@ -134,7 +136,7 @@ def save_artefact(folder: Path, assembly: Assembly | Sight, facts: Facts) -> Non
         sight = assembly.sight if isinstance(assembly, Assembly) else assembly
         recipe = keep_differences(assembly.recipe, sight.differences, building)
         (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
-        (building / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
+        save_facts(building, facts)
         (building / "README.md").write_text(write_card(recipe, facts, folder.name), encoding="utf-8")
         replace_folder(building, folder)
     except (OSError, SafetensorError) as error:
@@ -164,7 +166,7 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, building)
         (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
-        (building / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
+        save_facts(building, facts)
         (building / "README.md").write_text(write_card(recipe, facts, target.name), encoding="utf-8")
         replace_folder(building, target)
     except OSError as error:
@@ -251,9 +253,13 @@ def read_facts(folder: Path) -> Facts:
         values["terms"] = tuple(values["terms"])
         return Facts(**values)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(
-            f"{folder / _FACTS}: damaged or not ours ({error}); train again or fetch a fresh copy"
-        ) from error
+        told = f"{folder / _FACTS}: damaged or not ours ({error}); train again or fetch a fresh copy"
+        raise UserError(told) from error
+
+
+def save_facts(folder: Path, facts: Facts) -> None:
+    """Write the facts of an artefact that is being made."""
+    (folder / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def read_recipe(folder: Path) -> Recipe:

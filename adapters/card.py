@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adapters.recipe import Recipe, TowerSection
@@ -32,6 +33,7 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
             if facts.kind == "language"
             else ["| language model | none: this is the first stage (BLIP-2, section 3.2) |"]
         ),
+        *([f"| mean of the weights of | {_shares(facts.averaged)} |"] if facts.averaged else []),
         f"| started from | {facts.started_from or 'fresh weights'} |",
         f"| steps | {facts.steps} |",
         "",
@@ -63,6 +65,10 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _shares(averaged: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} ({share:g})" for name, share in averaged.items())
 
 
 def _tower(tower: TowerSection) -> str:

@@ -16,6 +16,7 @@ from qformer.objectives import similarity
 from qformer.representation import RepresentationModel
 
 RERANKED = 16  # candidates that ITM ranks anew
+MATCH_SHARE = 0.5  # of ITM's log-odds beside ITC's logit, the best on validation pictures (docs/pretraining.md)
 _LAST = -1e4  # below every score of a candidate: ITC's logits lie in -1000…1000, ITM's log-odds in the tens
 
 
@@ -106,11 +107,11 @@ class Retriever:
     def combined(self, odds: Tensor, scores: Tensor) -> Tensor:
         """ITM's log-odds and ITC's cosine as one score, of the same shape.
 
-        Each counts as the evidence it was trained to be: the cosine over its temperature is ITC's logit. BLIP-2 adds
-        the bare cosine, next to nothing beside the odds; a matching head that has learned little then undoes what ITC
-        knows.
+        The cosine over its temperature is ITC's logit, and the odds count half, since both judge by much the same
+        evidence. BLIP-2 adds the bare cosine, next to nothing beside the odds; a matching head that has learned little
+        then undoes what ITC knows.
         """
-        return odds + scores / self.model.heads.temperature.item()
+        return MATCH_SHARE * odds + scores / self.model.heads.temperature.item()
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         assert self.sight.tokenizer is not None

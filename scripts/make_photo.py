@@ -1,9 +1,10 @@
-"""Make the photo adapter that ships: the first stage, six runs of the second, its scores, adapters/shipped/photo.
+"""Make the photo adapter that ships: the first stage, seven runs of the second, the mean of the last two, its scores.
 
     .venv/bin/python scripts/make_photo.py DATA
 
 DATA holds `flickr8k/` (captions_{train,val}.jsonl, captions_{train,val}.zh.jsonl, reasons_{train,val}.jsonl) and
-`daquar/` (questions_{train,val}.jsonl). Hours on two cores; a stopped run goes on, and what is done is skipped.
+`daquar/` (questions_{train,val}.jsonl). Hours on two cores; a stopped run goes on, and what is done is skipped. The
+adapter ends in adapters/shipped/photo.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs")
 STAGE1, STAGE2, MORE = RUNS / "photo_stage1", RUNS / "photo_stage2", RUNS / "photo_more"
 ASKED, VIEWED, SEEN = RUNS / "photo_asked", RUNS / "photo_viewed", RUNS / "photo_seen"
-FURTHER = RUNS / "photo_further"
+FURTHER, MATCHED, MEAN = RUNS / "photo_further", RUNS / "photo_matched", RUNS / "photo_mean"
 MADE = RUNS / "photo_questions"
 FLICKR = "Flickr8k (Hodosh et al. 2013) - non-commercial research"
 ADDED_TERMS = (  # by stage 2; it inherits the first stage's
@@ -125,8 +126,24 @@ RUNS_OF_STAGE2 = (
         (*LARGER, "train.seed=6", "train.epochs=0.62", "train.validate_every=520"),
         replace(VALIDATION, made=100),
     ),
+    # once more, with four times as many steps of the first stage's objectives beside
+    Run(
+        MATCHED,
+        FURTHER / "last",
+        Mixture(chinese=600, made=5000, reasons=300, repeat=3),
+        (
+            *LARGER,
+            "train.text_side_every=2",
+            "train.pair_share=0.5",
+            "train.seed=8",
+            "train.epochs=0.46",
+            "train.validate_every=400",
+        ),
+        replace(VALIDATION, made=100),
+    ),
 )
-SHIPS = FURTHER / "last"  # its learning rate has come down; `best` is chosen by a few hundred rows of all tasks
+# Of the last two one answers better and the other finds better; `last`, since `best` is chosen by few rows of all tasks
+SHARES = {FURTHER / "last": 0.7, MATCHED / "last": 0.3}
 SHIPPED = ROOT / "adapters" / "shipped" / "photo"
 
 
@@ -142,6 +159,7 @@ def main() -> int:
 
     hush_libraries()
     from adapters.artefact import publish
+    from adapters.averaging import average_artefacts
     from adapters.finetune import finetune
     from adapters.pretrain import pretrain
 
@@ -156,8 +174,9 @@ def main() -> int:
         second += [f"data.val={json.dumps(sources(data, 'val', run.validation))}"]
         overrides = [*second, *FASTER, *run.overrides, *options.set2]
         train(finetune, "photo_stage2", run.out, overrides, start_from=str(run.start))
+    average_artefacts(SHARES, MEAN)
     found = scores(data, options.limit)
-    publish(SHIPS, SHIPPED, found)
+    publish(MEAN, SHIPPED, found)
     size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
     print(json.dumps(found, indent=2))
     print(f"{SHIPPED.relative_to(ROOT)}: {size / 1e6:.1f} MB")
@@ -221,7 +240,7 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
     from serve.loaded import load_adapter
     from serve.retrieval import load_retriever
 
-    engine = load_adapter(SHIPS)
+    engine = load_adapter(MEAN)
     captions = {"en": data / "flickr8k" / "captions_val.jsonl", "zh": data / "flickr8k" / "captions_val.zh.jsonl"}
     found: dict[str, float] = {}
     for language, file in captions.items():
@@ -241,7 +260,7 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
                 }
         told = evaluate_reasons(engine, statements, limit=limit, blank_images=blank)
         found[f"statements, answered with reasons{where}"] = told["accuracy"]
-    retriever, _ = load_retriever(SHIPS)
+    retriever, _ = load_retriever(MEAN)
     told = evaluate_retrieval(retriever, captions["en"], limit=limit)
     return found | {f"retrieval, {name}": told[name] for name in ("i2t_R@1", "t2i_R@1", "itc_i2t_R@1", "itc_t2i_R@1")}
 

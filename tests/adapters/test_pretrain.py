@@ -207,7 +207,7 @@ def test_reranking_by_hand(recipe_of: Any, tmp_path: Path) -> None:
     for i in range(5):
         best = scores[i].topk(2).indices.tolist()
         for t in range(5):
-            expected = odds[i, t] + scores[i, t] / retriever.model.heads.temperature.item()
+            expected = 0.5 * odds[i, t] + scores[i, t] / retriever.model.heads.temperature.item()
             assert torch.allclose(by_image[i, t], expected, atol=1e-4) is (t in best)
         assert set(by_image[i].topk(2).indices.tolist()) == set(best)
     for t in range(5):
