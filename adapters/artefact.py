@@ -33,7 +33,7 @@ from adapters.tower_difference import keep_differences
 from qformer.errors import UserError
 from qformer.strict import describe_differences
 
-FORMAT_VERSION = 2  # 2 has the kind
+FORMAT_VERSION = 3  # 2 has the kind, 3 averages and the recipe's decoding
 _BRIDGE = "bridge.safetensors"
 _LORA = "lora"
 _RECIPE = "recipe.yaml"
@@ -253,13 +253,13 @@ def read_facts(folder: Path) -> Facts:
         values["terms"] = tuple(values["terms"])
         return Facts(**values)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        told = f"{folder / _FACTS}: damaged or not ours ({error}); train again or fetch a fresh copy"
-        raise UserError(told) from error
+        raise UserError(f"{folder / _FACTS}: damaged or not ours ({error}); fetch a fresh copy") from error
 
 
 def save_facts(folder: Path, facts: Facts) -> None:
-    """Write the facts of an artefact that is being made."""
-    (folder / _FACTS).write_text(json.dumps(asdict(facts), indent=2, ensure_ascii=False), encoding="utf-8")
+    """Write the facts of an artefact that is being made, in today's format."""
+    values = asdict(facts) | {"format_version": FORMAT_VERSION}
+    (folder / _FACTS).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -16,16 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters.artefact import read_facts, replace_folder, save_facts
+from adapters.artefact import read_facts, read_recipe, replace_folder, save_facts
+from adapters.card import write_card
 from qformer.errors import UserError
 
 _WEIGHTS = ("bridge.safetensors", "lora/adapter_model.safetensors")
 
 
 def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
-    """Write the weighted mean of artefacts; all but the weights is the first one's.
+    """Write the weighted mean of artefacts.
 
-    LoRA's two matrices are averaged each by itself, so parts should go on from one another, not from fresh matrices.
+    The terms are those of all, the figures nobody's before they are measured; all else but the weights is the first
+    one's. LoRA's two matrices are averaged each by itself, so parts should go on from one another, not from fresh
+    matrices.
 
     Args:
         parts: artefacts' folders, each with its share; the shares add up to 1.
@@ -37,11 +40,13 @@ def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
     """
     if abs(sum(parts.values()) - 1) > 1e-6:
         raise ValueError(f"shares of {', '.join(map(str, parts.values()))} do not add up to 1")
-    first, *others = parts
-    facts = read_facts(first)
-    for folder in others:
-        if read_facts(folder).fingerprints != facts.fingerprints:
+    first, facts = next(iter(parts)), {folder: read_facts(folder) for folder in parts}
+    for folder, theirs in facts.items():
+        if theirs.fingerprints != facts[first].fingerprints:
             raise UserError(f"{folder}: its frozen parts are not those of {first}; average adapters of one kind")
+    terms = tuple(dict.fromkeys(term for theirs in facts.values() for term in theirs.terms))
+    averaged = {str(folder): share for folder, share in parts.items()}
+    mean = replace(facts[first], terms=terms, metrics={}, averaged=averaged)
     means = {name: _mean(name, parts) for name in _WEIGHTS if (first / name).is_file()}
     building = out.with_name(out.name + ".partial")
     try:
@@ -49,7 +54,8 @@ def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
         shutil.copytree(first, building)
         for name, tensors in means.items():
             save_file(tensors, building / name, metadata={"format": "pt"})
-        save_facts(building, replace(facts, averaged={str(folder): share for folder, share in parts.items()}))
+        save_facts(building, mean)
+        (building / "README.md").write_text(write_card(read_recipe(first), mean, out.name), encoding="utf-8")
         replace_folder(building, out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)

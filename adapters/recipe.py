@@ -181,7 +181,7 @@ class Recipe(_Section):
     description: str = Field(default="", description="one sentence for lists and pages")
     decoding: Literal["greedy", "paper-vqa", "likeliest"] = Field(
         default="greedy",
-        description="how ask, batch, evaluate and the page's VQA tab answer questions; all else is greedy",
+        description="how ask, batch, evaluate and the page's VQA tab answer questions (not captions nor reasons)",
     )
     data: DataSection = DataSection()
     vision: VisionSection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import draw_data, tiny_values
 
-from adapters.artefact import read_facts
+from adapters.artefact import read_facts, save_facts
 from adapters.averaging import average_artefacts
 from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
@@ -35,6 +36,7 @@ def two(vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path) 
 
 def test_each_weight_is_the_mean_and_the_rest_the_first_ones(two: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = two
+    save_facts(second, replace(read_facts(second), terms=("theirs - research",)))
     out = tmp_path / "mean"
     for _ in range(2):  # the second time it replaces what stands there
         average_artefacts({first: 0.75, second: 0.25}, out)
@@ -49,8 +51,11 @@ def test_each_weight_is_the_mean_and_the_rest_the_first_ones(two: tuple[Path, Pa
             changed += not torch.equal(tensor, one[key])
     assert changed > 4
     assert (out / "recipe.yaml").read_bytes() == (first / "recipe.yaml").read_bytes()
-    assert read_facts(out).averaged == {str(first): 0.75, str(second): 0.25}
-    assert read_facts(out).fingerprints == read_facts(first).fingerprints
+    facts = read_facts(out)
+    assert facts.averaged == {str(first): 0.75, str(second): 0.25}
+    assert facts.fingerprints == read_facts(first).fingerprints
+    assert set(facts.terms) == {*read_facts(first).terms, "theirs - research"} and not facts.metrics
+    assert f"{second} (0.25)" in (out / "README.md").read_text()
     picture = tmp_path / "data" / "red0.png"
     assert isinstance(load_adapter(out, device="cpu", dtype="float32").ask(picture, "what colour?"), str)
 

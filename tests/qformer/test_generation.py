@@ -1,0 +1,181 @@
+"""Generation against transformers: beams, kept beginnings, probabilities, and a caller that looks on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from qformer.decoding import Decoding
+from qformer.language import LanguageModel
+from qformer.language_loading import load_language_model
+
+KINDS = ["llama", "qwen2", "opt", "t5"]
+
+
+def load(folder: Path) -> LanguageModel:
+    return load_language_model(folder, quantize="none", compute_dtype=torch.float32)
+
+
+class Padded(NamedTuple):
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def pad_left(rows: list[torch.Tensor]) -> Padded:
+    padded = [
+        torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=0, padding_side="left")
+        for part in (rows, [torch.ones_like(row) for row in rows])
+    ]
+    return Padded(*padded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "decoding", [Decoding(max_new_tokens=6), Decoding.preset("paper-vqa"), Decoding.preset("likeliest")]
+)
+@pytest.mark.parametrize("lengths", [(7, 4), (1, 1)])
+def test_generation_is_that_of_transformers(
+    language_folders: dict[str, Path], kind: str, decoding: Decoding, lengths: tuple[int, int]
+) -> None:
+    """A left-padded batch (right-padded for T5) gives what transformers gives for each prompt alone."""
+    language = load(language_folders[kind])
+    torch.manual_seed(4)
+    prompts = [torch.randint(5, 100, (length,)) for length in lengths]
+    side = "right" if language.is_encoder_decoder else "left"
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=0, padding_side=side)
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones_like(p) for p in prompts], batch_first=True, padding_value=0, padding_side=side
+    )
+    found = language.generate(language.embed(ids), mask, decoding).ids
+    loader = AutoModelForSeq2SeqLM if language.is_encoder_decoder else AutoModelForCausalLM
+    reference = loader.from_pretrained(language_folders[kind]).eval()
+    extra = {"length_penalty": decoding.length_penalty} if decoding.num_beams > 1 else {}
+    for row, prompt in zip(found, prompts, strict=True):
+        expected = reference.generate(
+            input_ids=prompt.unsqueeze(0), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=decoding.max_new_tokens, num_beams=decoding.num_beams, do_sample=False,
+            pad_token_id=0, eos_token_id=language.stop_ids, **extra,
+        )[0]  # fmt: skip
+        expected = expected[1:] if language.is_encoder_decoder else expected[len(prompt) :]
+        assert row[: len(expected)].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("own", [(2, 5, 3), (1, 1, 1)])
+def test_a_prompt_goes_on_from_its_beginning(
+    language_folders: dict[str, Path], kind: str, beams: int, own: tuple[int, int, int]
+) -> None:
+    """Beginnings of several lengths, one row without: the same tokens and numbers as from the whole prompts."""
+    language = load(language_folders[kind])
+    assert language.can_continue
+    torch.manual_seed(6)
+    decoding = Decoding(max_new_tokens=6, num_beams=beams)
+    firsts = [torch.randint(5, 100, (length,)) for length in (7, 4, 0)]
+    rests = [torch.randint(5, 100, (length,)) for length in own]
+    beginnings = [language.read(language.embed(first[None]))[0] if len(first) else None for first in firsts]
+
+    padded = pad_left(rests)
+    found = language.generate(language.embed(padded.ids), padded.mask, decoding, beginnings=beginnings)
+    whole = pad_left([torch.cat(pair) for pair in zip(firsts, rests, strict=True)])
+    expected = language.generate(language.embed(whole.ids), whole.mask, decoding)
+
+    assert found.ids.tolist() == expected.ids.tolist()
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+    again = language.generate(language.embed(padded.ids), padded.mask, decoding, beginnings=beginnings)
+    assert again.ids.tolist() == found.ids.tolist(), "going on changed the beginning"
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_beams_read_a_prompt_once_where_it_can_be_continued(
+    language_folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language = load(language_folders[kind])
+    ids = pad_left([torch.randint(5, 100, (length,)) for length in (7, 4)])
+    shapes: list[torch.Size] = []  # [rows, positions] of each pass through the first layer
+    layer = next(module for name, module in language.base.named_modules() if name.endswith("layers.0"))
+    layer.register_forward_pre_hook(lambda _, args, kwargs: shapes.append((*args, *kwargs.values())[0].shape[:2]),
+                                    with_kwargs=True)  # fmt: skip
+    decoding = Decoding(max_new_tokens=5, num_beams=3)
+    once = language.generate(language.embed(ids.ids), ids.mask, decoding)
+    assert shapes[0] == (2, 6) and {shape for shape in shapes if shape[0] == 6} == {(6, 1)}
+
+    shapes.clear()
+    monkeypatch.setattr(LanguageModel, "can_continue", False)
+    each = language.generate(language.embed(ids.ids), ids.mask, decoding)
+    assert shapes[0] == (6, 7)
+    assert each.ids.tolist() == once.ids.tolist()
+    torch.testing.assert_close(each.log_probs, once.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_beams_wrote_is_read_again_in_parts(
+    language_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of a whole batch of long answers are never there at once."""
+    language = load(language_folders["llama"])
+    ids = torch.randint(5, 100, (5, 4))
+    decoding = Decoding(max_new_tokens=6, num_beams=2)
+    whole = language.generate(language.embed(ids), torch.ones_like(ids), decoding)
+    monkeypatch.setattr("qformer.generation._LOGITS_AT_ONCE", 12)
+    shapes: list[torch.Size] = []
+    language.base.get_output_embeddings().register_forward_hook(lambda _, __, logits: shapes.append(logits.shape[:2]))
+    parts = language.generate(language.embed(ids), torch.ones_like(ids), decoding)
+
+    assert max(rows * positions for rows, positions in shapes) <= 12
+    torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_beginnings_of_a_sliding_window_are_not_reused(language_folders: dict[str, Path]) -> None:
+    assert not load(language_folders["t5"]).can_continue
+    language = load(language_folders["qwen2"])
+    language.config.layer_types = ["sliding_attention"] * language.config.num_hidden_layers
+    language.config.sliding_window = 4
+    assert not language.can_continue
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_probabilities_of_what_was_written(language_folders: dict[str, Path], kind: str, beams: int) -> None:
+    """Beside the tokens stand their log-probabilities: those of a pass over the finished text."""
+    language = load(language_folders[kind])
+    torch.manual_seed(4)
+    if language.is_encoder_decoder:  # as it is made it writes one token for ever
+        language.base.get_input_embeddings().weight.normal_()
+        language.base.get_output_embeddings().weight.normal_(std=0.1)
+    ids = torch.randint(5, 100, (1, 6))
+    made = language.generate(
+        language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=4, num_beams=beams, repetition_penalty=20.0)
+    )
+    assert len(set(made.ids[0].tolist())) > 2
+    if language.is_encoder_decoder:
+        logits = language.base(
+            input_ids=ids, decoder_input_ids=torch.cat([torch.zeros(1, 1, dtype=torch.long), made.ids[:, :-1]], dim=1)
+        ).logits
+    else:
+        logits = language.base(torch.cat([ids, made.ids[:, :-1]], dim=1)).logits[:, ids.shape[1] - 1 :]
+    expected = logits.log_softmax(dim=-1).gather(2, made.ids.unsqueeze(2))[..., 0]
+    torch.testing.assert_close(made.log_probs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caller_looks_on_and_ends_rows(language_folders: dict[str, Path], kind: str) -> None:
+    language = load(language_folders[kind])
+    torch.manual_seed(4)
+    ids = torch.randint(5, 100, (2, 6))
+    seen: list[list[list[int]]] = []
+
+    def on_step(new: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        assert log_probs.shape == new.shape
+        seen.append(new.tolist())
+        return torch.tensor([new.shape[1] >= 2, False])
+
+    free = language.generate(language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=5)).ids
+    made = language.generate(language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=5), on_step=on_step).ids
+    assert [len(rows[0]) for rows in seen] == [1, 2, 3, 4, 5]
+    assert made[0, :2].tolist() == free[0, :2].tolist()
+    assert set(made[0, 2:].tolist()) == {language.tokenizer.pad_token_id}
+    assert made[1].tolist() == free[1].tolist()
