@@ -19,27 +19,37 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from adapters.alignment import align_words
-from adapters.answering import answer_examples
-from adapters.artefact import Facts, find_artefact, read_facts, save_artefact
-from adapters.assembly import Assembly, assemble
-from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
-from adapters.data.batches import Picture, Step, plan_epoch, plan_validation, tokenise
-from adapters.data.collate import Row, collate_encoder_decoder, collate_rows
+from adapters.artefact.artefact import find_artefact, save_artefact
+from adapters.artefact.facts import Facts, read_facts
+from adapters.data.batches import Step, TokenisedPicture, plan_epoch, plan_validation, tokenise
+from adapters.data.collate import PackedSequence, collate_encoder_decoder, collate_packed
 from adapters.data.examples import Example
 from adapters.data.views import all_views
 from adapters.evaluation.vqa import score
-from adapters.optimiser import build_optimiser, learning_rate
-from adapters.reasoning import validate_reasons
+from adapters.inference.answering import answer_examples
+from adapters.inference.reasoning import validate_reasons
+from adapters.loading.assembly import Assembly, assemble
+from adapters.loading.vision_side import check_device, default_device
 from adapters.recipe import Recipe, TrainSection
-from adapters.reporting import Reporter
-from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped, tell_terms
-from adapters.run_folder import check_finite, check_run_folder, open_run_folder
-from adapters.self_critical import Critic, check_self_critical, greedy_cider
-from adapters.sight import check_device, default_device
-from adapters.starting import has_lora, start_from_artefact
-from adapters.stopping import interruptible
-from adapters.text_side import TextSideKeeper, check_keeping
+from adapters.training.alignment import align_words
+from adapters.training.checkpoint import RunState, generators_of_all, load_state, read_run_state, save_state, trainable
+from adapters.training.interrupt import interruptible
+from adapters.training.optimiser import build_optimiser, learning_rate
+from adapters.training.reporting import Reporter
+from adapters.training.run_data import (
+    Result,
+    broadcast_from_main,
+    fill_caches,
+    note_validation,
+    read_split,
+    report_skipped,
+    report_terms,
+    sample_evenly,
+)
+from adapters.training.run_folder import check_finite, check_run_folder, open_run_folder
+from adapters.training.self_critical import SelfCriticalSampler, check_self_critical, greedy_cider
+from adapters.training.start import has_lora, start_from_artefact
+from adapters.training.text_side import TextSideKeeper, check_keeping
 from qformer.compiling import compile_blocks
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -106,10 +116,10 @@ def finetune(
     place = device or str(accelerator.device)
     check_device(place)
     if dtype is None and state is not None:
-        dtype = read_position(state).dtype  # a resumed run keeps its own
+        dtype = read_run_state(state).dtype  # a resumed run keeps its own
     if dtype is None:
         faster = default_compute_dtype(place, four_bit=recipe.language.quantize == "nf4")
-        dtype = agreed(str(faster).removeprefix("torch."))
+        dtype = broadcast_from_main(str(faster).removeprefix("torch."))
     assembly = assemble(
         recipe,
         device=place,
@@ -117,10 +127,10 @@ def finetune(
         offline=offline,
         lora=starting is None or not has_lora(begun),
     )
-    position = Position(
+    position = RunState(
         data=train_data.fingerprint,
         dtype=str(assembly.model.language.compute_dtype).removeprefix("torch."),
-        terms=[*([train_data.terms] if train_data.terms else []), *assembly.sight.terms],
+        terms=[*([train_data.terms] if train_data.terms else []), *assembly.vision_side.terms],
     )
     if starting is not None:
         position.started_from = starting
@@ -129,7 +139,7 @@ def finetune(
         if main and not quiet:
             print(start, file=sys.stderr)
     if state is None and main and not quiet:
-        tell_terms(term for term in assembly.sight.terms if starting is None or term not in start.terms)
+        report_terms(term for term in assembly.vision_side.terms if starting is None or term not in start.terms)
     how: Any = {"max_tokens": train.micro_batch_tokens, "stages": recipe.reason.stages}
     pictures = tokenise(train_data, assembly.prompts, **how)
     row_tokens = train.row_tokens if _packs(assembly) else 0
@@ -144,7 +154,7 @@ def finetune(
     model.language.label_smoothing = train.label_smoothing
     if state is None and starting is None:
         seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
-        model.feature_norm.standardise(assembly.features(spread(seen, 256)))
+        model.feature_norm.standardise(assembly.features(sample_evenly(seen, 256)))
     fresh = starting is None or read_facts(begun).kind != "language"  # the first stage leaves a fresh projection
     if state is None and fresh and train.align_steps and not assembly.reads_instructions:
         _align(assembly, pictures, train, quiet=quiet or not main)
@@ -160,7 +170,7 @@ def finetune(
     if train.compile:
         compile_blocks(model.language.base)
     keeper = TextSideKeeper(assembly, train_data.examples) if train.text_side_every else None
-    critic = Critic(assembly, train_data, train.self_critical) if train.self_critical else None
+    critic = SelfCriticalSampler(assembly, train_data, train.self_critical) if train.self_critical else None
     prepared = accelerator.prepare(model)
     answers = sum(len(picture.questions) for picture in pictures)
     plan = partial(
@@ -196,7 +206,7 @@ def finetune(
         interruptible() as stop,
     ):
         report.say(describe_trainable(assembly))
-        tell_skipped(report, train_data, val_data)
+        report_skipped(report, train_data, val_data)
         if position.step == 0:  # a broken evaluation fails now, not after an hour
             validate(assembly, Step(validation.rows[:2]), val_data.examples[:2], recipe)
         losses: list[float] = []
@@ -296,20 +306,23 @@ def _named_means(text_side: Sequence[Tensor]) -> dict[str, float]:
     return dict(zip(("text_itc", "text_itm", "text_itg"), torch.stack(list(text_side)).mean(0).tolist(), strict=True))
 
 
-def model_inputs(assembly: Assembly, rows: Sequence[Row]) -> tuple[object, ...]:
+def model_inputs(assembly: Assembly, rows: Sequence[PackedSequence]) -> tuple[object, ...]:
     """What the model's forward takes for a micro-batch: tokens, features, and the instruction where it is read."""
-    collate = collate_encoder_decoder if assembly.model.language.is_encoder_decoder else collate_rows
+    collate = collate_encoder_decoder if assembly.model.language.is_encoder_decoder else collate_packed
     batch = collate(rows, assembly.prompts.tokenizer.pad_token_id).to(assembly.model.device)
     images = [image for row in rows for image in row.images]
-    instructions = [row.branches[0].instruction for row in rows for _ in row.images]
+    instructions = [row.packed_answers[0].instruction for row in rows for _ in row.images]
     return (batch, assembly.features(images), *assembly.instruction_tokens(instructions))
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # blocks compiled for training run here as they are: few steps, many shapes
 def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], recipe: Recipe) -> dict[str, float]:
-    """Loss per supervised token over the validation rows; for questions the exact match of greedy answers, for rows
-    with reasons the scores of `adapters.reasoning.validate_reasons`, and for captions that are trained by it CIDEr."""
+    """Loss per supervised token over the validation rows, and the score of each task that the rows have.
+
+    Questions have the exact match of greedy answers, rows with reasons the scores of `validate_reasons`, and captions
+    that are trained by CIDEr have CIDEr.
+    """
     assembly.model.eval()
     summed = 0.0
     for rows in validation.micro_batches(recipe.train.micro_batch_tokens):
@@ -339,7 +352,7 @@ def describe_trainable(assembly: Assembly) -> str:
     )
 
 
-def _steps_from(position: Position, plan: Callable[..., list[Step]]) -> Iterator[Step]:
+def _steps_from(position: RunState, plan: Callable[..., list[Step]]) -> Iterator[Step]:
     """Steps from where the run stands, epoch after epoch without end."""
     while True:
         yield from plan(epoch=position.epoch)[position.offset :]
@@ -352,7 +365,7 @@ def _packs(assembly: Assembly) -> bool:
     return assembly.model.language.can_pack and not assembly.reads_instructions
 
 
-def _align(assembly: Assembly, pictures: Sequence[Picture], train: TrainSection, *, quiet: bool) -> None:
+def _align(assembly: Assembly, pictures: Sequence[TokenisedPicture], train: TrainSection, *, quiet: bool) -> None:
     def tell(step: int, loss: float) -> None:
         if not quiet and (step % 50 == 0 or step == train.align_steps):
             print(f"naming words: step {step}/{train.align_steps} · loss {loss:.3f}", file=sys.stderr, flush=True)

@@ -16,22 +16,32 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from adapters.artefact import Facts, find_artefact, save_artefact
-from adapters.assembly import chosen_dtype
-from adapters.checkpoint import Position, generators_of_all, load_state, read_position, save_state, trainable
-from adapters.data.captioned import Batch, Captioned, captioned, draw_batch
+from adapters.artefact.artefact import find_artefact, save_artefact
+from adapters.artefact.facts import Facts
+from adapters.data.caption_batches import Batch, CaptionedPicture, draw_batch, group_captions
 from adapters.data.views import all_views
 from adapters.evaluation.retrieval import recalls
-from adapters.optimiser import build_optimiser, learning_rate
+from adapters.inference.retrieval import Retriever
+from adapters.loading.assembly import chosen_dtype
+from adapters.loading.vision_side import VisionSide, check_device, default_device, load_vision_side
 from adapters.recipe import Recipe
-from adapters.reporting import Reporter
-from adapters.retrieval import Retriever
-from adapters.run_data import Result, agreed, fill_caches, note_validation, read_split, spread, tell_skipped, tell_terms
-from adapters.run_folder import check_finite, check_run_folder, open_run_folder
-from adapters.sight import Sight, check_device, default_device, load_sight
-from adapters.starting import start_from_artefact
-from adapters.stopping import interruptible
-from adapters.text_side import model_inputs
+from adapters.training.checkpoint import RunState, generators_of_all, load_state, read_run_state, save_state, trainable
+from adapters.training.interrupt import interruptible
+from adapters.training.optimiser import build_optimiser, learning_rate
+from adapters.training.reporting import Reporter
+from adapters.training.run_data import (
+    Result,
+    broadcast_from_main,
+    fill_caches,
+    note_validation,
+    read_split,
+    report_skipped,
+    report_terms,
+    sample_evenly,
+)
+from adapters.training.run_folder import check_finite, check_run_folder, open_run_folder
+from adapters.training.start import start_from_artefact
+from adapters.training.text_side import model_inputs
 from qformer.errors import UserError
 from qformer.precision import default_compute_dtype
 
@@ -79,7 +89,7 @@ def pretrain(
     state = check_run_folder(out, resume, recipe)
     train = recipe.train
     train_data, val_data = read_split(recipe, offline=offline)
-    pictures, held_out = captioned(train_data.examples), captioned(val_data.examples)
+    pictures, held_out = group_captions(train_data.examples), group_captions(val_data.examples)
     if min(train.batch_size, len(pictures)) < 2 * world:
         raise UserError(
             f"telling pictures apart needs two a step and process: {train_data.name} has {len(pictures)} with English"
@@ -93,29 +103,31 @@ def pretrain(
         find_artefact(starting)  # a mistake here is told before anything is loaded
     place = device or str(accelerator.device)
     check_device(place)
-    compute_dtype = chosen_dtype(dtype or (read_position(state).dtype if state is not None else None))
-    compute_dtype = compute_dtype or agreed(default_compute_dtype(place, four_bit=False))
-    sight = load_sight(recipe, device=place, offline=offline)
+    compute_dtype = chosen_dtype(dtype or (read_run_state(state).dtype if state is not None else None))
+    compute_dtype = compute_dtype or broadcast_from_main(default_compute_dtype(place, four_bit=False))
+    vision_side = load_vision_side(recipe, device=place, offline=offline)
     images = all_views((picture.image for picture in pictures), recipe.data.views)
     images += [picture.image for picture in held_out]
-    fill_caches(sight.caches, images, rank=rank, world=world, quiet=quiet or not main)
+    fill_caches(vision_side.caches, images, rank=rank, world=world, quiet=quiet or not main)
     accelerator.wait_for_everyone()
-    fill_caches(sight.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
+    fill_caches(vision_side.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
     if starting is not None:
-        start = start_from_artefact(sight, starting)
+        start = start_from_artefact(vision_side, starting)
         inherited = start.terms
         if main and not quiet:
             print(start, file=sys.stderr)
     if state is None and main and not quiet:
-        tell_terms(term for term in sight.terms if term not in inherited)
+        report_terms(term for term in vision_side.terms if term not in inherited)
     if state is None and starting is None:
-        sight.feature_norm.standardise(sight.features([picture.image for picture in spread(pictures, 256)]))
-    model = sight.representation(compute_dtype)
+        vision_side.feature_norm.standardise(
+            vision_side.features([picture.image for picture in sample_evenly(pictures, 256)])
+        )
+    model = vision_side.representation(compute_dtype)
     optimiser = build_optimiser(model, train)
-    position = Position(
+    position = RunState(
         data=train_data.fingerprint,
         dtype=str(compute_dtype).removeprefix("torch."),
-        terms=[*([train_data.terms] if train_data.terms else []), *sight.terms, *inherited],
+        terms=[*([train_data.terms] if train_data.terms else []), *vision_side.terms, *inherited],
         started_from=starting,
     )
     if state is not None:
@@ -136,7 +148,7 @@ def pretrain(
             file=sys.stderr,
         )
     facts = Facts(
-        fingerprints=sight.fingerprints,
+        fingerprints=vision_side.fingerprints,
         data={
             "train": train_data.name,
             "pictures": len(pictures),
@@ -156,10 +168,10 @@ def pretrain(
         ) as report,
         interruptible() as stop,
     ):
-        report.say(_describe(sight, compute_dtype, len(pictures), len(held_out)))
-        tell_skipped(report, train_data, val_data)
+        report.say(_describe(vision_side, compute_dtype, len(pictures), len(held_out)))
+        report_skipped(report, train_data, val_data)
         if position.step == 0:  # a broken evaluation fails now, not after an hour
-            evaluate_recall(sight, held_out[:2], compute_dtype)
+            evaluate_recall(vision_side, held_out[:2], compute_dtype)
         sums: dict[str, float] = {}
         counted, timer = 0, time.monotonic()
         for batch in _batches_from(position, pictures, recipe):
@@ -172,7 +184,7 @@ def pretrain(
                 group["lr"] = group["peak"] * rate
             mine = batch[rank::world][: len(batch) // world]  # as many on every process
             paired = max(1, round(train.pair_share * len(mine))) if position.step >= train.contrastive_steps else 0
-            losses = prepared(*model_inputs(sight, mine), paired=paired)
+            losses = prepared(*model_inputs(vision_side, mine), paired=paired)
             accelerator.backward(losses.total)
             said = torch.stack([losses.total, losses.contrastive, losses.matching, losses.generation]).detach()
             values = dict(zip(("loss", "itc", "itm", "itg"), accelerator.reduce(said, "mean").tolist(), strict=True))
@@ -201,16 +213,16 @@ def pretrain(
                 )
                 sums, counted, timer = {}, 0, time.monotonic()
             if position.step % train.validate_every == 0 or position.step == total:
-                metrics = evaluate_recall(sight, held_out, compute_dtype)
+                metrics = evaluate_recall(vision_side, held_out, compute_dtype)
                 report.validation(position.step, metrics)
                 position.seconds = time.monotonic() - began
                 generators = generators_of_all()
                 improved = note_validation(position, metrics["mean_recall"], metrics, train.patience)
                 if main:
                     measured = replace(facts, metrics=metrics, steps=position.step)
-                    save_artefact(out / "last", sight, measured)
+                    save_artefact(out / "last", vision_side, measured)
                     if improved:
-                        save_artefact(out / "best", sight, measured)
+                        save_artefact(out / "best", vision_side, measured)
                     save_state(out / "state", model, optimiser, position, generators)
                     report.draw()
                 accelerator.wait_for_everyone()
@@ -225,7 +237,7 @@ def pretrain(
         return Result(out, out / "best", position.step, {**position.metrics, "peak_memory_gib": peak}, finished)
 
 
-def _batches_from(position: Position, pictures: Sequence[Captioned], recipe: Recipe) -> Iterator[Batch]:
+def _batches_from(position: RunState, pictures: Sequence[CaptionedPicture], recipe: Recipe) -> Iterator[Batch]:
     """Batches from where the run stands, epoch after epoch; what does not fill one is passed over."""
     train = recipe.train
     size = min(train.batch_size, len(pictures))
@@ -239,9 +251,11 @@ def _batches_from(position: Position, pictures: Sequence[Captioned], recipe: Rec
         position.offset = 0
 
 
-def evaluate_recall(sight: Sight, pictures: Sequence[Captioned], compute_dtype: torch.dtype) -> dict[str, float]:
+def evaluate_recall(
+    vision_side: VisionSide, pictures: Sequence[CaptionedPicture], compute_dtype: torch.dtype
+) -> dict[str, float]:
     """ITC's R@1, R@5 and R@10 both ways among held-out pictures, and their mean."""
-    retriever = Retriever(sight, compute_dtype=compute_dtype)
+    retriever = Retriever(vision_side, compute_dtype=compute_dtype)
     images = retriever.embed_images([picture.image for picture in pictures])
     texts = retriever.embed_texts([text for picture in pictures for text in picture.captions])
     owners = [row for row, picture in enumerate(pictures) for _ in picture.captions]
@@ -249,8 +263,8 @@ def evaluate_recall(sight: Sight, pictures: Sequence[Captioned], compute_dtype: 
     return {**found, "mean_recall": sum(found.values()) / len(found)}
 
 
-def _describe(sight: Sight, compute_dtype: torch.dtype, pictures: int, held_out: int) -> str:
-    trained = sum(p.numel() for part in sight.parts().values() for p in part.parameters() if p.requires_grad)
+def _describe(vision_side: VisionSide, compute_dtype: torch.dtype, pictures: int, held_out: int) -> str:
+    trained = sum(p.numel() for part in vision_side.parts().values() for p in part.parameters() if p.requires_grad)
     return (
         f"first stage: training {trained / 1e6:.1f} M parameters of norm, bridge and heads on {pictures} pictures,"
         f" {held_out} held out; computing in {str(compute_dtype).removeprefix('torch.')}"

@@ -153,7 +153,10 @@ class TrainSection(_Section):
         default=0, ge=0, description="captions sampled of a picture and weighed by CIDEr-D; 0 learns its own captions"
     )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="share of a target that is spread over all tokens; not in the first stage"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of a target that is spread over all tokens; not in the first stage",
     )
     row_tokens: int = Field(default=384, ge=16, description="answers about one picture share a sequence up to here")
     micro_batch_tokens: int = Field(default=1024, ge=16, description="tokens in memory at once, padding included")

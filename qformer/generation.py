@@ -1,4 +1,4 @@
-"""Generation by transformers, looked on at: prompts that go on from a kept beginning, and each token's probability."""
+"""Generation by transformers, looked on at: prompts that go on from a kept prefix, and each token's probability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, StoppingCriteria
 
 from qformer.decoding import Decoding
-from qformer.head import head_sees
+from qformer.lm_head import logits_at
 
 if TYPE_CHECKING:
     from qformer.language import LanguageModel
@@ -25,7 +25,7 @@ OnStep = Callable[[Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Beginning:
+class PrefixCache:
     """Keys and values of a prompt's first part: read once, continued as often as one likes.
 
     Attributes:
@@ -56,7 +56,7 @@ class Generated:
     log_probs: Tensor
 
 
-class Watch(StoppingCriteria):
+class TokenObserver(StoppingCriteria):
     """Looks on while transformers generates: the probability of each token, and a caller that may end rows.
 
     Args:
@@ -93,7 +93,7 @@ class Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device) if ended is None else ended
 
 
-class Halt(StoppingCriteria):
+class StopWhenAsked(StoppingCriteria):
     """Ends all rows once the caller says so.
 
     Args:
@@ -127,27 +127,27 @@ def generation_options(decoding: Decoding, *, pad_id: int, stop_ids: list[int]) 
     return options
 
 
-def stacked(beginnings: Sequence[Beginning | None], config: PretrainedConfig) -> tuple[DynamicCache, Tensor]:
+def stack_prefixes(prefixes: Sequence[PrefixCache | None], config: PretrainedConfig) -> tuple[DynamicCache, Tensor]:
     """Beginnings as one cache, shorter ones padded on the left, and their mask [B, T] long.
 
     Args:
-        beginnings: one a row, at least one of them there.
+        prefixes: one a row, at least one of them there.
         config: the LLM's.
     """
-    some = next(beginning for beginning in beginnings if beginning)
-    length = max(len(beginning) if beginning else 0 for beginning in beginnings)
-    mask = torch.zeros(len(beginnings), length, dtype=torch.long, device=some.layers[0][0].device)
+    some = next(prefix for prefix in prefixes if prefix)
+    length = max(len(prefix) if prefix else 0 for prefix in prefixes)
+    mask = torch.zeros(len(prefixes), length, dtype=torch.long, device=some.layers[0][0].device)
     layers = []
     for number, pair in enumerate(some.layers):
-        shapes = [(len(beginnings), part.shape[0], length, part.shape[2]) for part in pair]
-        stacked = [part.new_zeros(shape) for part, shape in zip(pair, shapes, strict=True)]
-        for row, beginning in enumerate(beginnings):
-            if beginning:
-                for whole, part in zip(stacked, beginning.layers[number], strict=True):
-                    whole[row, :, length - len(beginning) :] = part
-        layers.append((stacked[0], stacked[1]))
-    for row, beginning in enumerate(beginnings):
-        mask[row, length - (len(beginning) if beginning else 0) :] = 1
+        shapes = [(len(prefixes), part.shape[0], length, part.shape[2]) for part in pair]
+        stack_prefixes = [part.new_zeros(shape) for part, shape in zip(pair, shapes, strict=True)]
+        for row, prefix in enumerate(prefixes):
+            if prefix:
+                for whole, part in zip(stack_prefixes, prefix.layers[number], strict=True):
+                    whole[row, :, length - len(prefix) :] = part
+        layers.append((stack_prefixes[0], stack_prefixes[1]))
+    for row, prefix in enumerate(prefixes):
+        mask[row, length - (len(prefix) if prefix else 0) :] = 1
     return DynamicCache(layers, config=config), mask
 
 
@@ -156,9 +156,9 @@ class PartlyRead:
 
     Args:
         language: reads them.
-        embeds: [B, T, D_l]; what comes after the beginnings.
+        embeds: [B, T, D_l]; what comes after the prefixes.
         mask: [B, T].
-        beginnings: as `LanguageModel.generate` takes them.
+        prefixes: as `LanguageModel.generate` takes them.
 
     Attributes:
         embeds: [B, T, D_l], what is still to be read.
@@ -167,12 +167,12 @@ class PartlyRead:
     """
 
     def __init__(
-        self, language: LanguageModel, embeds: Tensor, mask: Tensor, beginnings: Sequence[Beginning | None] | None
+        self, language: LanguageModel, embeds: Tensor, mask: Tensor, prefixes: Sequence[PrefixCache | None] | None
     ) -> None:
         self.language, self.embeds, self.mask = language, embeds.to(language.compute_dtype), mask
         self.cache: DynamicCache | None = None
-        if beginnings is not None and any(beginnings):
-            self.cache, read = stacked(beginnings, language.config)
+        if prefixes is not None and any(prefixes):
+            self.cache, read = stack_prefixes(prefixes, language.config)
             self.mask = torch.cat([read, mask], dim=1)
 
     def read_on(self) -> None:
@@ -232,5 +232,5 @@ class PartlyRead:
         inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "past_key_values": cache}
         if self.language.can_pack:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        with self.language.autocast(), head_sees(self.language.base, (slice(None), wanted)):
+        with self.language.autocast(), logits_at(self.language.base, (slice(None), wanted)):
             return cast(Tensor, self.language.model(**inputs, use_cache=cache is not None).logits)

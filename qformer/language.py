@@ -27,11 +27,19 @@ from transformers.cache_utils import DynamicLayer
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError, first_line
-from qformer.generation import Beginning, Generated, Halt, OnStep, PartlyRead, Watch, generation_options
-from qformer.head import head_sees
+from qformer.generation import (
+    Generated,
+    OnStep,
+    PartlyRead,
+    PrefixCache,
+    StopWhenAsked,
+    TokenObserver,
+    generation_options,
+)
+from qformer.lm_head import logits_at
 from qformer.lora import LoraSettings, speed_up_lora
 from qformer.precision import keep_four_bit_trainable
-from qformer.strict import describe_differences
+from qformer.tensor_names import describe_differences
 
 IGNORED = -100  # label of a position that carries no loss, as torch's cross-entropy has it
 
@@ -93,7 +101,7 @@ class LanguageModel(nn.Module):
         return not self.is_encoder_decoder and "position_ids" in inspect.signature(self.base.forward).parameters
 
     @property
-    def can_continue(self) -> bool:
+    def can_reuse_prefix(self) -> bool:
         """Whether a prompt's first part can be read once and continued: a causal model of full attention only."""
         if self.is_encoder_decoder or "past_key_values" not in inspect.signature(self.base.forward).parameters:
             return False
@@ -225,20 +233,20 @@ class LanguageModel(nn.Module):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
             if position_ids is not None:
                 inputs["position_ids"] = position_ids
-        with self.autocast(), head_sees(self.base, targets != IGNORED):
+        with self.autocast(), logits_at(self.base, targets != IGNORED):
             logits = self.model(**inputs, use_cache=False).logits  # [N, V]
         return logits.float(), targets
 
     @torch.no_grad()
-    def read(self, inputs_embeds: Tensor) -> list[Beginning]:
-        """Read the first parts of prompts, all of one length and without padding, [B, T, D_l], where `can_continue`."""
+    def read(self, inputs_embeds: Tensor) -> list[PrefixCache]:
+        """Read the first parts of prompts, all of one length and unpadded, [B, T, D_l], if `can_reuse_prefix`."""
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
-        with self.autocast(), head_sees(self.base, (slice(None), slice(-1, None))):
+        with self.autocast(), logits_at(self.base, (slice(None), slice(-1, None))):
             cache = self.model(inputs_embeds=inputs_embeds.to(self.compute_dtype), use_cache=True).past_key_values
         self.train(was_training)
         return [
-            Beginning(tuple((layer.keys[row].clone(), layer.values[row].clone()) for layer in cache.layers))
+            PrefixCache(tuple((layer.keys[row].clone(), layer.values[row].clone()) for layer in cache.layers))
             for row in range(len(inputs_embeds))
         ]
 
@@ -249,36 +257,36 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor,
         decoding: Decoding,
         *,
-        beginnings: Sequence[Beginning | None] | None = None,
+        prefixes: Sequence[PrefixCache | None] | None = None,
         on_step: OnStep | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Generated:
         """Continue prompts that are padded on the left (on the right for an encoder-decoder).
 
         Args:
-            inputs_embeds: [B, T, D_l]; what comes after the beginnings.
+            inputs_embeds: [B, T, D_l]; what comes after the prefixes.
             attention_mask: [B, T].
             decoding: how tokens are chosen.
-            beginnings: what `read` gave for each row; None for a row that starts with `inputs_embeds`.
+            prefixes: what `read` gave for each row; None for a row that starts with `inputs_embeds`.
             on_step: called after each token with all new ones, [B, N], and their log-probabilities; what it returns,
                 bool [B], ends rows. Not in beam search, which may still change its mind.
             stopped: looked at after each token of a beam search; True ends it with what was found.
         """
         options = generation_options(decoding, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids)
         # a decoder starts from a start token, which is no answer's
-        watch = Watch(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
+        watch = TokenObserver(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
         if watch is not None:
             options["stopping_criteria"] = StoppingCriteriaList([watch])
         elif stopped is not None:
-            options["stopping_criteria"] = StoppingCriteriaList([Halt(stopped)])
+            options["stopping_criteria"] = StoppingCriteriaList([StopWhenAsked(stopped)])
         was_training = self.training
         self.eval()  # checkpointing would switch the cache off
-        prompts = PartlyRead(self, inputs_embeds, attention_mask, beginnings)
-        if watch is None and self.can_continue:
+        prompts = PartlyRead(self, inputs_embeds, attention_mask, prefixes)
+        if watch is None and self.can_reuse_prefix:
             prompts.read_on()
         with (
             self.autocast(),
-            head_sees(self.base, (slice(None), slice(-1, None))),
+            logits_at(self.base, (slice(None), slice(-1, None))),
             watch.over(self.base) if watch else nullcontext(),
         ):
             ids = self.model.generate(**prompts.inputs(decoding.num_beams), **options)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from qformer.bridge import QFormer
 from qformer.decoding import Decoding
-from qformer.generation import Beginning, Generated, OnStep
+from qformer.generation import Generated, OnStep, PrefixCache
 from qformer.language import LanguageModel
 from qformer.objectives import Heads
 from qformer.simple_bridges import SimpleBridge
-from qformer.vision import FeatureNorm, ImageEncoder
+from qformer.vision_loading import FeatureNorm, ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class VisionLanguageModel(nn.Module):
         )
 
     @torch.no_grad()
-    def read(self, batch: TokenBatch, image_embeddings: Tensor) -> list[Beginning]:
+    def read(self, batch: TokenBatch, image_embeddings: Tensor) -> list[PrefixCache]:
         """Read the first parts of prompts, all of one length; images' vectors [I, Q, D_l] in reading order."""
         return self.language.read(self.place(batch, image_embeddings))
 
@@ -144,16 +144,16 @@ class VisionLanguageModel(nn.Module):
         image_embeddings: Tensor,
         decoding: Decoding,
         *,
-        beginnings: Sequence[Beginning | None] | None = None,
+        prefixes: Sequence[PrefixCache | None] | None = None,
         on_step: OnStep | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Generated:
-        """Answers to prompts, or to what comes after their beginnings; see `LanguageModel.generate`."""
+        """Answers to prompts, or to what comes after their prefixes; see `LanguageModel.generate`."""
         return self.language.generate(
             self.place(batch, image_embeddings),
             batch.attention_mask,
             decoding,
-            beginnings=beginnings,
+            prefixes=prefixes,
             on_step=on_step,
             stopped=stopped,
         )

@@ -25,13 +25,13 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=15, help="pictures that count; three more warm up")
     parser.add_argument("--dtype", help="float32 or bfloat16 for the LLM's computation")
     options = parser.parse_args()
-    from serve.cli import hush_libraries
+    from serve.cli.command import hush_libraries
 
     hush_libraries()
-    from adapters.data.scenes import draw_scene, make_scenes
+    from adapters.data.scenes.drawing import draw_scene, make_scenes
     from qformer.decoding import Decoding
+    from serve.adapter import user_turn
     from serve.engine import Engine
-    from serve.loaded import user_turn
 
     short = Decoding(max_new_tokens=4)
     first, second, kept, switched = [], [], [], []
@@ -41,10 +41,10 @@ def main() -> int:
 
         def first_token(picture: object, question: str, adapter: str) -> float:
             began = time.perf_counter()
-            ticket = engine.chat([user_turn(picture, question)], adapter=adapter, decoding=short)  # type: ignore[arg-type]
-            next(iter(ticket), None)
+            pending = engine.chat([user_turn(picture, question)], adapter=adapter, decoding=short)  # type: ignore[arg-type]
+            next(iter(pending), None)
             elapsed = time.perf_counter() - began
-            ticket.result()
+            pending.result()
             return elapsed
 
         for number, scene in enumerate(make_scenes(options.pictures + 3, seed=time.time_ns())):

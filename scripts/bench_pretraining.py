@@ -26,32 +26,32 @@ def main() -> int:
     parser.add_argument("--dtype", help="float32 or bfloat16; left out, what pretrain takes here")
     parser.add_argument("--steps", type=int, default=9, help="steps that count; two more warm up (default %(default)s)")
     options = parser.parse_args()
-    from serve.cli import hush_libraries
+    from serve.cli.command import hush_libraries
 
     hush_libraries()
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from adapters.assembly import chosen_dtype
-    from adapters.data.captioned import captioned, draw_batch
-    from adapters.optimiser import build_optimiser
+    from adapters.data.caption_batches import draw_batch, group_captions
+    from adapters.loading.assembly import chosen_dtype
+    from adapters.loading.vision_side import load_vision_side
     from adapters.recipe import load_recipe
-    from adapters.run_data import fill_caches, read_split
-    from adapters.sight import load_sight
-    from adapters.text_side import model_inputs
+    from adapters.training.optimiser import build_optimiser
+    from adapters.training.run_data import fill_caches, read_split
+    from adapters.training.text_side import model_inputs
     from qformer.precision import default_compute_dtype
 
     dtype = chosen_dtype(options.dtype) or default_compute_dtype("cpu", four_bit=False)
     recipe = load_recipe(options.recipe, options.set)
     train = recipe.train
-    sight = load_sight(recipe)
+    vision_side = load_vision_side(recipe)
     rng = random.Random(0)
-    pictures = captioned(read_split(recipe)[0].examples)
+    pictures = group_captions(read_split(recipe)[0].examples)
     batches = [
         draw_batch(rng.sample(pictures, train.batch_size), train.captions, rng) for _ in range(options.steps + 2)
     ]
-    fill_caches(sight.caches, [picture.image for batch in batches for picture, _ in batch])
-    model = sight.representation(dtype).train()
+    fill_caches(vision_side.caches, [picture.image for batch in batches for picture, _ in batch])
+    model = vision_side.representation(dtype).train()
     optimiser = build_optimiser(model, train)
     square = torch.randn(2048, 2048, dtype=dtype)
 
@@ -63,7 +63,7 @@ def main() -> int:
             peaks.append(2 * 2048**3 / (time.perf_counter() - began))
             began = time.perf_counter()
             with counter if number == 0 else nullcontext():
-                model(*model_inputs(sight, batch), paired=paired).total.backward()
+                model(*model_inputs(vision_side, batch), paired=paired).total.backward()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - began)

@@ -46,7 +46,7 @@ FLAT = 64  # MiB that memory may grow by in the second half of a load
 
 # Every answer is written to its longest: no token is an end.
 _SERVER = """
-from serve.cli import hush_libraries, main
+from serve.cli.command import hush_libraries, main
 hush_libraries()
 from qformer.language import LanguageModel
 LanguageModel.stop_ids = property(lambda self: [-1])
@@ -88,7 +88,7 @@ class Pictures:
     """Drawn pictures by number, as data URIs; no two have the same bytes, nor those of another run."""
 
     def __init__(self) -> None:
-        from adapters.data.scenes import draw_scene, make_scenes
+        from adapters.data.scenes.drawing import draw_scene, make_scenes
 
         self._drawn = [draw_scene(scene) for scene in make_scenes(SCENES, seed=0)]
         self._mark = time.time_ns() % 2**24

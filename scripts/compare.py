@@ -46,7 +46,7 @@ def main() -> int:
     options = parser.parse_args()
     import yaml
 
-    from serve.cli import hush_libraries
+    from serve.cli.command import hush_libraries
 
     hush_libraries()
     try:
@@ -101,10 +101,10 @@ def train(
     plan: Mapping[str, Any], overrides: list[str], out: Path, seed: int, start_from: str | None
 ) -> dict[str, float]:
     """Train one setting, unless that is done; the best validation's figures, and the seconds it took."""
-    from adapters.checkpoint import find_state
     from adapters.finetune import finetune
     from adapters.pretrain import pretrain
     from adapters.recipe import load_recipe
+    from adapters.training.checkpoint import find_state
     from qformer.errors import UserError
 
     recipe = load_recipe(plan["recipe"], [*overrides, f"train.seed={seed}"])
@@ -140,7 +140,7 @@ def check_evaluation(plan: Mapping[str, Any]) -> None:
 
 def check_starts(plan: Mapping[str, Any], only: list[str]) -> None:
     """Look for what settings start from before anything is trained."""
-    from adapters.artefact import find_artefact
+    from adapters.artefact.artefact import find_artefact
     from qformer.errors import UserError
 
     for name, setting in plan["settings"].items():
@@ -154,9 +154,9 @@ def check_starts(plan: Mapping[str, Any], only: list[str]) -> None:
 
 def evaluation(plan: Mapping[str, Any], best: Path) -> dict[str, float]:
     """Scores of an adapter on the plan's test data; none where the plan has no such data."""
+    from serve.adapter import load_adapter
     from serve.evaluate import evaluate
     from serve.evaluate_reasons import evaluate_reasons
-    from serve.loaded import load_adapter
 
     if "evaluate" not in plan:
         return {}

@@ -40,10 +40,10 @@ def main() -> int:
     parser.add_argument("--terms", help="what the pictures may be used for; kept with the difference")
     parser.add_argument("--offline", action="store_true", help="take frozen weights from the cache only")
     options = parser.parse_args()
-    from serve.cli import hush_libraries
+    from serve.cli.command import hush_libraries
 
     hush_libraries()
-    from adapters.contrastive import train_tower
+    from adapters.training.contrastive_tower import train_tower
 
     best = train_tower(
         options.train,

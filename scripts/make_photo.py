@@ -155,11 +155,11 @@ def main() -> int:
     parser.add_argument("--set2", action="append", default=[], metavar="KEY=VALUE", help="override stage 2's, each run")
     parser.add_argument("--limit", type=int, help="score only the first so many rows of each file")
     options = parser.parse_args()
-    from serve.cli import hush_libraries
+    from serve.cli.command import hush_libraries
 
     hush_libraries()
-    from adapters.artefact import publish
-    from adapters.averaging import average_artefacts
+    from adapters.artefact.artefact import publish
+    from adapters.artefact.averaging import average_artefacts
     from adapters.finetune import finetune
     from adapters.pretrain import pretrain
 
@@ -201,9 +201,9 @@ def make_questions(data: Path, part: str) -> None:
     from adapters.data.caption_questions import choose_questions
     from adapters.data.readers import read_data
 
-    captioned = read_data(data / "flickr8k" / f"captions_{part}.jsonl", task="caption").examples
-    chosen = choose_questions([row.answers for row in captioned], most=4)
-    made = [(row, one.question, one.answer) for row, each in zip(captioned, chosen, strict=True) for one in each]
+    group_captions = read_data(data / "flickr8k" / f"captions_{part}.jsonl", task="caption").examples
+    chosen = choose_questions([row.answers for row in group_captions], most=4)
+    made = [(row, one.question, one.answer) for row, each in zip(group_captions, chosen, strict=True) for one in each]
     rooms = read_data(data / "daquar" / f"questions_{part}.jsonl", task="vqa").examples
     spelt = [(row, row.question, row.answer.replace("_", " ")) for row in rooms]
     MADE.mkdir(parents=True, exist_ok=True)
@@ -215,8 +215,8 @@ def make_questions(data: Path, part: str) -> None:
 
 def train(run: Callable[..., Any], recipe: str, out: Path, overrides: list[str], **options: Any) -> None:
     """Train unless that is done; go on where it was stopped."""
-    from adapters.checkpoint import find_state
     from adapters.recipe import differing_keys, load_recipe
+    from adapters.training.checkpoint import find_state
     from qformer.errors import UserError
 
     wanted = load_recipe(recipe, overrides)
@@ -235,9 +235,9 @@ def train(run: Callable[..., Any], recipe: str, out: Path, overrides: list[str],
 def scores(data: Path, limit: int | None) -> dict[str, float]:
     """What the card says: captions both ways, retrieval, questions and statements with their blank-picture controls."""
     from qformer.decoding import Decoding
+    from serve.adapter import load_adapter
     from serve.evaluate import evaluate, evaluate_retrieval
     from serve.evaluate_reasons import evaluate_reasons
-    from serve.loaded import load_adapter
     from serve.retrieval import load_retriever
 
     engine = load_adapter(MEAN)

@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--test", type=int, default=300, help="scenes to report scores of (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other scenes (default 0)")
     options = parser.parse_args()
-    from adapters.data.scene_files import write_scenes
+    from adapters.data.scenes.files import write_scenes
     from adapters.evaluation.rationales import language_control
     from qformer.errors import UserError
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adapters.data.scenes import Scene
+    from adapters.data.scenes.drawing import Scene
 
 HIDDEN = 256
 EPOCHS = 60
@@ -40,7 +40,7 @@ def main() -> int:
         parser.error("--train and --test: at least one scene each")
     import torch
 
-    from adapters.data.scenes import make_scenes
+    from adapters.data.scenes.drawing import make_scenes
     from qformer.errors import UserError
 
     scenes = make_scenes(options.train + options.test, options.seed)
@@ -64,8 +64,8 @@ def encode(source: str, layer: int, scenes: list[Scene]) -> Tensor:
     """Features [N, P, D] of drawn scenes, standardised over all of them."""
     import torch
 
-    from adapters.data.scenes import draw_scene
-    from qformer.vision import load_image_encoder
+    from adapters.data.scenes.drawing import draw_scene
+    from qformer.vision_loading import load_image_encoder
 
     encoder = load_image_encoder(source, layer=layer, class_token=False)
     parts = []
@@ -81,7 +81,7 @@ def things_in(scenes: list[Scene]) -> Tensor:
     """[N, 35]: 1 where a scene holds a shape of that colour."""
     import torch
 
-    from adapters.data.scenes import COLOURS, SHAPES
+    from adapters.data.scenes.drawing import COLOURS, SHAPES
 
     pairs = {pair: column for column, pair in enumerate(product(COLOURS, SHAPES))}
     shown = torch.zeros(len(scenes), len(pairs))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from serve.loaded import LoadedAdapter
+    from serve.adapter import LoadedAdapter
 
 RUN = Path("runs") / "quickstart"
 TEST_QUESTIONS = 1000
@@ -32,13 +32,13 @@ def main() -> int:
     options = parser.parse_args()
 
     os.chdir(Path(__file__).resolve().parents[1])
-    from serve.cli import hush_libraries
+    from serve.cli.command import hush_libraries
 
     hush_libraries()
     began = time.monotonic()
     train(offline=options.offline)
-    from adapters.sight import FrozenModels
-    from serve.loaded import load_adapter
+    from adapters.loading.vision_side import FrozenModels
+    from serve.adapter import load_adapter
 
     frozen = FrozenModels()
     engine = load_adapter(RUN, offline=options.offline, frozen=frozen)
@@ -50,9 +50,9 @@ def main() -> int:
     print("  .venv/bin/querybridge finetune YOUR_DATA.jsonl --out runs/mine")
     print(f"  .venv/bin/querybridge demo --adapter {RUN}", flush=True)
     if not options.no_demo:
-        from adapters.artefact import shipped_adapters
-        from serve.demo import launch
+        from adapters.artefact.artefact import shipped_adapters
         from serve.engine import Engine
+        from serve.page.app import launch
 
         shipped = [load_adapter(name, offline=options.offline, frozen=frozen) for name in shipped_adapters()]
         launch(Engine([engine, *shipped]), port=options.port, open_browser=True)
@@ -61,9 +61,9 @@ def main() -> int:
 
 def train(*, offline: bool) -> None:
     """Fine-tune by the quick start's recipe, unless that is done; go on with a run that was stopped."""
-    from adapters.checkpoint import find_state
     from adapters.finetune import finetune
     from adapters.recipe import differing_keys, load_recipe
+    from adapters.training.checkpoint import find_state
     from qformer.errors import UserError
 
     recipe = load_recipe("quickstart")

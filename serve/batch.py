@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from adapters.answering import Said
 from adapters.data.batches import prompt_for
 from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.images import open_image
 from adapters.data.readers import read_data
+from adapters.inference.answering import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.adapter import LoadedAdapter, load_adapter, picture_ref
 from serve.batch_job import BatchJob, check_same_job, digest_of, read_job, write_job
-from serve.loaded import LoadedAdapter, load_adapter, picture_ref
 
 TASKS = ("vqa", "caption")
 """What a batch job may be."""
@@ -34,7 +34,7 @@ class VQAPredictor:
         adapter: a run's folder, an artefact's folder or a shipped name.
         decoding: how tokens are chosen, for every task or by task; left out, as the adapter usually does.
         batch_size: prompts generated together.
-        options: as `serve.loaded.load_adapter` takes them.
+        options: as `serve.adapter.load_adapter` takes them.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class VQAPredictor:
         said = self.predict(examples)
         return {**batch, "answer": [one.text for one in said], "confidence": [one.confidence for one in said]}
 
-    def predict(self, examples: Sequence[Example], task: str = "vqa") -> list[Said]:
+    def predict(self, examples: Sequence[Example], task: str = "vqa") -> list[Completion]:
         """Answers to examples, in their order."""
         return self.engine.reply(examples, task, decoding=self.decoding_for(task), batch_size=self.batch_size)
 
@@ -76,7 +76,7 @@ class VQAPredictor:
         """How tokens are chosen for "vqa" or "caption"."""
         if isinstance(self.decoding, Decoding):
             return self.decoding
-        return (self.decoding or {}).get(task) or self.engine.usual(task)
+        return (self.decoding or {}).get(task) or self.engine.default_decoding(task)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _answer_part(
     return written
 
 
-def _answers(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> dict[int, Said]:
+def _answers(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> dict[int, Completion]:
     """Answers by row. The pictures of all are encoded together, before any is answered."""
     images = [image for example in examples for image in example.images]
     if not images:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.feature_files import clear_features, features_info, features_root, folder_bytes
+from adapters.features.files import clear_features, features_info, features_root, folder_bytes
 from qformer.errors import UserError
 from qformer.sources import PYPI_SOURCES, cache_root
 from qformer.wheels import read_manifest

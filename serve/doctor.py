@@ -36,7 +36,7 @@ def examine(
         JSON-able: `python`, `platform`, `libraries`, `cpu` (name, cores, threads, compute_dtype, memory in GiB),
         `gpus` (name, memory, bf16), `four_bit` by device ("works" or what went wrong), `cache` (folder, free space),
         and of a target `model`: target, device, compute_dtype, `modules`, parameters and bytes in all, and
-        `serving_bytes`, what its weights take where it answers (`serve.loaded.load_adapter`).
+        `serving_bytes`, what its weights take where it answers (`serve.adapter.load_adapter`).
 
     Raises:
         UserError: there is no such target, or it cannot be loaded.
@@ -87,12 +87,12 @@ def describe(found: Mapping[str, Any]) -> str:
     ]
     lines = [f"{name:<20}{value}" for name, value in rows]
     if "model" in found:
-        from adapters.estimate import parts_table
-        from adapters.parts import Part
+        from adapters.memory.estimate import parts_table
+        from adapters.memory.summary import ModuleSummary
 
         model = found["model"]
         lines += ["", f"{model['target']} on {model['device']}, computing in {model['compute_dtype']}"]
-        lines += parts_table([Part(**module) for module in model["modules"]])
+        lines += parts_table([ModuleSummary(**module) for module in model["modules"]])
         lines.append(
             f"in all {model['parameters']:,} parameters, {model['trainable']:,} of them trained,"
             f" {model['bytes'] / 2**20:,.1f} MiB"
@@ -105,11 +105,11 @@ def describe(found: Mapping[str, Any]) -> str:
 
 
 def _model(target: str, *, device: str | None, dtype: str | None, offline: bool) -> dict[str, Any]:
-    from adapters.artefact import load_artefact
-    from adapters.assembly import assemble
-    from adapters.parts import model_parts
-    from adapters.sight import default_device
-    from serve.loaded import ready_to_answer
+    from adapters.artefact.artefact import load_artefact
+    from adapters.loading.assembly import assemble
+    from adapters.loading.vision_side import default_device
+    from adapters.memory.summary import summarise_modules
+    from serve.adapter import ready_to_answer
 
     place = device or default_device()
     recipe = _recipe(target)
@@ -117,7 +117,7 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
         assembly = assemble(recipe, device=place, dtype=dtype, offline=offline)
     else:
         assembly, _ = load_artefact(target, device=place, dtype=dtype, offline=offline)
-    parts = model_parts(assembly.model)
+    parts = summarise_modules(assembly.model)
     ready_to_answer(assembly.model.language)
     return {
         "target": target,
@@ -127,13 +127,13 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
         "parameters": sum(part.parameters for part in parts),
         "trainable": sum(part.parameters for part in parts if part.trainable),
         "bytes": sum(part.bytes for part in parts),
-        "serving_bytes": sum(part.bytes for part in model_parts(assembly.model)),
+        "serving_bytes": sum(part.bytes for part in summarise_modules(assembly.model)),
     }
 
 
 def _recipe(target: str) -> Recipe | None:
     """The recipe of that name or file, or None where the target is an adapter's."""
-    from adapters.artefact import shipped_adapters
+    from adapters.artefact.artefact import shipped_adapters
 
     path = Path(target)
     if path.is_dir() or target in shipped_adapters():

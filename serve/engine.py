@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from adapters.answering import Asked, Said
 from adapters.data.images import open_image
 from adapters.data.prompts import Turn
-from adapters.sight import FrozenModels
+from adapters.inference.answering import Completion, Request
+from adapters.loading.vision_side import FrozenModels
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.loaded import LoadedAdapter, Picture, checked_choices, load_adapter, ranked, short_name
-from serve.tickets import Answer, Busy, Ticket
+from serve.adapter import ImageInput, LoadedAdapter, checked_choices, load_adapter, ranked, short_name
+from serve.pending import Answer, Busy, PendingAnswer
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Engine:
             if name in self._adapters:
                 raise UserError(f"--adapter {loaded.name}: another is called '{name}' too; rename one of the folders")
             self._adapters[name] = LoadedAdapter(loaded.assembly, loaded.facts, name)
-        self._waiting: deque[Ticket | _Errand] = deque()
+        self._waiting: deque[PendingAnswer | _Job] = deque()
         self._arrived = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="querybridge-engine", daemon=True)
@@ -105,7 +105,7 @@ class Engine:
         adapter: str | None = None,
         decoding: Decoding | None = None,
         stops: Sequence[str] = (),
-    ) -> Ticket:
+    ) -> PendingAnswer:
         """Go on with a conversation; one user's turn is a plain question.
 
         Args:
@@ -119,38 +119,38 @@ class Engine:
             Busy: too many wait.
         """
         loaded = self.adapter(adapter)
-        ticket = _ticket(loaded, loaded.asked(turns), decoding or Decoding())
-        ticket.stops = tuple(stops)
-        return self._submit(ticket)
+        pending = _ticket(loaded, loaded.asked(turns), decoding or Decoding())
+        pending.stops = tuple(stops)
+        return self._submit(pending)
 
     def caption(
         self,
-        picture: Picture,
+        picture: ImageInput,
         *,
         language: str = "en",
         adapter: str | None = None,
         decoding: Decoding | None = None,
-    ) -> Ticket:
+    ) -> PendingAnswer:
         """Describe a picture; raises as `chat`."""
         loaded = self.adapter(adapter)
         return self._submit(
             _ticket(loaded, loaded.asked_caption(picture, language), decoding or Decoding.preset("caption"))
         )
 
-    def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> Ticket:
+    def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> PendingAnswer:
         """Answer with one of the choices; raises as `chat`, and where there are fewer than two choices."""
         loaded = self.adapter(adapter)
-        return self._submit(Ticket(loaded, loaded.asked(turns), Decoding(), checked_choices(choices)))
+        return self._submit(PendingAnswer(loaded, loaded.asked(turns), Decoding(), checked_choices(choices)))
 
     def submit(
         self,
-        asked: Asked,
+        asked: Request,
         *,
         adapter: str | None = None,
         decoding: Decoding | None = None,
         choices: Sequence[str] = (),
         admitted: bool = False,
-    ) -> Ticket:
+    ) -> PendingAnswer:
         """Answer a prompt that is made already; raises as `chat`.
 
         Args:
@@ -163,7 +163,9 @@ class Engine:
         loaded = self.adapter(adapter)
         if choices:
             worded = tuple(loaded.assembly.prompts.choice(choice, choices) for choice in choices)
-            return self._submit(Ticket(loaded, loaded.checked(asked), Decoding(), tuple(choices), worded), admitted)
+            return self._submit(
+                PendingAnswer(loaded, loaded.checked(asked), Decoding(), tuple(choices), worded), admitted
+            )
         return self._submit(_ticket(loaded, loaded.checked(asked), decoding or Decoding()), admitted)
 
     def run(
@@ -179,7 +181,7 @@ class Engine:
         Raises:
             Busy: too many wait.
         """
-        waiting = _Errand(self.adapter(adapter), errand)
+        waiting = _Job(self.adapter(adapter), errand)
         self._submit(waiting, admitted)
         return waiting.future
 
@@ -217,29 +219,29 @@ class Engine:
                         request._fail(RuntimeError("the engine was closed"))
                     return
             time.sleep(_GATHER)
-            chosen: _Errand | list[Ticket] = []
+            chosen: _Job | list[PendingAnswer] = []
             try:
                 with self._arrived:
                     chosen = self._next()
-                if isinstance(chosen, _Errand):
+                if isinstance(chosen, _Job):
                     chosen.do()
                 else:
                     _answer(chosen)
             except BaseException as error:
-                for request in [chosen] if isinstance(chosen, _Errand) else chosen:
+                for request in [chosen] if isinstance(chosen, _Job) else chosen:
                     request._fail(error)
 
-    def _next(self) -> _Errand | list[Ticket]:
+    def _next(self) -> _Job | list[PendingAnswer]:
         """The oldest request and those answered with it, taken off the queue; none where all were stopped."""
         self._drop_stopped()
         if not self._waiting:
             return []
         first = self._waiting.popleft()
-        if isinstance(first, _Errand):
+        if isinstance(first, _Job):
             return first
         chosen = [first]
         for request in list(self._waiting):
-            if len(chosen) == self.max_batch or not isinstance(request, Ticket):
+            if len(chosen) == self.max_batch or not isinstance(request, PendingAnswer):
                 continue
             if _batch_key(request) == _batch_key(first) and _have_room([*chosen, request]):
                 chosen.append(request)
@@ -248,13 +250,13 @@ class Engine:
 
     def _drop_stopped(self) -> None:
         """Take those off the queue that nobody waits for any more."""
-        for request in [one for one in self._waiting if isinstance(one, Ticket) and one.stopped]:
+        for request in [one for one in self._waiting if isinstance(one, PendingAnswer) and one.stopped]:
             self._waiting.remove(request)
             length = len(request.asked.prompt.ids)
             request._finish(Answer("", request.adapter.name, "stopped", None, 0, length))
 
 
-class _Errand:
+class _Job:
     """Something else that is done in the engine's thread."""
 
     def __init__(self, adapter: LoadedAdapter, errand: Callable[[LoadedAdapter], Any]) -> None:
@@ -271,95 +273,97 @@ class _Errand:
             self.future.set_exception(error)
 
 
-_Request = TypeVar("_Request", Ticket, _Errand)
+_Request = TypeVar("_Request", PendingAnswer, _Job)
 
 
-def _ticket(adapter: LoadedAdapter, asked: Asked, decoding: Decoding) -> Ticket:
-    return Ticket(adapter, asked, adapter.fitting(asked, decoding))
+def _ticket(adapter: LoadedAdapter, asked: Request, decoding: Decoding) -> PendingAnswer:
+    return PendingAnswer(adapter, asked, adapter.fitting(asked, decoding))
 
 
-def _batch_key(ticket: Ticket) -> tuple[object, ...]:
+def _batch_key(pending: PendingAnswer) -> tuple[object, ...]:
     """Tickets with equal keys are generated together: lengths may differ, unless beams are searched."""
-    decoding = ticket.decoding if ticket.decoding.num_beams > 1 else replace(ticket.decoding, max_new_tokens=1)
-    return (id(ticket.adapter), decoding, bool(ticket.choices))
+    decoding = pending.decoding if pending.decoding.num_beams > 1 else replace(pending.decoding, max_new_tokens=1)
+    return (id(pending.adapter), decoding, bool(pending.choices))
 
 
-def _have_room(tickets: Sequence[Ticket]) -> bool:
+def _have_room(pendings: Sequence[PendingAnswer]) -> bool:
     """Whether every prompt could be followed by the longest of the answers: a row that is done is still counted on."""
-    longest = tickets[0].adapter.context_length
-    prompt = max(len(ticket.asked.prompt.ids) for ticket in tickets)
-    return longest is None or prompt + max(ticket.decoding.max_new_tokens for ticket in tickets) <= longest
+    longest = pendings[0].adapter.context_length
+    prompt = max(len(pending.asked.prompt.ids) for pending in pendings)
+    return longest is None or prompt + max(pending.decoding.max_new_tokens for pending in pendings) <= longest
 
 
-def _answer(tickets: Sequence[Ticket]) -> None:
-    """Answer tickets that belong together."""
-    if not tickets:
+def _answer(pendings: Sequence[PendingAnswer]) -> None:
+    """Answer requests that belong together."""
+    if not pendings:
         return
-    adapter = tickets[0].adapter
-    readable = _those_that_can_be_read(tickets)
+    adapter = pendings[0].adapter
+    readable = _those_that_can_be_read(pendings)
     if not readable:
         return
 
     def stopped() -> bool:
-        return all(ticket.stopped for ticket in readable)
+        return all(pending.stopped for pending in readable)
 
-    if tickets[0].choices:
-        found = adapter.answerer.choose(
-            [ticket.asked for ticket in readable], [ticket.worded for ticket in readable], stopped=stopped
+    if pendings[0].choices:
+        found = adapter.answer_adapter.choose(
+            [pending.asked for pending in readable], [pending.worded for pending in readable], stopped=stopped
         )
-        for ticket, each in zip(readable, found, strict=True):
-            shares = ranked(ticket.choices, each)
+        for pending, each in zip(readable, found, strict=True):
+            shares = ranked(pending.choices, each)
             best = next(iter(shares))
-            finish: Literal["stop", "stopped"] = "stopped" if ticket.stopped else "stop"
-            length = len(ticket.asked.prompt.ids)
-            ticket._finish(Answer(best, adapter.name, finish, shares[best], 0, length, shares))
+            finish: Literal["stop", "stopped"] = "stopped" if pending.stopped else "stop"
+            length = len(pending.asked.prompt.ids)
+            pending._finish(Answer(best, adapter.name, finish, shares[best], 0, length, shares))
         return
 
-    def on_step(said: list[Said]) -> list[bool]:
-        return [_look(ticket, one) for ticket, one in zip(readable, said, strict=True)]
+    def on_step(said: list[Completion]) -> list[bool]:
+        return [_look(pending, one) for pending, one in zip(readable, said, strict=True)]
 
-    decoding = replace(tickets[0].decoding, max_new_tokens=max(ticket.decoding.max_new_tokens for ticket in readable))
-    said = adapter.answerer([ticket.asked for ticket in readable], decoding, on_step=on_step, stopped=stopped)
-    for ticket, one in zip(readable, said, strict=True):
-        if not ticket.done:
-            _finish(ticket, one)
+    decoding = replace(
+        pendings[0].decoding, max_new_tokens=max(pending.decoding.max_new_tokens for pending in readable)
+    )
+    said = adapter.answer_adapter([pending.asked for pending in readable], decoding, on_step=on_step, stopped=stopped)
+    for pending, one in zip(readable, said, strict=True):
+        if not pending.done:
+            _finish(pending, one)
 
 
-def _those_that_can_be_read(tickets: Sequence[Ticket]) -> list[Ticket]:
+def _those_that_can_be_read(pendings: Sequence[PendingAnswer]) -> list[PendingAnswer]:
     """Tickets whose pictures open; the others fail alone, not their company with them."""
     good = []
-    for ticket in tickets:
+    for pending in pendings:
         try:
-            if len(tickets) > 1 and not ticket.adapter.answerer.knows(ticket.asked):
-                for image in ticket.asked.images:
+            if len(pendings) > 1 and not pending.adapter.answer_adapter.knows(pending.asked):
+                for image in pending.asked.images:
                     open_image(image)
-            good.append(ticket)
+            good.append(pending)
         except UserError as error:
-            ticket._fail(error)
+            pending._fail(error)
     return good
 
 
-def _look(ticket: Ticket, said: Said) -> bool:
-    """Tell a ticket what was written; whether that is enough."""
-    if ticket.done:
+def _look(pending: PendingAnswer, said: Completion) -> bool:
+    """Tell a request what was written; whether that is enough."""
+    if pending.done:
         return True
-    cut = _cut(said.text, ticket.stops)
-    enough = said.ended or cut is not None or ticket.stopped or said.tokens >= ticket.decoding.max_new_tokens
+    cut = _cut(said.text, pending.stops)
+    enough = said.ended or cut is not None or pending.stopped or said.tokens >= pending.decoding.max_new_tokens
     if enough:
-        _finish(ticket, said)
+        _finish(pending, said)
     else:
-        ticket._told(said.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may want more tokens
+        pending._told(said.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may want more tokens
     return enough
 
 
-def _finish(ticket: Ticket, said: Said) -> None:
-    cut = _cut(said.text, ticket.stops)
+def _finish(pending: PendingAnswer, said: Completion) -> None:
+    cut = _cut(said.text, pending.stops)
     finish: Literal["stop", "length", "stopped"] = (
-        "stop" if said.ended or cut is not None else "stopped" if ticket.stopped else "length"
+        "stop" if said.ended or cut is not None else "stopped" if pending.stopped else "length"
     )
     text = said.text if cut is None else cut
-    length = len(ticket.asked.prompt.ids)
-    ticket._finish(Answer(text, ticket.adapter.name, finish, said.confidence, said.tokens, length))
+    length = len(pending.asked.prompt.ids)
+    pending._finish(Answer(text, pending.adapter.name, finish, said.confidence, said.tokens, length))
 
 
 def _cut(text: str, stops: Sequence[str]) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from adapters.data.captioned import captioned
+from adapters.data.caption_batches import group_captions
 from adapters.data.examples import DataSet, Example
 from adapters.data.images import ImageRef, blank_image
 from adapters.data.readers import read_data
@@ -14,10 +14,10 @@ from adapters.evaluation.captions import score_captions
 from adapters.evaluation.java_scores import java_scores
 from adapters.evaluation.retrieval import recalls
 from adapters.evaluation.vqa import commonest_answer_score, exact_match, interval_by_picture, score
-from adapters.retrieval import RERANKED, Retriever
+from adapters.inference.retrieval import RERANKED, Retriever
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.loaded import LoadedAdapter
+from serve.adapter import LoadedAdapter
 
 
 def evaluate(
@@ -129,7 +129,7 @@ def evaluate_retrieval(
     rows = read_data(
         data, task="caption", skip_bad_rows=skip_bad_rows, broken_pictures_too=True, limit=limit, offline=offline
     )
-    pictures = captioned(rows.examples)
+    pictures = group_captions(rows.examples)
     if not pictures:
         raise UserError(f"{data}: no pictures with captions in English, which is what the text side reads")
     images: list[ImageRef] = [blank_image() if blank_images else picture.image for picture in pictures]

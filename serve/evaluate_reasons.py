@@ -13,18 +13,18 @@ from adapters.data.scienceqa import read_scienceqa, scienceqa_folder
 from adapters.evaluation.rationales import language_control
 from adapters.evaluation.scienceqa import score_scienceqa
 from adapters.evaluation.vqa import normalise
-from adapters.reasoning import Thought, main_scores, reason_examples, score_thoughts
-from adapters.reasoning_controls import blanked, reason_controls
+from adapters.inference.reasoning import ReasonedAnswer, main_scores, reason_examples, score_thoughts
+from adapters.inference.reasoning_controls import blanked, reason_controls
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.loaded import LoadedAdapter
+from serve.adapter import LoadedAdapter
 
 
 def evaluate_reasons(
     adapter: LoadedAdapter,
     data: str | Path,
     *,
-    answerer: LoadedAdapter | None = None,
+    answer_adapter: LoadedAdapter | None = None,
     controls: bool = False,
     blank_images: bool = False,
     limit: int | None = None,
@@ -40,8 +40,8 @@ def evaluate_reasons(
     Args:
         adapter: the one that reasons, and answers too where there is no other; or one that answers directly.
         data: a file of rows with reasons, or FOLDER:SPLIT of ScienceQA.
-        answerer: another adapter that answers.
-        controls: score `adapters.reasoning_controls.reason_controls` too.
+        answer_adapter: another adapter that answers.
+        controls: score `adapters.inference.reasoning_controls.reason_controls` too.
         blank_images: one of the controls alone: every picture is replaced by a mid-grey one.
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
@@ -65,7 +65,7 @@ def evaluate_reasons(
     """
     if controls and blank_images:
         raise UserError("--blank-images is one of the --controls; leave it out")
-    second = None if answerer is None else answerer.assembly
+    second = None if answer_adapter is None else answer_adapter.assembly
     rows = read_data(
         data, task="reason", skip_bad_rows=skip_bad_rows, broken_pictures_too=True, limit=limit, offline=offline
     )
@@ -74,7 +74,7 @@ def evaluate_reasons(
         raise UserError(f"{data}: reasons in {', '.join(sorted(languages))}; score one language a file")
     examples = [blanked(example) for example in rows.examples] if blank_images else list(rows.examples)
     options: Any = {
-        "answerer": second,
+        "answer_adapter": second,
         "decoding": decoding,
         "rationale_tokens": rationale_tokens,
         "batch_size": batch_size,
@@ -91,7 +91,7 @@ def evaluate_reasons(
     return scores | found | _leaderboard(data, thoughts, examples)
 
 
-def _control_scores(name: str, thoughts: Sequence[Thought], examples: Sequence[Example]) -> dict[str, float]:
+def _control_scores(name: str, thoughts: Sequence[ReasonedAnswer], examples: Sequence[Example]) -> dict[str, float]:
     """Accuracy by steps, and ROUGE-L of reasons that the model wrote."""
     if name in ("direct", "gold_rationale"):
         thoughts = [replace(thought, rationale=None) for thought in thoughts]
@@ -102,7 +102,7 @@ def _plain(name: str) -> str:
     return name.removeprefix("rationale_")
 
 
-def _leaderboard(data: str | Path, thoughts: Sequence[Thought], examples: Sequence[Example]) -> dict[str, float]:
+def _leaderboard(data: str | Path, thoughts: Sequence[ReasonedAnswer], examples: Sequence[Example]) -> dict[str, float]:
     """ScienceQA's own columns; nothing for other data."""
     found = scienceqa_folder(data)
     if found is None:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from adapters.published import PUBLISHED
+from adapters.memory.known_models import KNOWN_MODELS
 from adapters.recipe import load_recipe, shipped_recipes
 from qformer.sources import PYPI_SOURCES, cache_root, find_cached
 
@@ -28,7 +28,7 @@ def list_models() -> dict[str, Any]:
     """
     return {
         "cache": str(cache_root()),
-        "frozen": [*map(_packaged, PYPI_SOURCES), *(_on_hub(name) for name in PUBLISHED if ":" not in name)],
+        "frozen": [*map(_packaged, PYPI_SOURCES), *(_on_hub(name) for name in KNOWN_MODELS if ":" not in name)],
         "recipes": [_recipe(name, path) for name, path in shipped_recipes().items()],
         "adapters": _shipped_adapters(),
     }
@@ -87,7 +87,7 @@ def _on_hub(name: str) -> dict[str, Any]:
     folder = Path(config).parent if isinstance(config, str) else None
     if folder is not None and not any(folder.glob("*.safetensors")):
         folder = None  # its description alone was fetched
-    published = PUBLISHED[name]
+    published = KNOWN_MODELS[name]
     return {
         "name": name,
         "what": published.what,
@@ -135,7 +135,7 @@ def _header(path: Path) -> list[str]:
 
 
 def _shipped_adapters() -> list[str]:
-    # the same folders as adapters.artefact.shipped_adapters, whose module imports torch
+    # the same folders as adapters.artefact.artefact.shipped_adapters, whose module imports torch
     folder = Path(str(files("adapters"))) / "shipped"
     return sorted(path.parent.name for path in folder.glob("*/artefact.json"))
 

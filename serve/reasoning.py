@@ -1,4 +1,4 @@
-"""A question reasoned about in two stages (`adapters.reasoning`), for the command, the page and the API.
+"""A question reasoned about in two stages (`adapters.inference.reasoning`), for the command, the page and the API.
 
 `reason` answers in the caller's thread. Who streams, or shares an `Engine` with others, submits the two prompts that
 `asked_rationale` and `asked_answer` make, one after the other.
@@ -10,27 +10,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from adapters.answering import Asked
-from adapters.artefact import find_artefact, read_recipe
+from adapters.artefact.artefact import find_artefact, read_recipe
 from adapters.data.batches import prompt_for
 from adapters.data.examples import Example
-from adapters.reasoning import Thought, taught_way, way_of
-from adapters.sight import FrozenModels
+from adapters.inference.answering import Request
+from adapters.inference.reasoning import ReasonedAnswer, reasoning_mode, trained_reasoning_mode
+from adapters.loading.vision_side import FrozenModels
 from qformer.decoding import Decoding
-from serve.loaded import LoadedAdapter, Picture, checked_choices, default_adapter, load_adapter, ranked, user_turn
+from serve.adapter import ImageInput, LoadedAdapter, checked_choices, default_adapter, load_adapter, ranked, user_turn
 
 
 def reason(
     adapter: LoadedAdapter,
-    pictures: Picture | Sequence[Picture],
+    pictures: ImageInput | Sequence[ImageInput],
     question: str,
     *,
     context: str = "",
     choices: Sequence[str] = (),
-    answerer: LoadedAdapter | None = None,
+    answer_adapter: LoadedAdapter | None = None,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
-) -> Thought:
+) -> ReasonedAnswer:
     """Reason about pictures, and answer from the reasons.
 
     Args:
@@ -39,7 +39,7 @@ def reason(
         question: in words.
         context: what is told beside the pictures.
         choices: what may be answered, the likeliest being the answer; none where anything may.
-        answerer: another adapter that answers.
+        answer_adapter: another adapter that answers.
         decoding: how tokens are chosen, and how long an answer may be that is none of choices; greedy and 32 tokens
             where left out.
         rationale_tokens: how long the reasons may be; the adapter's recipe says where left out.
@@ -52,28 +52,28 @@ def reason(
             one choice, or an adapter was not taught its stage.
     """
     example = question_example(pictures, question, context=context, choices=choices)
-    second = answerer or adapter
-    way = taught_way(adapter.assembly, None if answerer is None else answerer.assembly)
+    second = answer_adapter or adapter
+    way = trained_reasoning_mode(adapter.assembly, None if answer_adapter is None else answer_adapter.assembly)
     decoding = decoding or Decoding()
     rationale = None
     if way == "two-stage":
         longest = rationale_tokens or adapter.assembly.recipe.reason.rationale_tokens
-        first = asked_rationale(adapter, example, longest=longest, answerer=second)
+        first = asked_rationale(adapter, example, longest=longest, answer_adapter=second)
         thinking = adapter.fitting(first, replace(decoding, max_new_tokens=longest))
-        rationale = adapter.answerer([first], thinking)[0].text
+        rationale = adapter.answer_adapter([first], thinking)[0].text
     asked = asked_answer(second, example, rationale or "")
     if not example.choices:
-        (said,) = second.answerer([asked], second.fitting(asked, decoding))
-        return Thought(rationale, said.text, said.confidence)
+        (said,) = second.answer_adapter([asked], second.fitting(asked, decoding))
+        return ReasonedAnswer(rationale, said.text, said.confidence)
     worded = [second.assembly.prompts.choice(choice, example.choices) for choice in example.choices]
-    (shares,) = second.answerer.choose([asked], [worded])
+    (shares,) = second.answer_adapter.choose([asked], [worded])
     choices_by_share = ranked(example.choices, shares)
     best = next(iter(choices_by_share))
-    return Thought(rationale, best, choices_by_share[best], choices_by_share)
+    return ReasonedAnswer(rationale, best, choices_by_share[best], choices_by_share)
 
 
 def question_example(
-    pictures: Picture | Sequence[Picture], question: str, *, context: str = "", choices: Sequence[str] = ()
+    pictures: ImageInput | Sequence[ImageInput], question: str, *, context: str = "", choices: Sequence[str] = ()
 ) -> Example:
     """A question with what belongs to it, as the row that it would be; raises as `reason`."""
     turn = user_turn(pictures, question)
@@ -82,25 +82,25 @@ def question_example(
 
 
 def asked_rationale(
-    adapter: LoadedAdapter, example: Example, *, longest: int, answerer: LoadedAdapter | None = None
-) -> Asked:
+    adapter: LoadedAdapter, example: Example, *, longest: int, answer_adapter: LoadedAdapter | None = None
+) -> Request:
     """The prompt of the first stage, for `Engine.submit` with `Decoding(max_new_tokens=longest)`.
 
     Args:
         adapter: the one that reasons.
         example: what is asked.
         longest: tokens that the reasons may have.
-        answerer: the one that answers from them, where it is another.
+        answer_adapter: the one that answers from them, where it is another.
 
     Raises:
         UserError: it, or that of the second stage with such reasons in it, is longer than the language model reads.
     """
-    second = answerer or adapter
+    second = answer_adapter or adapter
     second.checked(_asked(second, replace(example, rationale=""), "answer"), room=longest)
     return adapter.checked(_asked(adapter, example, "rationale"))
 
 
-def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> Asked:
+def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> Request:
     """The prompt of the second stage, with the reasons given; "" asks directly.
 
     Raises:
@@ -109,13 +109,13 @@ def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> As
     return adapter.checked(_asked(adapter, replace(example, rationale=rationale), "answer"))
 
 
-def _asked(adapter: LoadedAdapter, example: Example, stage: str) -> Asked:
-    return Asked(prompt_for(example, stage, adapter.assembly.prompts), example.images)
+def _asked(adapter: LoadedAdapter, example: Example, stage: str) -> Request:
+    return Request(prompt_for(example, stage, adapter.assembly.prompts), example.images)
 
 
 def load_pair(
     adapter: str | Path | None,
-    answerer: str | Path | None,
+    answer_adapter: str | Path | None,
     *,
     device: str | None = None,
     dtype: str | None = None,
@@ -124,10 +124,13 @@ def load_pair(
     """Load the adapter that reasons and, where one is named, the one that answers; what they share is loaded once.
 
     Raises:
-        UserError: as `serve.loaded.load_adapter`, or one was not taught its stage.
+        UserError: as `serve.adapter.load_adapter`, or one was not taught its stage.
     """
-    names = [adapter if adapter is not None else default_adapter(), *([] if answerer is None else [answerer])]
-    way_of(*(read_recipe(find_artefact(name)) for name in names))  # a mistake is told before anything is loaded
+    names = [
+        adapter if adapter is not None else default_adapter(),
+        *([] if answer_adapter is None else [answer_adapter]),
+    ]
+    reasoning_mode(*(read_recipe(find_artefact(name)) for name in names))  # a mistake is told before anything is loaded
     frozen = FrozenModels()
     loaded = [load_adapter(name, device=device, dtype=dtype, offline=offline, frozen=frozen) for name in names]
     return loaded[0], loaded[1] if len(loaded) > 1 else None

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters.artefact import load_sight_artefact, sight_fingerprint
-from adapters.assembly import chosen_dtype
+from adapters.artefact.artefact import load_vision_side_artefact, vision_side_fingerprint
 from adapters.data.images import ImageRef, open_image
-from adapters.retrieval import RERANKED, Retriever
-from adapters.sight import default_device
+from adapters.inference.retrieval import RERANKED, Retriever
+from adapters.loading.assembly import chosen_dtype
+from adapters.loading.vision_side import default_device
 from qformer.errors import UserError
 from qformer.sources import cache_root
-from serve.loaded import Picture, default_adapter, picture_ref
+from serve.adapter import ImageInput, default_adapter, picture_ref
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEMPLATES = ("a photo of {label}", "a picture of {label}", "{label}")
@@ -281,12 +281,14 @@ def load_retriever(
         UserError: there is no such adapter, or it was trained without its text side.
     """
     chosen = name if name is not None else default_adapter()
-    sight, _ = load_sight_artefact(chosen, device=device or default_device(), offline=offline)
-    return Retriever(sight, compute_dtype=chosen_dtype(dtype) or torch.float32), sight_fingerprint(sight)
+    vision_side, _ = load_vision_side_artefact(chosen, device=device or default_device(), offline=offline)
+    return Retriever(vision_side, compute_dtype=chosen_dtype(dtype) or torch.float32), vision_side_fingerprint(
+        vision_side
+    )
 
 
 def classify(
-    retriever: Retriever, picture: Picture, labels: Sequence[str], *, templates: Sequence[str] = TEMPLATES
+    retriever: Retriever, picture: ImageInput, labels: Sequence[str], *, templates: Sequence[str] = TEMPLATES
 ) -> dict[str, float]:
     """Probabilities of labels for a picture, the likeliest first: a softmax over ITC's scores at its own temperature.
 

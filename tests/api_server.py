@@ -18,10 +18,10 @@ from openai import DefaultHttpxClient, OpenAI
 from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.api.app import build_app
+from serve.api.server import Listener, make_server
 from serve.engine import Engine
-from serve.http import build_app
-from serve.http_server import Listener, make_server
-from serve.tickets import Answer, Busy, Ticket
+from serve.pending import Answer, Busy, PendingAnswer
 
 CHAT = "/v1/chat/completions"
 PNG = base64.b64decode(
@@ -62,7 +62,7 @@ class FakeEngine:
     def __init__(self, max_waiting: int = 64, max_batch: int = 16) -> None:
         self.max_waiting = max_waiting
         self.max_batch = max_batch
-        self.tickets: list[Ticket] = []
+        self.pendings: list[PendingAnswer] = []
         self.turns: list[Sequence[Turn]] = []
 
     def __enter__(self) -> FakeEngine:
@@ -73,7 +73,7 @@ class FakeEngine:
 
     @property
     def waiting(self) -> int:
-        return sum(not ticket.done for ticket in self.tickets)
+        return sum(not pending.done for pending in self.pendings)
 
     def chat(
         self,
@@ -82,18 +82,18 @@ class FakeEngine:
         adapter: str | None = None,
         decoding: Decoding | None = None,
         stops: Sequence[str] = (),
-    ) -> Ticket:
+    ) -> PendingAnswer:
         if turns[-1].role != "user":
             raise UserError("messages: the last one must be the user's")
-        ticket = self._take(SimpleNamespace(images=()), adapter, decoding)
-        ticket.stops = tuple(stops)
+        pending = self._take(SimpleNamespace(images=()), adapter, decoding)
+        pending.stops = tuple(stops)
         self.turns.append(turns)
-        return ticket
+        return pending
 
-    def asked(self, count: int = 1) -> Ticket:
-        """The ticket of the request that came as the `count`th."""
-        eventually(lambda: len(self.tickets) >= count)
-        return self.tickets[count - 1]
+    def asked(self, count: int = 1) -> PendingAnswer:
+        """The request of the request that came as the `count`th."""
+        eventually(lambda: len(self.pendings) >= count)
+        return self.pendings[count - 1]
 
     def _take(
         self,
@@ -103,17 +103,17 @@ class FakeEngine:
         choices: Sequence[str] = (),
         *,
         admitted: bool = False,
-    ) -> Ticket:
+    ) -> PendingAnswer:
         if self.waiting >= self.max_waiting and not admitted:
             raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
-        ticket = Ticket(SimpleNamespace(name=adapter), asked, decoding or Decoding(), tuple(choices))  # type: ignore[arg-type]
-        self.tickets.append(ticket)
-        return ticket
+        pending = PendingAnswer(SimpleNamespace(name=adapter), asked, decoding or Decoding(), tuple(choices))  # type: ignore[arg-type]
+        self.pendings.append(pending)
+        return pending
 
 
-def finish(ticket: Ticket, text: str = "red", **changes: Any) -> None:
+def finish(pending: PendingAnswer, text: str = "red", **changes: Any) -> None:
     values: dict[str, Any] = {"finish": "stop", "confidence": 0.5, "tokens": 2, "prompt_tokens": 7} | changes
-    ticket._finish(Answer(text, ticket.adapter.name, **values))
+    pending._finish(Answer(text, pending.adapter.name, **values))
 
 
 @contextmanager

@@ -12,15 +12,15 @@ from typing import Any
 
 from tiny import make_tokenizer
 
-from adapters.answering import Asked
-from adapters.artefact import Facts
+from adapters.artefact.facts import Facts
 from adapters.data.images import open_image
 from adapters.data.prompts import Prompt, PromptBuilder, PromptStyle, Turn
+from adapters.inference.answering import Request
 from adapters.recipe import Recipe, parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.loaded import checked_choices
-from serve.tickets import Answer, Busy, Ticket
+from serve.adapter import checked_choices
+from serve.pending import Answer, Busy, PendingAnswer
 
 
 def make_recipe(folder: Path, **changes: Any) -> Recipe:
@@ -34,10 +34,10 @@ def make_recipe(folder: Path, **changes: Any) -> Recipe:
 
 
 class FakeAdapter:
-    def __init__(self, recipe: Recipe, name: str, sight: Any = None) -> None:
+    def __init__(self, recipe: Recipe, name: str, vision_side: Any = None) -> None:
         self.name = name
         prompts = PromptBuilder(make_tokenizer(chat=True), 1, style=PromptStyle(**recipe.prompt.model_dump()))
-        self.assembly = SimpleNamespace(recipe=recipe, prompts=prompts, sight=sight)
+        self.assembly = SimpleNamespace(recipe=recipe, prompts=prompts, vision_side=vision_side)
         self.facts = Facts(
             fingerprints={},
             data={"train": "shapes.jsonl", "answers": 1234, "pictures": 321},
@@ -46,10 +46,10 @@ class FakeAdapter:
             steps=600,
         )
 
-    def checked(self, asked: Asked, *, room: int = 0) -> Asked:
+    def checked(self, asked: Request, *, room: int = 0) -> Request:
         return asked
 
-    def usual(self, task: str) -> Decoding:
+    def default_decoding(self, task: str) -> Decoding:
         return Decoding.preset("caption" if task == "caption" else self.assembly.recipe.decoding)
 
 
@@ -62,7 +62,7 @@ class FakeEngine:
         self.busy = False
         self.answer = "a ball"  # of the second stage
         self.decodings: list[Decoding] = []
-        self.tickets: list[Ticket] = []
+        self.pendings: list[PendingAnswer] = []
 
     def __enter__(self) -> FakeEngine:
         return self
@@ -81,7 +81,7 @@ class FakeEngine:
 
     def chat(
         self, turns: Sequence[Turn], *, adapter: str | None = None, decoding: Decoding | None = None, stops: Any = ()
-    ) -> Ticket:
+    ) -> PendingAnswer:
         *before, last = turns
         about = ", ".join(f"{image.label} {open_image(image).size}" for turn in turns for image in turn.images)
         text = f"asked {last.text!r} about {about or 'nothing'} after {len(before) // 2} turns"
@@ -91,21 +91,21 @@ class FakeEngine:
 
     def caption(
         self, picture: Any, *, language: str = "en", adapter: str | None = None, decoding: Any = None
-    ) -> Ticket:
+    ) -> PendingAnswer:
         return self._write(f"a caption ({language}) of {picture.label}", adapter, decoding)
 
-    def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> Ticket:
+    def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> PendingAnswer:
         return self._choose(checked_choices(choices), adapter)
 
     def submit(
         self,
-        asked: Asked,
+        asked: Request,
         *,
         adapter: str | None = None,
         decoding: Decoding | None = None,
         choices: Sequence[str] = (),
         admitted: bool = False,
-    ) -> Ticket:
+    ) -> PendingAnswer:
         tokenizer = self.adapter(adapter).assembly.prompts.tokenizer
         prompt = tokenizer.decode([token for token in asked.prompt.ids if token >= 0])
         thinks = "step by step" in prompt
@@ -125,7 +125,7 @@ class FakeEngine:
             future.set_exception(error)
         return future
 
-    def _choose(self, choices: Sequence[str], adapter: str | None, admitted: bool = False) -> Ticket:
+    def _choose(self, choices: Sequence[str], adapter: str | None, admitted: bool = False) -> PendingAnswer:
         shares = {choice: share for choice, share in zip(choices, (0.7, 0.2, 0.1), strict=False)}
         return self._write(choices[0], adapter, Decoding(), shares, admitted=admitted)
 
@@ -137,26 +137,26 @@ class FakeEngine:
         choices: dict[str, float] | None = None,
         *,
         admitted: bool = False,
-    ) -> Ticket:
+    ) -> PendingAnswer:
         if self.busy and not admitted:
             raise Busy("too many")
         decoding = decoding or Decoding()
         adapter: Any = self.adapter(name)
-        ticket = Ticket(adapter, Asked(Prompt((), (), 0), ()), decoding, tuple(choices or ()))
+        pending = PendingAnswer(adapter, Request(Prompt((), (), 0), ()), decoding, tuple(choices or ()))
         self.decodings.append(decoding)
-        self.tickets.append(ticket)
-        threading.Thread(target=self._speak, args=(ticket, text, adapter.name, choices), daemon=True).start()
-        return ticket
+        self.pendings.append(pending)
+        threading.Thread(target=self._speak, args=(pending, text, adapter.name, choices), daemon=True).start()
+        return pending
 
-    def _speak(self, ticket: Ticket, text: str, name: str, choices: dict[str, float] | None) -> None:
+    def _speak(self, pending: PendingAnswer, text: str, name: str, choices: dict[str, float] | None) -> None:
         written: list[str] = []
         for word in text.split(" "):
-            if ticket.stopped:
+            if pending.stopped:
                 break
             written.append(word)
-            if ticket.decoding.num_beams == 1:
-                ticket._told(" ".join(written))
+            if pending.decoding.num_beams == 1:
+                pending._told(" ".join(written))
             time.sleep(self.pause)
         share = 0.7 if choices else 0.87
-        finish: Any = "stopped" if ticket.stopped else "stop"
-        ticket._finish(Answer(" ".join(written), name, finish, share, len(written), 9, choices))
+        finish: Any = "stopped" if pending.stopped else "stop"
+        pending._finish(Answer(" ".join(written), name, finish, share, len(written), 9, choices))

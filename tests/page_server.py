@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from serve.demo import launch
+from serve.page.app import launch
 
 COLOURS = {"red": (220, 20, 60), "green": (46, 139, 87), "blue": (65, 105, 225)}
 

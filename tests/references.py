@@ -18,8 +18,8 @@ def randomise(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """Draw every parameter anew, of a size that keeps the attention soft, and set eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        spread = 0.2 if parameter.ndim == 1 else min(1.0, 1.5 * parameter.shape[-1] ** -0.5)
-        parameter.normal_(std=spread, generator=generator)
+        sample_evenly = 0.2 if parameter.ndim == 1 else min(1.0, 1.5 * parameter.shape[-1] ** -0.5)
+        parameter.normal_(std=sample_evenly, generator=generator)
         if re.search(r"norm\w*\.weight$", name, re.IGNORECASE):
             parameter.add_(1.0)
     return model.eval()

@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from adapters.data.scene_questions import SceneQuestion
-from adapters.data.scenes import SHAPES, Scene, Thing
+from adapters.data.scenes.drawing import SHAPES, Scene, Thing
+from adapters.data.scenes.questions import SceneQuestion
 
 
 class World:

@@ -16,7 +16,7 @@ from reason_data import draw_reasons, write_scienceqa
 from tiny import draw_captions, save_tiny_bert, tiny_values
 
 from adapters import recipe as recipe_module
-from adapters.data.scene_files import write_scenes
+from adapters.data.scenes.files import write_scenes
 from adapters.finetune import finetune
 from adapters.pretrain import pretrain
 from adapters.recipe import Recipe, load_recipe, parse_recipe
@@ -147,7 +147,7 @@ def test_every_command_runs(command: str, in_workplace: Path, monkeypatch: pytes
             asked.append(arguments)
             return {}
 
-        monkeypatch.setattr("adapters.contrastive.train_tower", train_tower)  # it has tests of its own
+        monkeypatch.setattr("adapters.training.contrastive_tower.train_tower", train_tower)  # it has tests of its own
         if words[1] == "scripts/make_scenes.py":
             words[2:] = ["made/scenes", "--train", "2", "--val", "1", "--test", "1"]
         if words[1] == "scripts/probe_encoder.py":
@@ -158,7 +158,7 @@ def test_every_command_runs(command: str, in_workplace: Path, monkeypatch: pytes
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
         assert stopped.value.code == 0 and len(asked) == (words[1] == "scripts/make_image_encoder.py")
         return
-    from serve import cli
+    from serve.cli import command as cli
 
     if "--resume" in words:  # there is something to go on from
         monkeypatch.setattr("sys.argv", [word for word in words if word != "--resume"])

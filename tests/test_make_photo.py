@@ -10,10 +10,10 @@ import pytest
 from data_rows import write_jsonl
 from scripts_as_modules import load_script
 
-from adapters.artefact import read_recipe
+from adapters.artefact.artefact import read_recipe
 from adapters.data.readers import read_data
+from adapters.loading.weight_deltas import read_weight_delta
 from adapters.recipe import load_recipe
-from adapters.tower_difference import read_difference
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_every_run_has_a_recipe_and_starts_from_the_one_before(make_photo: Modul
     recipes = {}
     for run in make_photo.RUNS_OF_STAGE2:
         recipe = load_recipe("photo_stage2", [*make_photo.FASTER, *run.overrides])
-        assert before in (run.start, run.start.parent) and read_difference(recipe.vision.towers[0].difference).ships
+        assert before in (run.start, run.start.parent) and read_weight_delta(recipe.vision.towers[0].difference).ships
         before = run.out
         recipes[run.out / "last"] = recipe
     shipped, recipe = read_recipe(make_photo.SHIPPED), recipes[next(iter(make_photo.SHARES))]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scripts_as_modules import load_script
 
-from adapters.data.scenes import make_scenes
+from adapters.data.scenes.drawing import make_scenes
 
 
 def f1_of(features: torch.Tensor, shown: torch.Tensor, patch: pytest.MonkeyPatch) -> float:

@@ -70,12 +70,12 @@ def in_workplace(
         return parse_recipe(values, str(name))
 
     monkeypatch.setattr(recipe_module, "load_recipe", load_tiny)
-    monkeypatch.setattr("serve.loaded.default_adapter", lambda: "runs/quickstart")  # the shipped one has its own tests
+    monkeypatch.setattr("serve.adapter.default_adapter", lambda: "runs/quickstart")  # the shipped one has its own tests
     return workplace
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    from serve import cli
+    from serve.cli import command as cli
 
     monkeypatch.setattr("sys.argv", shlex.split(command))
     with pytest.raises(SystemExit) as stopped:
@@ -87,13 +87,13 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def quiet_page(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """`demo` and `serve` come back at once; page and API have tests of their own."""
     ports: list[int] = []
-    monkeypatch.setattr("serve.demo.launch", lambda engine, port, **_: ports.append(port))
+    monkeypatch.setattr("serve.page.app.launch", lambda engine, port, **_: ports.append(port))
 
     def serve(app: Any, listener: Any) -> None:
         ports.append(int(listener.url.rpartition(":")[2]))
         listener.socket.close()
 
-    monkeypatch.setattr("serve.http_server.serve", serve)
+    monkeypatch.setattr("serve.api.server.serve", serve)
     return ports
 
 

@@ -12,7 +12,7 @@ import yaml
 from reason_data import draw_reasons
 from tiny import draw_captions, save_tiny_bert, tiny_values
 
-from adapters.artefact import read_facts
+from adapters.artefact.facts import read_facts
 from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
 

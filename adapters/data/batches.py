@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapters.data.collate import Branch, Row, padded_length
+from adapters.data.collate import PackedAnswer, PackedSequence, padded_length
 from adapters.data.examples import DataSet, Example, Stage
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Prompt, PromptBuilder
@@ -20,7 +20,7 @@ from qformer.errors import UserError
 
 
 @dataclass(frozen=True)
-class Question:
+class TokenisedQuestion:
     """One question with its possible answers, tokenised.
 
     Attributes:
@@ -28,7 +28,7 @@ class Question:
         answers: with their end tokens; an answer stands there as often as people gave it.
         instruction: what an instruction-aware bridge reads: the question, or the request for a caption.
         prefix_end: None; or, for a caption to an encoder-decoder, how many of `own`'s last tokens close the prompt:
-            each epoch a chance beginning of the caption goes in front of them, to the encoder; the rest is learned.
+            each epoch a chance prefix of the caption goes in front of them, to the encoder; the rest is learned.
         caption: the language of the answers, where they are captions.
     """
 
@@ -40,12 +40,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Picture:
+class TokenisedPicture:
     """All questions that share their pictures and the first part of the prompt; `sided` if one says left or right."""
 
     images: tuple[ImageRef, ...]
     shared: tuple[int, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[TokenisedQuestion, ...]
     sided: bool = False
 
 
@@ -53,26 +53,26 @@ class Picture:
 class Step:
     """One optimiser step."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PackedSequence, ...]
 
     @property
     def supervised(self) -> int:
         """Tokens the loss sums over, in all rows: every process divides by the same number."""
-        return sum(len(branch.answer) for row in self.rows for branch in row.branches)
+        return sum(len(branch.answer) for row in self.rows for branch in row.packed_answers)
 
     @property
     def answers(self) -> int:
         """Answers learned from in this step."""
-        return sum(len(row.branches) for row in self.rows)
+        return sum(len(row.packed_answers) for row in self.rows)
 
     def share(self, rank: int, world: int) -> Step:
         """One process's part: alike in length to the others'."""
         return Step(tuple(sorted(self.rows, key=len, reverse=True)[rank::world]))
 
-    def micro_batches(self, max_tokens: int) -> list[tuple[Row, ...]]:
+    def micro_batches(self, max_tokens: int) -> list[tuple[PackedSequence, ...]]:
         """The rows, longest first so that little is padding, cut to fit a token budget."""
-        cut: list[tuple[Row, ...]] = []
-        current: list[Row] = []
+        cut: list[tuple[PackedSequence, ...]] = []
+        current: list[PackedSequence] = []
         for row in sorted(self.rows, key=len, reverse=True):
             if current and (len(current) + 1) * padded_length(len(current[0])) > max_tokens:
                 cut.append(tuple(current))
@@ -83,7 +83,7 @@ class Step:
 
 def tokenise(
     data: DataSet, prompts: PromptBuilder, *, max_tokens: int, stages: Sequence[Stage] = ("rationale", "answer")
-) -> list[Picture]:
+) -> list[TokenisedPicture]:
     """Turn a data set into tokenised questions, grouped by picture in the order of first appearance.
 
     Args:
@@ -96,7 +96,7 @@ def tokenise(
     Raises:
         UserError: an example has no answer, or is longer than `max_tokens`; or no row has the reasons to learn.
     """
-    grouped: dict[tuple[object, ...], tuple[tuple[ImageRef, ...], tuple[int, ...], list[Question]]] = {}
+    grouped: dict[tuple[object, ...], tuple[tuple[ImageRef, ...], tuple[int, ...], list[TokenisedQuestion]]] = {}
     sided: set[tuple[object, ...]] = set()
     _check_rationales(data, stages)
     for example, task, answers in (
@@ -113,15 +113,18 @@ def tokenise(
         if task == "caption":  # every caption is learned from
             end = prompts.closing_tokens if prompts.is_encoder_decoder else None
             language = example.language
-            questions = [Question(prompt.own, (answer,), prompt.instruction, end, language) for answer in counted]
+            questions = [
+                TokenisedQuestion(prompt.own, (answer,), prompt.instruction, end, language) for answer in counted
+            ]
         else:  # one of the answers people gave is drawn each epoch, so each counts by its share
-            questions = [Question(prompt.own, counted, prompt.instruction)]
+            questions = [TokenisedQuestion(prompt.own, counted, prompt.instruction)]
         key = (*(image.digest() for image in example.images), prompt.shared, example.turn)
         grouped.setdefault(key, (example.images, prompt.shared, []))[2].extend(questions)
         if names_a_side((example.question, example.context, example.rationale, *example.choices, *answers)):
             sided.add(key)
     return [
-        Picture(images, shared, tuple(questions), key in sided) for key, (images, shared, questions) in grouped.items()
+        TokenisedPicture(images, shared, tuple(questions), key in sided)
+        for key, (images, shared, questions) in grouped.items()
     ]
 
 
@@ -173,7 +176,7 @@ def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
 
 
 def plan_epoch(
-    pictures: Sequence[Picture],
+    pictures: Sequence[TokenisedPicture],
     *,
     seed: int,
     epoch: int,
@@ -196,42 +199,44 @@ def plan_epoch(
     rng = random.Random(f"{seed}:{epoch}")
     rows = [row for picture in pictures for row in _rows(picture, rng, row_tokens, views)]
     rng.shuffle(rows)
-    steps: list[list[Row]] = [[]]
+    steps: list[list[PackedSequence]] = [[]]
     waiting = 0
     for row in rows:
         if waiting >= batch_size and len(steps[-1]) >= world:
             steps.append([])
             waiting = 0
         steps[-1].append(row)
-        waiting += len(row.branches)
+        waiting += len(row.packed_answers)
     if len(steps) > 1 and (waiting < batch_size or len(steps[-1]) < world):
         rest = steps.pop()
         steps[-1] += rest
     return [Step(tuple(rows)) for rows in steps]
 
 
-def plan_validation(pictures: Sequence[Picture], *, row_tokens: int) -> Step:
+def plan_validation(pictures: Sequence[TokenisedPicture], *, row_tokens: int) -> Step:
     """All rows once, in order, with the first answer of each question."""
     return Step(tuple(row for picture in pictures for row in _rows(picture, None, row_tokens)))
 
 
-def _rows(picture: Picture, rng: random.Random | None, row_tokens: int, views: int = 1) -> list[Row]:
+def _rows(
+    picture: TokenisedPicture, rng: random.Random | None, row_tokens: int, views: int = 1
+) -> list[PackedSequence]:
     """Fill sequences of at most `row_tokens` with a picture's questions; 0 gives each question its own."""
     questions = list(picture.questions)
     if rng is not None:
         rng.shuffle(questions)
-    rows: list[Row] = []
+    rows: list[PackedSequence] = []
     for question in questions:
         answer = rng.choice(question.answers) if rng is not None else question.answers[0]
         own = question.own
         if rng is not None and question.prefix_end is not None:
             own, answer = split_prefix(own, answer, question.prefix_end, rng)
-        branch = Branch(own, answer, question.instruction, question.caption)
-        if rows and len(longer := replace(rows[-1], branches=(*rows[-1].branches, branch))) <= row_tokens:
+        branch = PackedAnswer(own, answer, question.instruction, question.caption)
+        if rows and len(longer := replace(rows[-1], packed_answers=(*rows[-1].packed_answers, branch))) <= row_tokens:
             rows[-1] = longer
         else:
             images = picture.images if rng is None else draw_view(picture.images, views, rng, sided=picture.sided)
-            rows.append(Row(images, picture.shared, (branch,)))
+            rows.append(PackedSequence(images, picture.shared, (branch,)))
     return rows
 
 
@@ -247,7 +252,7 @@ def split_prefix(
         rng: draws the cut; at least a word's token and the end stay to be learned.
 
     Returns:
-        The prompt with the caption's beginning before its closing tokens, and the rest of the caption.
+        The prompt with the caption's prefix before its closing tokens, and the rest of the caption.
     """
     cut = rng.randrange(max(1, len(answer) - 1))
     place = len(own) - closing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.data.examples import Fault
-from adapters.data.openable import open_pictures
+from adapters.data.picture_scan import scan_pictures
 from adapters.data.readers import no_rows, read_rows
 from qformer.errors import UserError
 
@@ -65,7 +65,7 @@ def check_data(
     found = read_rows(source, task=task, need_answers=need_answers, offline=offline)
     if not found.digests:
         raise UserError(no_rows(source))
-    opened = open_pictures(found.examples, on_progress)
+    opened = scan_pictures(found.examples, on_progress)
     good, unreadable = opened.sort(found.examples)
     longest = max(good, key=lambda example: len(example.question), default=None)
     asks = longest is not None and longest.question != ""

@@ -24,7 +24,7 @@ LENGTH_STEP = 16  # tokens that training sequences are rounded up to
 
 
 @dataclass(frozen=True)
-class Branch:
+class PackedAnswer:
     """One question with its answer, as token ids after the shared part.
 
     Attributes:
@@ -46,26 +46,26 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sequence: pictures, the part of the prompt up to the last of them, and the branches."""
+class PackedSequence:
+    """One sequence: pictures, the part of the prompt up to the last of them, and the packed_answers."""
 
     images: tuple[ImageRef, ...]
     shared: tuple[int, ...]
-    branches: tuple[Branch, ...]
+    packed_answers: tuple[PackedAnswer, ...]
 
     @cached_property
     def common(self) -> int:
-        """How many tokens the branches begin with alike; they stand once.
+        """How many tokens the answers begin with alike; they stand once.
 
         The last token of each prompt is never among them: from it the first of the answer is told.
         """
-        if len(self.branches) == 1:
+        if len(self.packed_answers) == 1:
             return 0
-        columns = zip(*(branch.own[:-1] for branch in self.branches), strict=False)
+        columns = zip(*(branch.own[:-1] for branch in self.packed_answers), strict=False)
         return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
     def __len__(self) -> int:
-        return len(self.shared) + self.common + sum(len(branch) - self.common for branch in self.branches)
+        return len(self.shared) + self.common + sum(len(branch) - self.common for branch in self.packed_answers)
 
 
 def padded_length(length: int) -> int:
@@ -73,7 +73,7 @@ def padded_length(length: int) -> int:
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
-def collate_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+def collate_packed(rows: Sequence[PackedSequence], pad_id: int) -> TokenBatch:
     """Rows to a training batch for a causal LLM, padded on the right to a rounded length.
 
     Rows of one branch each get a plain [B, T] mask; otherwise the mask is bool [B, 1, T, T].
@@ -84,14 +84,14 @@ def collate_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
     positions = torch.zeros(shape, dtype=torch.long)
     present = torch.zeros(shape, dtype=torch.bool)
     weights = torch.ones(shape)
-    branch_of = torch.full(shape, -1, dtype=torch.long)  # 0 is the shared part, 1, 2, … the branches
+    branch_of = torch.full(shape, -1, dtype=torch.long)  # 0 is the shared part, 1, 2, … the answers
     for r, row in enumerate(rows):
-        seen = row.shared + row.branches[0].own[: row.common]  # by all branches
+        seen = row.shared + row.packed_answers[0].own[: row.common]  # by all answers
         start = len(seen)
         ids[r, :start] = torch.tensor(seen)
         positions[r, :start] = torch.arange(start)
         branch_of[r, :start] = 0
-        for b, branch in enumerate(row.branches, start=1):
+        for b, branch in enumerate(row.packed_answers, start=1):
             rest = branch.own[row.common :] + branch.answer
             end = start + len(rest)
             ids[r, start:end] = torch.tensor(rest)
@@ -103,8 +103,8 @@ def collate_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
         present[r, :start] = True
     slots = ids == IMAGE_SLOT
     ids = ids.masked_fill(slots, pad_id)
-    mask = present.long() if all(len(row.branches) == 1 for row in rows) else packed_mask(branch_of)
-    weighed = any(branch.weight != 1.0 for row in rows for branch in row.branches)
+    mask = present.long() if all(len(row.packed_answers) == 1 for row in rows) else packed_mask(branch_of)
+    weighed = any(branch.weight != 1.0 for row in rows for branch in row.packed_answers)
     return TokenBatch(ids, mask, slots, labels, positions, weights if weighed else None)
 
 
@@ -112,7 +112,7 @@ def packed_mask(branch_of: Tensor) -> Tensor:
     """The attention of packed rows, bool [B, 1, T, T], True where attention may go.
 
     Args:
-        branch_of: [B, T], 0 for the shared part, 1, 2, … for the branches, -1 for padding.
+        branch_of: [B, T], 0 for the shared part, 1, 2, … for the answers, -1 for padding.
     """
     length = branch_of.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -122,13 +122,15 @@ def packed_mask(branch_of: Tensor) -> Tensor:
     return mask.unsqueeze(1)  # padding sees padding before it, so no row of the mask is empty
 
 
-def collate_encoder_decoder(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+def collate_encoder_decoder(rows: Sequence[PackedSequence], pad_id: int) -> TokenBatch:
     """Rows of one branch each to a training batch for an encoder-decoder LLM: prompt in, answer as labels [B, S]."""
-    batch = collate_prompts([Prompt(r.shared, r.branches[0].own, len(r.images)) for r in rows], pad_id, side="right")
-    longest = max(len(row.branches[0].answer) for row in rows)
+    batch = collate_prompts(
+        [Prompt(r.shared, r.packed_answers[0].own, len(r.images)) for r in rows], pad_id, side="right"
+    )
+    longest = max(len(row.packed_answers[0].answer) for row in rows)
     labels = torch.full((len(rows), longest), IGNORED, dtype=torch.long)
     for r, row in enumerate(rows):
-        answer = row.branches[0].answer
+        answer = row.packed_answers[0].answer
         labels[r, : len(answer)] = torch.tensor(answer)
     return TokenBatch(batch.ids, batch.attention_mask, batch.image_slots, labels)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import get_args
 
 from adapters.data.examples import DataSet, Example, Fault, Task
-from adapters.data.files import RawRow, csv_rows, json_rows, jsonl_rows, shorten
-from adapters.data.openable import open_pictures
+from adapters.data.formats import RawRow, csv_rows, json_rows, jsonl_rows, shorten
+from adapters.data.picture_scan import scan_pictures
 from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, has_captions, read_row, tasks_of
 from adapters.data.scienceqa import TERMS as SCIENCEQA_TERMS
 from adapters.data.scienceqa import is_scienceqa, scienceqa_folder, scienceqa_rows
@@ -38,7 +38,7 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadRows:
     """All rows of a source, good and bad.
 
     Args:
@@ -98,7 +98,7 @@ def read_data(
     """
     found = read_rows(source, task=task, need_answers=need_answers, limit=limit, offline=offline)
     if skip_bad_rows and broken_pictures_too:
-        good, unreadable = open_pictures(found.examples).sort(found.examples)
+        good, unreadable = scan_pictures(found.examples).sort(found.examples)
         faults = tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row))
         found = replace(found, examples=tuple(good), faults=faults)
     if found.faults and not (skip_bad_rows and found.examples):
@@ -133,7 +133,7 @@ def read_rows(
     need_answers: bool = True,
     limit: int | None = None,
     offline: bool = False,
-) -> Reading:
+) -> ReadRows:
     """Read and check rows as `read_data` does, and hand over the bad ones too, even where no row is good.
 
     Raises:
@@ -173,7 +173,7 @@ def read_rows(
             faults.append(Fault(row.number, row.where, str(error), missing))
         if limit is not None and len(examples) == limit:
             break
-    return Reading(opened.name, found_task, tuple(examples), tuple(faults), tuple(digests), opened.terms, pictures)
+    return ReadRows(opened.name, found_task, tuple(examples), tuple(faults), tuple(digests), opened.terms, pictures)
 
 
 def no_rows(source: str | Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.data.examples import Example, Task
-from adapters.data.files import RawRow, kind_of, shorten
+from adapters.data.formats import RawRow, kind_of, shorten
 from adapters.data.images import ImageRef, image_ref
 from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK
 from adapters.evaluation.vqa import normalise

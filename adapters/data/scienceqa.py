@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.data.files import RawRow, kind_of, shorten
+from adapters.data.formats import RawRow, kind_of, shorten
 from adapters.data.images import blank_image
 from qformer.errors import UserError
 

@@ -17,7 +17,7 @@ from qformer.errors import UserError
 
 
 class Reasoned(Protocol):
-    """A row with a rationale, such as `adapters.data.scene_questions.SceneQuestion`."""
+    """A row with a rationale, such as `adapters.data.scenes.questions.SceneQuestion`."""
 
     @property
     def question(self) -> str:

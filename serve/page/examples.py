@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.data.readers import read_data
-from adapters.data.scene_questions import questions_of
-from adapters.data.scenes import draw_scene, make_scenes
+from adapters.data.scenes.drawing import draw_scene, make_scenes
+from adapters.data.scenes.questions import questions_of
 from adapters.recipe import Recipe
 from qformer.errors import UserError
 

@@ -15,8 +15,8 @@ import gradio as gr
 from adapters.data.images import ImageRef, open_image
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.page.guard import inside
-from serve.tickets import Busy
+from serve.page.security import inside
+from serve.pending import Busy
 
 MAX_TOKENS = 512
 MAX_BEAMS = 8
@@ -134,9 +134,9 @@ class Settings:
             raise UserError("temperature and beams do not go together: set temperature to 0, or beams to 0 or 1")
         return cls(int(found["longest"]), found["temperature"], found["top_p"], int(found["beams"]))
 
-    def over(self, usual: Decoding) -> Decoding:
+    def over(self, default_decoding: Decoding) -> Decoding:
         """What a tab usually takes, with what is set in its place."""
-        chosen = replace(usual, top_p=self.top_p, temperature=self.temperature)
+        chosen = replace(default_decoding, top_p=self.top_p, temperature=self.temperature)
         if self.longest:
             chosen = replace(chosen, max_new_tokens=self.longest)
         if self.beams or self.temperature > 0:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from tiny import draw_data, tiny_values
 
 from adapters import finetune as finetune_module
-from adapters.artefact import load_artefact, read_facts
+from adapters.artefact.artefact import load_artefact
+from adapters.artefact.facts import read_facts
 from adapters.finetune import finetune
 from adapters.recipe import Recipe, parse_recipe
-from adapters.run_data import Result
+from adapters.training.run_data import Result
 from qformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache_here")
@@ -162,7 +163,7 @@ def test_a_broken_evaluation_fails_before_training(
 
 
 def test_the_second_run_does_not_encode_again(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qformer.vision import ImageEncoder
+    from qformer.vision_loading import ImageEncoder
 
     seen = []
     forward = ImageEncoder.forward

@@ -10,12 +10,13 @@ import pytest
 from reason_data import draw_reasons
 from tiny import draw_data, tiny_values
 
-from adapters.artefact import load_artefact, read_facts
+from adapters.artefact.artefact import load_artefact
+from adapters.artefact.facts import read_facts
 from adapters.data.readers import read_data
 from adapters.finetune import finetune
-from adapters.reasoning import reason_examples
+from adapters.inference.reasoning import reason_examples
 from adapters.recipe import Recipe, parse_recipe
-from adapters.run_data import Result
+from adapters.training.run_data import Result
 
 pytestmark = pytest.mark.usefixtures("cache_here")
 

@@ -16,15 +16,16 @@ from tiny import draw_captions as draw_caption_data
 from tiny import save_tiny_bert, tiny_values
 
 from adapters import pretrain as pretrain_module
-from adapters.artefact import load_artefact, load_sight_artefact, read_facts
-from adapters.assembly import assemble
-from adapters.data.captioned import Captioned, captioned, draw_captions
+from adapters.artefact.artefact import load_artefact, load_vision_side_artefact
+from adapters.artefact.facts import read_facts
+from adapters.data.caption_batches import CaptionedPicture, draw_captions, group_captions
 from adapters.data.readers import read_data
 from adapters.finetune import finetune
+from adapters.inference.retrieval import Retriever
+from adapters.loading.assembly import assemble
 from adapters.pretrain import pretrain
 from adapters.recipe import Recipe, parse_recipe
-from adapters.retrieval import Retriever
-from adapters.text_side import TextSideKeeper, model_inputs
+from adapters.training.text_side import TextSideKeeper, model_inputs
 from qformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache_here")
@@ -84,8 +85,8 @@ def test_what_is_saved_is_what_was_trained(recipe_of: Any, tmp_path: Path) -> No
     assert {name.split(".")[0] for name in tensors} == {"feature_norm", "bridge", "heads"}
     assert not any("embeddings.words" in name for name in tensors)  # frozen, and known by fingerprint
     trained = load_file(tmp_path / "run" / "state" / "weights.safetensors")
-    sight, _ = load_sight_artefact(tmp_path / "run" / "last")
-    model = sight.representation()
+    vision_side, _ = load_vision_side_artefact(tmp_path / "run" / "last")
+    model = vision_side.representation()
     for name, tensor in trained.items():
         assert torch.equal(model.get_parameter(name), tensor.bfloat16().float()), name
     assert not (tmp_path / "run" / "last" / "lora").exists()
@@ -138,10 +139,10 @@ def test_the_second_stage_starts_from_the_first(recipe_of: Any, tmp_path: Path) 
         assert read_facts(out / "last").started_from == str(tmp_path / "first")
         load_artefact(out)
         if kept:
-            load_sight_artefact(out)
+            load_vision_side_artefact(out)
         else:
             with pytest.raises(UserError, match="no text side"):
-                load_sight_artefact(out)
+                load_vision_side_artefact(out)
 
 
 def test_words_are_named_first_where_the_projection_is_fresh(
@@ -157,8 +158,8 @@ def test_words_are_named_first_where_the_projection_is_fresh(
 
 def test_captions_are_drawn_all_before_one_comes_twice(tmp_path: Path) -> None:
     data = read_data(draw_caption_data(tmp_path))
-    picture = captioned(data.examples)[0]
-    assert len(captioned(data.examples)) == 12
+    picture = group_captions(data.examples)[0]
+    assert len(group_captions(data.examples)) == 12
     for count in (1, 2, 3, 5):
         drawn = draw_captions(picture, count, random.Random(0))
         assert len(drawn) == count
@@ -169,9 +170,9 @@ def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
     draw_caption_data(tmp_path)
     rows = [{"image": "red0.png", "caption": text} for text in ("one", "two")] + [{"image": "red1.png", "caption": "x"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    joined = captioned(read_data(tmp_path / "rows.jsonl").examples)
+    joined = group_captions(read_data(tmp_path / "rows.jsonl").examples)
     assert [picture.captions for picture in joined] == [("one", "two"), ("x",)]
-    assert isinstance(joined[0], Captioned)
+    assert isinstance(joined[0], CaptionedPicture)
 
 
 def test_mistakes_are_one_clear_line(recipe_of: Any, tmp_path: Path) -> None:
@@ -194,9 +195,9 @@ def test_mistakes_are_one_clear_line(recipe_of: Any, tmp_path: Path) -> None:
 
 def test_reranking_by_hand(recipe_of: Any, tmp_path: Path) -> None:
     run(recipe_of(max_steps=3), tmp_path / "run")
-    sight, _ = load_sight_artefact(tmp_path / "run" / "last")
-    retriever = Retriever(sight, batch_size=3)
-    pictures = captioned(read_data(tmp_path / "data" / "captions.jsonl").examples)[:5]
+    vision_side, _ = load_vision_side_artefact(tmp_path / "run" / "last")
+    retriever = Retriever(vision_side, batch_size=3)
+    pictures = group_captions(read_data(tmp_path / "data" / "captions.jsonl").examples)[:5]
     images, texts = [p.image for p in pictures], [p.captions[0] for p in pictures]
     scores = retriever.scores(retriever.embed_images(images), retriever.embed_texts(texts))
     by_image, by_text = retriever.rerank(images, texts, scores, most=2)
@@ -219,20 +220,20 @@ def test_the_text_side_is_kept_beside_an_llm(recipe_of: Any, tmp_path: Path) -> 
     out = tmp_path / "run"
     recipe = recipe_of(max_steps=80, validate_every=80, learning_rate=5e-3, text_side_every=1, dropout=0.0)
     finetune(recipe, out, device="cpu", dtype="float32", quiet=True)
-    kept, _ = load_sight_artefact(out / "last")
+    kept, _ = load_vision_side_artefact(out / "last")
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in logged if "loss" in line]
     assert steps and all(line[f"text_{name}"] > 0 for line in steps for name in ("itc", "itm", "itg"))
     without = recipe_of(max_steps=80, validate_every=80, learning_rate=5e-3, dropout=0.0)
     finetune(without, tmp_path / "without", device="cpu", dtype="float32", quiet=True)
-    fallen, _ = load_sight_artefact(tmp_path / "without" / "last")
-    pictures = captioned(read_data(tmp_path / "data" / "captions.jsonl").examples)
+    fallen, _ = load_vision_side_artefact(tmp_path / "without" / "last")
+    pictures = group_captions(read_data(tmp_path / "data" / "captions.jsonl").examples)
     batch = [(picture, list(picture.captions)) for picture in pictures]
     losses = []
-    for sight in (kept, fallen):
+    for vision_side in (kept, fallen):
         torch.manual_seed(0)
         with torch.no_grad():
-            losses.append(float(sight.representation().eval()(*model_inputs(sight, batch)).total))
+            losses.append(float(vision_side.representation().eval()(*model_inputs(vision_side, batch)).total))
     assert losses[0] < 0.8 * losses[1]
 
 

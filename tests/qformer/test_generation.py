@@ -1,4 +1,4 @@
-"""Generation against transformers: beams, kept beginnings, probabilities, and a caller that looks on."""
+"""Generation against transformers: beams, kept prefixes, probabilities, and a caller that looks on."""
 
 from __future__ import annotations
 
@@ -72,22 +72,22 @@ def test_a_prompt_goes_on_from_its_beginning(
 ) -> None:
     """Beginnings of several lengths, one row without: the same tokens and numbers as from the whole prompts."""
     language = load(language_folders[kind])
-    assert language.can_continue
+    assert language.can_reuse_prefix
     torch.manual_seed(6)
     decoding = Decoding(max_new_tokens=6, num_beams=beams)
     firsts = [torch.randint(5, 100, (length,)) for length in (7, 4, 0)]
     rests = [torch.randint(5, 100, (length,)) for length in own]
-    beginnings = [language.read(language.embed(first[None]))[0] if len(first) else None for first in firsts]
+    prefixes = [language.read(language.embed(first[None]))[0] if len(first) else None for first in firsts]
 
     padded = pad_left(rests)
-    found = language.generate(language.embed(padded.ids), padded.mask, decoding, beginnings=beginnings)
+    found = language.generate(language.embed(padded.ids), padded.mask, decoding, prefixes=prefixes)
     whole = pad_left([torch.cat(pair) for pair in zip(firsts, rests, strict=True)])
     expected = language.generate(language.embed(whole.ids), whole.mask, decoding)
 
     assert found.ids.tolist() == expected.ids.tolist()
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
-    again = language.generate(language.embed(padded.ids), padded.mask, decoding, beginnings=beginnings)
-    assert again.ids.tolist() == found.ids.tolist(), "going on changed the beginning"
+    again = language.generate(language.embed(padded.ids), padded.mask, decoding, prefixes=prefixes)
+    assert again.ids.tolist() == found.ids.tolist(), "going on changed the prefix"
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
@@ -105,7 +105,7 @@ def test_beams_read_a_prompt_once_where_it_can_be_continued(
     assert shapes[0] == (2, 6) and {shape for shape in shapes if shape[0] == 6} == {(6, 1)}
 
     shapes.clear()
-    monkeypatch.setattr(LanguageModel, "can_continue", False)
+    monkeypatch.setattr(LanguageModel, "can_reuse_prefix", False)
     each = language.generate(language.embed(ids.ids), ids.mask, decoding)
     assert shapes[0] == (6, 7)
     assert each.ids.tolist() == once.ids.tolist()
@@ -130,11 +130,11 @@ def test_what_beams_wrote_is_read_again_in_parts(
 
 
 def test_beginnings_of_a_sliding_window_are_not_reused(language_folders: dict[str, Path]) -> None:
-    assert not load(language_folders["t5"]).can_continue
+    assert not load(language_folders["t5"]).can_reuse_prefix
     language = load(language_folders["qwen2"])
     language.config.layer_types = ["sliding_attention"] * language.config.num_hidden_layers
     language.config.sliding_window = 4
-    assert not language.can_continue
+    assert not language.can_reuse_prefix
 
 
 @pytest.mark.parametrize("kind", KINDS)

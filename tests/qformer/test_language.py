@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.head import head_sees
 from qformer.language import IGNORED, LanguageModel
 from qformer.language_loading import load_language_model
+from qformer.lm_head import logits_at
 from qformer.lora import LoraSettings
 from qformer.precision import default_compute_dtype
 from qformer.sources import resolve
@@ -263,7 +263,7 @@ def test_the_head_gets_rows_that_lie_together(language_folders: dict[str, Path])
     language = load(language_folders["llama"])
     seen: list[torch.Tensor] = []
     head = language.base.get_output_embeddings()
-    with head_sees(language.base, (slice(None), slice(-1, None))):
+    with logits_at(language.base, (slice(None), slice(-1, None))):
         hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         language.model(torch.randint(5, 100, (3, 6)))
         hook.remove()

@@ -14,7 +14,7 @@ from qformer.language import IGNORED
 from qformer.language_loading import load_language_model
 from qformer.lora import LoraSettings
 from qformer.model import TokenBatch, VisionLanguageModel
-from qformer.vision import FeatureNorm, ImageEncoder, load_image_encoder
+from qformer.vision_loading import FeatureNorm, ImageEncoder, load_image_encoder
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from adapters.finetune import finetune
 from adapters.recipe import load_recipe
 from qformer.decoding import Decoding
+from serve.adapter import LoadedAdapter, load_adapter
 from serve.batch import VQAPredictor
-from serve.cli import main
-from serve.loaded import LoadedAdapter, load_adapter
+from serve.cli.command import main
 
 QUESTIONS = ["what colour is it?", "is it a circle?", "is it red?"]
 COLOURS = {"red": (220, 20, 60), "green": (46, 139, 87), "blue": (65, 105, 225)}

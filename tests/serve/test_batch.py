@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from data_rows import read_jsonl, write_jsonl
 
-from adapters.answering import Said
 from adapters.data.examples import Example
+from adapters.inference.answering import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.batch import BatchReport, VQAPredictor, run_batch
@@ -70,9 +70,9 @@ def test_rows_are_decoded_as_their_task_and_the_adapter_want(
 ) -> None:
     used: list[Decoding] = []
 
-    def reply(examples: Sequence[Example], task: str, *, decoding: Decoding, batch_size: int) -> list[Said]:
+    def reply(examples: Sequence[Example], task: str, *, decoding: Decoding, batch_size: int) -> list[Completion]:
         used.append(decoding)
-        return [Said("x", 1, True, 0.0)] * len(examples)
+        return [Completion("x", 1, True, 0.0)] * len(examples)
 
     monkeypatch.setattr(predictor.engine, "reply", reply)
     captions = write_jsonl(tmp_path / "captions.jsonl", [{"image": str(data_file.parent / "0.png")}])
@@ -140,7 +140,7 @@ def test_a_job_that_was_cut_goes_on_where_it_was(
     asked: list[str] = []
     real = predictor.predict
 
-    def predict(examples: Sequence[Example], task: str = "vqa") -> list[Said]:
+    def predict(examples: Sequence[Example], task: str = "vqa") -> list[Completion]:
         asked.extend(example.id for example in examples)
         return real(examples, task)
 

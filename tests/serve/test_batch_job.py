@@ -17,9 +17,9 @@ from data_rows import read_jsonl, write_jsonl
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.adapter import LoadedAdapter, load_adapter
 from serve.batch import BatchReport, VQAPredictor, run_batch
 from serve.batch_job import job_file
-from serve.loaded import LoadedAdapter, load_adapter
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fake_encoder import FakeEncoder, pictures
 
-from adapters.features import FeatureCache
+from adapters.features.cache import FeatureCache
 from qformer.sources import PYPI_SOURCES
 from qformer.wheels import MANIFEST
 from serve.cache import cache_info, clear_cache, describe_cache, readable

@@ -9,11 +9,11 @@ import pytest
 import torch
 from references import linear_memory
 
-from adapters.artefact import load_artefact
+from adapters.artefact.artefact import load_artefact
 from qformer.errors import UserError
 from serve import doctor
+from serve.adapter import load_adapter
 from serve.doctor import describe, examine
-from serve.loaded import load_adapter
 
 
 @pytest.fixture
@@ -23,7 +23,11 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("nothing may be loaded or fetched here")
 
-    for name in ("adapters.assembly.assemble", "adapters.artefact.load_artefact", "qformer.sources.resolve"):
+    for name in (
+        "adapters.loading.assembly.assemble",
+        "adapters.artefact.artefact.load_artefact",
+        "qformer.sources.resolve",
+    ):
         monkeypatch.setattr(name, refuse)
     monkeypatch.setattr("qformer.wheels.build", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)

@@ -13,7 +13,7 @@ from adapters.data.examples import Example
 from adapters.data.images import ImageRef, image_ref
 from qformer.errors import UserError
 from qformer.language import Decoding
-from serve.loaded import LoadedAdapter, Picture, default_adapter, load_adapter, picture_ref
+from serve.adapter import ImageInput, LoadedAdapter, default_adapter, load_adapter, picture_ref
 
 SHORT = Decoding(max_new_tokens=6)
 
@@ -32,7 +32,7 @@ def test_a_loaded_adapter_knows_its_name_and_its_facts(engine: LoadedAdapter, ru
     assert not engine.assembly.model.training
 
 
-def vectors(engine: LoadedAdapter, picture: Picture) -> torch.Tensor:
+def vectors(engine: LoadedAdapter, picture: ImageInput) -> torch.Tensor:
     with torch.no_grad():
         return engine.assembly.image_embeddings([picture_ref(picture)])
 
@@ -155,8 +155,8 @@ def test_many_examples_report_their_progress(engine: LoadedAdapter, data_file: P
 
 
 def test_there_is_no_default_adapter_until_one_ships(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.loaded.shipped_adapters", lambda: [])
+    monkeypatch.setattr("serve.adapter.shipped_adapters", lambda: [])
     with pytest.raises(UserError, match="--adapter: no adapter ships with this version"):
         load_adapter()
-    monkeypatch.setattr("serve.loaded.shipped_adapters", lambda: ["photo"])
+    monkeypatch.setattr("serve.adapter.shipped_adapters", lambda: ["photo"])
     assert default_adapter() == "photo"

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.answering import Answerer, Said
 from adapters.data.images import ImageRef
 from adapters.data.prompts import Turn
+from adapters.inference.answering import Completion, Generator
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.adapter import LoadedAdapter, load_adapter, short_name, user_turn
 from serve.engine import Engine
-from serve.loaded import LoadedAdapter, load_adapter, short_name, user_turn
-from serve.tickets import Answer, Busy
+from serve.pending import Answer, Busy
 
 SHORT = Decoding(max_new_tokens=8)
 
@@ -76,7 +76,7 @@ def test_each_adapter_answers_as_it_does_alone(
         for name in ("tiny", "other"):
             found[name].append(hall.chat(conversation, adapter=name, decoding=SHORT).result(60))
     for name, answers in found.items():
-        expected = [alone[name].answerer([alone[name].asked(conversation)], SHORT)[0] for conversation in turns]
+        expected = [alone[name].answer_adapter([alone[name].asked(conversation)], SHORT)[0] for conversation in turns]
         assert [answer.text for answer in answers] == [said.text for said in expected]
         assert [answer.confidence for answer in answers] == pytest.approx(
             [said.confidence for said in expected], rel=1e-4
@@ -92,18 +92,18 @@ def test_what_arrives_together_is_one_batch_with_the_same_answers(
     lengths = [replace(SHORT, max_new_tokens=3 + number % 4) for number in range(len(turns))]
     alone = [hall.chat(one, decoding=how).result(60) for one, how in zip(turns, lengths, strict=True)]
     sizes: list[int] = []
-    real = Answerer.__call__
+    real = Generator.__call__
 
-    def counted(self: Answerer, asked: list, *rest: object, **options: object) -> list[Said]:
+    def counted(self: Generator, asked: list, *rest: object, **options: object) -> list[Completion]:
         sizes.append(len(asked))
         return real(self, asked, *rest, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Answerer, "__call__", counted)
+    monkeypatch.setattr(Generator, "__call__", counted)
     held = threading.Event()
     hall.run(lambda _: held.wait(60))
-    tickets = [hall.chat(one, decoding=how) for one, how in zip(turns, lengths, strict=True)]
+    pendings = [hall.chat(one, decoding=how) for one, how in zip(turns, lengths, strict=True)]
     held.set()
-    together = [ticket.result(60) for ticket in tickets]
+    together = [pending.result(60) for pending in pendings]
 
     assert sizes == [len(turns)]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
@@ -125,35 +125,35 @@ def test_one_broken_picture_fails_alone(hall: Engine, turns: list[list[Turn]]) -
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that takes its time over a token, as real ones do."""
-    real = Answerer._said
+    real = Generator._said
 
-    def said(self: Answerer, *rest: object) -> list[Said]:
+    def said(self: Generator, *rest: object) -> list[Completion]:
         time.sleep(0.02)
         return real(self, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Answerer, "_said", said)
+    monkeypatch.setattr(Generator, "_said", said)
 
 
 @pytest.mark.usefixtures("unhurried")
 def test_an_answer_is_read_along(hall: Engine, turns: list[list[Turn]]) -> None:
-    ticket = hall.chat(turns[0], decoding=replace(SHORT, max_new_tokens=12))
-    texts = list(ticket)
-    answer = ticket.result()
+    pending = hall.chat(turns[0], decoding=replace(SHORT, max_new_tokens=12))
+    texts = list(pending)
+    answer = pending.result()
     assert texts[-1] == answer.text
     assert texts == sorted(set(texts), key=len), "a text did not grow"
     assert len(texts) > 1
     assert all(answer.text.startswith(text.strip()) for text in texts)
     assert answer.finish == ("length" if answer.tokens == 12 else "stop")
     assert 0 < (answer.confidence or 0) <= 1
-    assert answer.prompt_tokens == len(ticket.asked.prompt.ids)
+    assert answer.prompt_tokens == len(pending.asked.prompt.ids)
 
 
 @pytest.mark.usefixtures("unhurried")
 def test_an_answer_is_stopped(hall: Engine, turns: list[list[Turn]]) -> None:
-    ticket = hall.chat(turns[0], decoding=Decoding(max_new_tokens=500))
-    next(iter(ticket))
-    ticket.stop()
-    answer = ticket.result(60)
+    pending = hall.chat(turns[0], decoding=Decoding(max_new_tokens=500))
+    next(iter(pending))
+    pending.stop()
+    answer = pending.result(60)
     assert answer.finish == "stopped"
     assert 0 < answer.tokens < 500
 
@@ -179,9 +179,9 @@ def test_a_closed_question_is_answered_by_a_choice(hall: Engine, turns: list[lis
 
 
 def test_beams_answer_at_the_end(hall: Engine, data_file: Path) -> None:
-    ticket = hall.caption(data_file.parent / "1.png", decoding=Decoding(max_new_tokens=6, num_beams=3))
-    assert list(ticket) in ([ticket.result().text], [])
-    confidence = ticket.result().confidence
+    pending = hall.caption(data_file.parent / "1.png", decoding=Decoding(max_new_tokens=6, num_beams=3))
+    assert list(pending) in ([pending.result().text], [])
+    confidence = pending.result().confidence
     assert confidence is not None and 0 < confidence <= 1
 
 
@@ -200,9 +200,9 @@ def test_too_many_are_refused_and_closing_fails_what_waits(engine: LoadedAdapter
         small.submit(asked)
     threading.Timer(0.2, held.set).start()
     small.close()
-    for ticket in waiting:
+    for pending in waiting:
         with pytest.raises(RuntimeError, match="closed"):
-            ticket.result(10)
+            pending.result(10)
     with pytest.raises(RuntimeError, match="closed"):
         small.chat(turns[0])
 
@@ -210,11 +210,11 @@ def test_too_many_are_refused_and_closing_fails_what_waits(engine: LoadedAdapter
 def test_waiting_has_an_end(hall: Engine, turns: list[list[Turn]]) -> None:
     held = threading.Event()
     hall.run(lambda _: held.wait(60))
-    ticket = hall.chat(turns[0], decoding=SHORT)
+    pending = hall.chat(turns[0], decoding=SHORT)
     with pytest.raises(TimeoutError, match=r"0\.05 s"):
-        ticket.result(0.05)
+        pending.result(0.05)
     held.set()
-    assert ticket.result(60).finish in ("stopped", "stop")
+    assert pending.result(60).finish in ("stopped", "stop")
 
 
 def test_other_work_is_done_in_its_turn(hall: Engine) -> None:

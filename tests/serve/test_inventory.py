@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from adapters.published import PUBLISHED
+from adapters.memory.known_models import KNOWN_MODELS
 from adapters.recipe import TrainSection, describe_keys, load_recipe, shipped_recipes
 from qformer.sources import PYPI_SOURCES
 from qformer.wheels import MANIFEST, SCHEMA
@@ -32,7 +32,7 @@ def test_every_packaged_and_every_published_model_is_listed() -> None:
     found = list_models()
     names = {item["name"] for item in found["frozen"]}
     assert {f"pypi:{name}" for name, source in PYPI_SOURCES.items() if source.kind != "data"} <= names
-    assert {name for name in PUBLISHED if "/" in name} <= names
+    assert {name for name in KNOWN_MODELS if "/" in name} <= names
     assert "easy-vqa:train, easy-vqa:test" in names
     assert all(item["licence"] and item["size"] and item["what"] for item in found["frozen"])
     json.dumps(found)

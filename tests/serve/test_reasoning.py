@@ -16,13 +16,13 @@ from tiny import tiny_values
 
 from adapters.data.readers import read_data
 from adapters.finetune import finetune
-from adapters.reasoning import reason_examples
+from adapters.inference.reasoning import reason_examples
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.adapter import load_adapter
 from serve.engine import Engine
 from serve.evaluate_reasons import evaluate_reasons
-from serve.loaded import load_adapter
 from serve.reasoning import asked_answer, asked_rationale, question_example, reason
 
 TOKENS = 30  # of a thought
@@ -94,7 +94,7 @@ def test_a_second_adapter_answers(call: Call, runs: dict[str, Path], picture: Pa
     pair = ["--adapter", runs["thinks"], "--answer-adapter", runs["concludes"], *FAST]
     found = call("reason", picture, "is it red?", "--choices", "yes,no", "--json", *pair).values
     first, second = (load_adapter(runs[kind], device="cpu", dtype="float32") for kind in ("thinks", "concludes"))
-    thought = reason(first, picture, "is it red?", choices=["yes", "no"], answerer=second)
+    thought = reason(first, picture, "is it red?", choices=["yes", "no"], answer_adapter=second)
     assert (found["rationale"], found["answer"]) == (thought.rationale, thought.answer)
     alone = load_adapter(runs["both"], device="cpu", dtype="float32")
     assert reason(alone, picture, "is it red?", choices=["yes", "no"]) != thought
@@ -133,7 +133,7 @@ def test_choices_that_go_by_letters_are_weighed_by_their_letters(runs: dict[str,
     example = question_example(picture, "what colour?", choices=["red", "blue"])
     second = asked_answer(loaded, example, "It is red.")
     (by_letters,), (by_words,) = (
-        loaded.answerer.choose([second], [words]) for words in (["(A)", "(B)"], ["red", "blue"])
+        loaded.answer_adapter.choose([second], [words]) for words in (["(A)", "(B)"], ["red", "blue"])
     )
     with Engine([loaded]) as engine:
         found = engine.submit(second, choices=example.choices).result().choices
@@ -146,7 +146,7 @@ def test_what_is_too_long_is_told_before_there_are_reasons(
     runs: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_adapter(runs["both"], device="cpu", dtype="float32")
-    monkeypatch.setattr(loaded, "answerer", None)
+    monkeypatch.setattr(loaded, "answer_adapter", None)
     with pytest.raises(UserError, match="shorten it"):
         reason(loaded, picture, "what colour?", context="word " * 10_000)
 
@@ -285,7 +285,9 @@ def test_scienceqa_s_columns_count_the_choices_that_are_named(
 ) -> None:
     folder = write_scienceqa(tmp_path / "scienceqa")
     said = iter(["thought"] * 3 + ["iron", "Iron.", "copper"])  # right answers: iron, wood, iron
-    monkeypatch.setattr("adapters.reasoning.answer_examples", lambda _, rows, *__, **___: [next(said) for _ in rows])
+    monkeypatch.setattr(
+        "adapters.inference.reasoning.answer_examples", lambda _, rows, *__, **___: [next(said) for _ in rows]
+    )
     found = evaluate_reasons(load_adapter(runs["both"], device="cpu", dtype="float32"), f"{folder}:test")
     assert (found["accuracy"], found["no_choice"]) == (pytest.approx(1 / 3), 1)
     assert (found["Avg"], found["IMG"], found["TXT"]) == (33.33, 50.0, 0.0)

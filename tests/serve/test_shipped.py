@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.artefact import find_artefact, read_facts, read_recipe
-from serve.loaded import LoadedAdapter, default_adapter, load_adapter
+from adapters.artefact.artefact import find_artefact, read_recipe
+from adapters.artefact.facts import read_facts
+from serve.adapter import LoadedAdapter, default_adapter, load_adapter
 from serve.retrieval import classify, load_retriever
 
 FOLDER = find_artefact("photo")

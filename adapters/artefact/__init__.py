@@ -1,0 +1,1 @@
+"""The artefact: the folder that holds everything that was trained."""

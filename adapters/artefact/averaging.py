@@ -1,0 +1,78 @@
+"""One adapter out of several of one descent: the mean of their weights.
+
+Wortsman et al. 2022, arXiv 2203.05482 ("model soups"): what was trained from the same weights may be averaged, and
+often does better than each.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapters.artefact.artefact import read_recipe, replace_folder
+from adapters.artefact.card import write_card
+from adapters.artefact.facts import read_facts, save_facts
+from qformer.errors import UserError
+
+_WEIGHTS = ("bridge.safetensors", "lora/adapter_model.safetensors")
+
+
+def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
+    """Write the weighted mean of artefacts.
+
+    The terms are those of all, the figures nobody's before they are measured; all else but the weights is the first
+    one's. LoRA's two matrices are averaged each by itself, so parts should go on from one another, not from fresh
+    matrices.
+
+    Args:
+        parts: artefacts' folders, each with its share; the shares add up to 1.
+        out: the new artefact's folder; what stands there is replaced.
+
+    Raises:
+        UserError: the frozen parts or the weights are not of one kind, or a folder cannot be read or written.
+        ValueError: the shares do not add up to 1.
+    """
+    if abs(sum(parts.values()) - 1) > 1e-6:
+        raise ValueError(f"shares of {', '.join(map(str, parts.values()))} do not add up to 1")
+    first, facts = next(iter(parts)), {folder: read_facts(folder) for folder in parts}
+    for folder, theirs in facts.items():
+        if theirs.fingerprints != facts[first].fingerprints:
+            raise UserError(f"{folder}: its frozen parts are not those of {first}; average adapters of one kind")
+    terms = tuple(dict.fromkeys(term for theirs in facts.values() for term in theirs.terms))
+    averaged = {str(folder): share for folder, share in parts.items()}
+    mean = replace(facts[first], terms=terms, metrics={}, averaged=averaged)
+    means = {name: _mean(name, parts) for name in _WEIGHTS if (first / name).is_file()}
+    building = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.copytree(first, building)
+        for name, tensors in means.items():
+            save_file(tensors, building / name, metadata={"format": "pt"})
+        save_facts(building, mean)
+        (building / "README.md").write_text(write_card(read_recipe(first), mean, out.name), encoding="utf-8")
+        replace_folder(building, out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise UserError(f"{out}: the average cannot be written ({error}); free space") from error
+
+
+def _mean(name: str, parts: Mapping[Path, float]) -> dict[str, Tensor]:
+    first = next(iter(parts))
+    mean: dict[str, Tensor] = {}
+    try:
+        loaded = {folder: load_file(folder / name) for folder in parts}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{name}: cannot be read ({error}); fetch the adapter again") from error
+    for folder, tensors in loaded.items():
+        if {key: t.shape for key, t in tensors.items()} != {key: t.shape for key, t in loaded[first].items()}:
+            raise UserError(f"{folder / name}: its tensors are not those of {first}; average adapters of one kind")
+        for key, tensor in tensors.items():
+            mean[key] = mean.get(key, torch.zeros(())) + parts[folder] * tensor.float()
+    return {key: tensor.to(loaded[first][key].dtype) for key, tensor in mean.items()}

@@ -1,0 +1,82 @@
+"""The model card of an artefact, written from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adapters.artefact.facts import Facts
+from adapters.recipe import Recipe, TowerSection
+
+
+def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
+    """The card as Markdown."""
+    towers = " and ".join(_tower(tower) for tower in recipe.vision.towers)
+    bits = "4-bit NF4" if recipe.language.quantize == "nf4" else "unquantised"
+    lora = recipe.language.lora
+    lines = [
+        f"# {name}",
+        "",
+        recipe.description or f"A querybridge adapter for {recipe.task}.",
+        "",
+        "| part | what |",
+        "|---|---|",
+        f"| image encoder, frozen | {towers} |",
+        f"| bridge, trained | {_bridge(recipe)} |",
+        *(
+            [
+                f"| language model, frozen | `{recipe.language.source}`, {bits} |",
+                f"| LoRA, trained | {f'rank {lora.rank}, alpha {lora.alpha}, {lora.targets}' if lora else 'none'} |",
+            ]
+            if facts.kind == "language"
+            else ["| language model | none: this is the first stage (BLIP-2, section 3.2) |"]
+        ),
+        *([f"| mean of the weights of | {_shares(facts.averaged)} |"] if facts.averaged else []),
+        f"| started from | {facts.started_from or 'fresh weights'} |",
+        f"| steps | {facts.steps} |",
+        "",
+        "## Data",
+        "",
+        *[f"- {key}: {value}" for key, value in facts.data.items()],
+        f"- terms: {'; '.join(facts.terms) or 'not stated: they are those of the data it was trained on'}",
+        "",
+        "## Measured",
+        "",
+    ]
+    if facts.metrics:
+        lines += ["| figure | value |", "|---|---|"]
+        lines += [f"| {key} | {value:.4g} |" for key, value in facts.metrics.items()]
+    else:
+        lines.append("Nothing was measured.")
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```",
+        f'querybridge {"reason" if recipe.task == "reason" else "ask"} PICTURE "QUESTION" --adapter THIS_FOLDER'
+        if facts.kind == "language"
+        else 'querybridge search FOLDER "TEXT" --adapter THIS_FOLDER',
+        "```",
+        "",
+        "The frozen parts are not in this folder; they are fetched by name and checked against the fingerprints in"
+        " `artefact.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _shares(averaged: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} ({share:g})" for name, share in averaged.items())
+
+
+def _tower(tower: TowerSection) -> str:
+    more = f", with the difference `{tower.difference}`" if tower.difference else ""
+    more += f", at {tower.image_size} px" if tower.image_size else ""
+    return f"`{tower.source}` (layer {tower.layer}{more})"
+
+
+def _bridge(recipe: Recipe) -> str:
+    bridge = recipe.bridge
+    if bridge.kind != "qformer":
+        return f"no Q-Former: {bridge.kind} and a linear layer"
+    text = ", with its text side" if bridge.text_branch else ""
+    return f"Q-Former, preset {bridge.preset}, started from `{bridge.start}`{text}"

@@ -1,0 +1,1 @@
+"""The frozen encoder's features: computed once, kept on disk, read ahead."""

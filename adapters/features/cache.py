@@ -1,0 +1,332 @@
+"""The frozen encoder's features, computed once for each distinct picture and kept on disk for all later runs.
+
+`<root>/features/<encoder>/<ab>/<digest>.npy` holds the features of the picture whose bytes have that SHA-256. The
+encoder's folder is named by a hash of its identity (weights, layer, transform, dtype, …), which lies inside in clear
+as `identity.json`. Any number of processes may use the folder at once: files appear whole, and two processes that
+encode the same picture at the same time write the same file twice, which does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from adapters.data.images import ImageRef
+from adapters.features import files as feature_files
+from adapters.features.files import EncoderFiles
+from adapters.features.prefetch import decoded_batches
+from qformer.errors import UserError
+
+LIMIT_VARIABLE = "QUERYBRIDGE_FEATURES_GIB"
+DEFAULT_LIMIT = 20  # GiB
+
+# Part of every key: raise it when pictures are decoded otherwise or the files' format changes.
+_VERSION = 1
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
+
+
+def configured_bytes() -> int:
+    """The bound on the features of all encoders: `$QUERYBRIDGE_FEATURES_GIB`, or 20 GiB.
+
+    Raises:
+        UserError: the variable is not a number above 0.
+    """
+    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < math.inf:
+        raise UserError(f"{LIMIT_VARIABLE}={text}: give a number of GiB above 0, such as 100")
+    return int(gib * 2**30)
+
+
+class Encoder(Protocol):
+    """What the cache asks of an image encoder."""
+
+    def identity(self) -> Mapping[str, object]:
+        """All that the features depend on, JSON-able."""
+        ...
+
+    def preprocess(self, images: Sequence[Image]) -> Tensor:
+        """Pictures → pixels [B, 3, H, W]; called from several threads."""
+        ...
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels → features [B, P, D]."""
+        ...
+
+
+class FeatureCache:
+    """Features of one encoder, from disk where they are there, else computed and stored.
+
+    Args:
+        encoder: frozen; asked only for pictures that the cache does not have.
+        root: the cache folder; None takes `$QUERYBRIDGE_CACHE` or the user's cache folder.
+        max_bytes: the most that the features of all encoders under `root` may take together; None takes
+            `configured_bytes()`. Beyond it the least
+            recently used go, but never those that a live cache of this process was asked to `fill`.
+    """
+
+    _live: ClassVar[weakref.WeakSet[FeatureCache]] = weakref.WeakSet()
+
+    def __init__(self, encoder: Encoder, root: Path | None = None, max_bytes: int | None = None) -> None:
+        self.encoder = encoder
+        self.root = feature_files.features_root(root)
+        self.identity = dict(encoder.identity())
+        self.key = encoder_key(self.identity)
+        self.folder = self.root / self.key
+        self.max_bytes = max_bytes if max_bytes is not None else configured_bytes()
+        self._filled: set[Path] = set()  # what `fill` was asked for: this run's data
+        self._file_bytes = 0  # the size of one file, once known
+        self._total: int | None = None  # bytes under root when last counted
+        self._written = 0  # bytes written since
+        self._live.add(self)
+
+    def fill(
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        batch_size: int = 16,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Encode those of the pictures that are missing, and hold all of them while this cache lives.
+
+        To be called with a run's whole data before its first epoch. Batches that were finished stay when the rest
+        is interrupted.
+
+        Args:
+            refs: pictures; the same bytes twice count once.
+            batch_size: pictures for each call of the encoder.
+            on_progress: called with (done, missing) before the first batch and after each.
+
+        Returns:
+            How many pictures were encoded here.
+
+        Raises:
+            UserError: a picture cannot be read, the disk is full, or the bound is too small for the data.
+        """
+        wanted = _distinct(refs)
+        before = self._filled
+        self._filled = before | {self._path(digest) for digest in wanted}
+        try:
+            return self._encode_missing(wanted, batch_size, on_progress)
+        except UserError:
+            self._filled = before
+            raise
+
+    def load(self, refs: Sequence[ImageRef]) -> Tensor:
+        """Return features [B, P, D] on the CPU, in float16, or float32 where a picture's exceed its range.
+
+        What is missing is encoded first, in batches of 16. A damaged file is encoded again, with one warning.
+
+        Raises:
+            UserError: as in `fill`.
+        """
+        if not refs:
+            raise ValueError("load: no pictures")
+        wanted = _distinct(refs)
+        features: Tensor | None = None
+        # Another process with a smaller bound may evict between encoding and reading, so try again, but not for ever.
+        for _ in range(3):
+            features, lost = self._read(refs)
+            if not lost:
+                break
+            self._encode_missing({digest: wanted[digest] for digest in lost}, 16, None, needed=wanted)
+        if features is None:
+            raise UserError(
+                f"{self.folder}: features vanish as they are written: another process holds the cache to a smaller "
+                "bound; stop it, or set QUERYBRIDGE_CACHE to a folder of this process's own"
+            )
+        return features
+
+    def info(self) -> list[EncoderFiles]:
+        """Tell what lies under the root, for each encoder."""
+        return feature_files.inventory(self.root)
+
+    def clear(self) -> int:
+        """Remove this encoder's features. Returns the bytes freed."""
+        self._total = None
+        return feature_files.remove(self.folder)
+
+    def _path(self, digest: str) -> Path:
+        return self.folder / digest[:2] / f"{digest}{feature_files.SUFFIX}"
+
+    def _read(self, refs: Sequence[ImageRef]) -> tuple[Tensor | None, list[str]]:
+        """Read all, or name the digests that are lost."""
+        out: np.ndarray | None = None
+        lost: dict[str, bool] = {}  # damaged?
+        for row, ref in enumerate(refs):
+            path = self._path(ref.digest())
+            try:
+                with self._disk_errors():
+                    features = feature_files.read(path)  # [P, D]
+            except FileNotFoundError:
+                lost[ref.digest()] = False
+                continue
+            except feature_files.DamagedFile:
+                lost[ref.digest()] = True
+                continue
+            if lost:
+                continue
+            if out is None:
+                out = np.empty((len(refs), *features.shape), features.dtype)
+            elif out.dtype != np.result_type(out, features):
+                out = out.astype(np.float32)
+            out[row] = features  # copied at once: a mapped file holds a file handle
+        damaged = [digest for digest, is_damaged in lost.items() if is_damaged]
+        if damaged:
+            example = self._path(damaged[0])
+            warnings.warn(f"{len(damaged)} damaged feature file(s), encoded again; the first: {example}", stacklevel=3)
+            for digest in damaged:
+                self._path(digest).unlink(missing_ok=True)
+        return (None if lost or out is None else torch.from_numpy(out)), list(lost)
+
+    def _encode_missing(
+        self,
+        wanted: Mapping[str, ImageRef],
+        batch_size: int,
+        on_progress: Callable[[int, int], None] | None,
+        needed: Iterable[str] = (),
+    ) -> int:
+        missing = [ref for digest, ref in wanted.items() if not self._is_there(digest)]
+        if not missing:
+            return 0
+        protected = {self._path(digest) for digest in (*wanted, *needed)}
+        with self._disk_errors(len(missing)):
+            feature_files.write_identity(self.folder, self.identity)
+        if self._file_bytes:
+            self._check_room(len(missing), protected)
+        encoded = done = 0
+        if on_progress is not None:
+            on_progress(0, len(missing))
+        with contextlib.closing(decoded_batches(missing, self.encoder.preprocess, batch_size)) as batches:
+            for batch, pixels in batches:
+                # Another process may have encoded some of them since.
+                rows = [row for row, ref in enumerate(batch) if not self._is_there(ref.digest())]
+                if rows:
+                    refs = [batch[row] for row in rows]
+                    arrays = self._encode(refs, pixels[rows] if len(rows) < len(batch) else pixels)
+                    if not self._file_bytes:
+                        self._file_bytes = feature_files.size_on_disk(arrays[0])
+                        self._check_room(len(missing), protected)
+                    with self._disk_errors(len(missing) - done):
+                        written = sum(
+                            feature_files.write(self._path(ref.digest()), array)
+                            for ref, array in zip(refs, arrays, strict=True)
+                        )
+                        self._hold_bound(written, protected)
+                    encoded += len(rows)
+                done += len(batch)
+                if on_progress is not None:
+                    on_progress(done, len(missing))
+        return encoded
+
+    def _is_there(self, digest: str) -> bool:
+        path = self._path(digest)
+        try:
+            with self._disk_errors():
+                status = path.stat()
+        except FileNotFoundError:
+            return False
+        feature_files.note_use(path, status)
+        self._file_bytes = max(self._file_bytes, status.st_size)
+        return True  # what is inside is checked when it is read
+
+    def _encode(self, refs: Sequence[ImageRef], pixels: Tensor) -> list[np.ndarray]:
+        """Encode a batch; each picture's features [P, D] in the smallest type that holds them."""
+        with torch.no_grad():
+            features = self.encoder(pixels).detach().float().cpu()  # [b, P, D]
+        if features.ndim != 3 or len(features) != len(refs):
+            raise ValueError(f"the encoder made {tuple(features.shape)} of {len(refs)} pictures, not [B, P, D]")
+        half = features.half()
+        arrays = []
+        for row, ref in enumerate(refs):
+            if half[row].isfinite().all():
+                arrays.append(half[row].numpy())
+            elif features[row].isfinite().all():
+                arrays.append(features[row].numpy())
+            else:
+                raise UserError(
+                    f"{ref.where or 'image'}: '{ref.label}': the image encoder's features are not finite numbers: "
+                    "run it on the CPU (--device cpu), where it computes in float32"
+                )
+        return arrays
+
+    def _check_room(self, missing: int, protected: set[Path]) -> None:
+        """Fail before the hours of encoding, not after: against the bound and against the disk."""
+        need = len(protected | self._filled) * self._file_bytes
+        need += sum(len(cache._filled) * cache._file_bytes for cache in self._same_root() if cache is not self)
+        if need > self.max_bytes:
+            raise UserError(
+                f"the features of this data take {need:,} bytes, but the cache is held to {self.max_bytes:,}: "
+                f"set {LIMIT_VARIABLE} to more GiB, take fewer pictures, or a smaller encoder"
+            )
+        if missing * self._file_bytes > shutil.disk_usage(self.folder).free:
+            raise UserError(self._no_room(missing))
+
+    def _no_room(self, missing: int) -> str:
+        need = f" need {missing * self._file_bytes:,} bytes" if self._file_bytes else " have no room"
+        return (
+            f"no space left in {self.folder}: the features of {missing} pictures{need}: free some, or set "
+            "QUERYBRIDGE_CACHE to a folder on a larger disk"
+        )
+
+    @contextlib.contextmanager
+    def _disk_errors(self, missing: int = 0) -> Iterator[None]:
+        """Turn the disk's errors into the user's, but for a file that is not there."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno in _FULL:
+                raise UserError(self._no_room(missing)) from error
+            raise UserError(
+                f"cannot use {self.folder} ({error.strerror or error}): mend its rights, or set "
+                "QUERYBRIDGE_CACHE to another folder"
+            ) from error
+
+    def _hold_bound(self, written: int, protected: set[Path]) -> None:
+        """Count and evict, seldom enough to cost nothing, often enough to see what other processes write."""
+        self._written += written
+        known = self._total is not None and self._written < self.max_bytes // 20
+        if known and (self._total or 0) + self._written <= self.max_bytes:
+            return
+        keep = protected.union(*(cache._filled for cache in self._same_root()))
+        self._total = feature_files.bound(self.root, self.max_bytes, keep)
+        self._written = 0
+
+    def _same_root(self) -> list[FeatureCache]:
+        """The caches of this process whose files share the bound: two towers' do."""
+        return [cache for cache in list(self._live) if cache.root == self.root]
+
+
+def encoder_key(identity: Mapping[str, object]) -> str:
+    """Return the folder's name for an encoder: 32 hex digits of SHA-256 over its identity as canonical JSON."""
+    content = {"version": _VERSION, "identity": identity}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _distinct(refs: Sequence[ImageRef]) -> dict[str, ImageRef]:
+    """Return one reference for each distinct picture, by digest, in the order given."""
+    distinct: dict[str, ImageRef] = {}
+    for ref in refs:
+        distinct.setdefault(ref.digest(), ref)
+    return distinct

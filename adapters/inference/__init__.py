@@ -1,0 +1,1 @@
+"""Answers, reasons and retrieval, from a loaded model."""

@@ -1,0 +1,236 @@
+"""Chain of thought in two stages, over many questions: first the reasons, then the answers with the reasons given.
+
+As multimodal chain of thought (Zhang et al. 2023, arXiv 2302.00923, section 4): both stages see the picture, and what
+the first has written goes into the second's question. One adapter may do both, or two one each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from adapters.data.examples import Example
+from adapters.data.prompts import PromptStyle
+from adapters.evaluation.rationales import score_reasons
+from adapters.evaluation.scienceqa import choice_of
+from adapters.inference.answering import answer_examples
+from adapters.loading.assembly import Assembly
+from adapters.recipe import Recipe
+from qformer.decoding import Decoding
+from qformer.errors import UserError
+
+ReasoningMode = Literal["two-stage", "direct"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ReasonedAnswer:
+    """What came of a question.
+
+    Attributes:
+        rationale: the reasons, as written or as given; None where the answer was asked for directly.
+        answer: in words; where choices go by letters, the words of the choice that was named.
+        confidence: the geometric mean of the answer's token probabilities or, of a choice, its probability; None where
+            it was not asked for.
+        choices: each choice's probability as the answer, the likeliest first; None where the answer was written.
+    """
+
+    rationale: str | None
+    answer: str
+    confidence: float | None = None
+    choices: Mapping[str, float] | None = None
+
+
+def reason_examples(
+    assembly: Assembly,
+    examples: Sequence[Example],
+    *,
+    answer_adapter: Assembly | None = None,
+    rationales: Sequence[str] | None = None,
+    decoding: Decoding | None = None,
+    rationale_tokens: int | None = None,
+    batch_size: int = 64,
+    on_progress: Progress | None = None,
+) -> list[ReasonedAnswer]:
+    """Reason about questions, and answer them from the reasons; directly where that is what the adapter was taught.
+
+    Args:
+        assembly: the adapter that reasons, and answers too where there is no other.
+        examples: what is asked, each with its context and choices; answers and reasons they hold are not looked at.
+        answer_adapter: another adapter that answers, as the paper trains one for each stage.
+        rationales: reasons to answer from in place of the adapter's own, one an example; "" asks directly.
+        decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens where left out.
+        rationale_tokens: how long the reasons may be; the recipe's `reason.rationale_tokens` where left out.
+        batch_size: prompts generated together; what is written does not depend on it.
+        on_progress: called with (done, total) over both stages.
+
+    Returns:
+        One thought an example, in their order.
+
+    Raises:
+        UserError: an adapter was not taught its stage.
+    """
+    decoding = decoding or Decoding()
+    thinks = rationales is None and trained_reasoning_mode(assembly, answer_adapter) == "two-stage"
+    passes = Passes(on_progress, len(examples), 1 + thinks)
+    if thinks:
+        longest = rationale_tokens or assembly.recipe.reason.rationale_tokens
+        rationales = give_reasons(
+            assembly, examples, decoding=replace(decoding, max_new_tokens=longest), batch_size=batch_size,
+            on_progress=passes.next(),
+        )  # fmt: skip
+    given = [""] * len(examples) if rationales is None else rationales
+    answers = _give_answers(
+        answer_adapter or assembly, examples, given, decoding=decoding, batch_size=batch_size, on_progress=passes.next()
+    )
+    return [
+        ReasonedAnswer(text if thinks else text or None, answer) for text, answer in zip(given, answers, strict=True)
+    ]
+
+
+def reasoning_mode(recipe: Recipe, answering: Recipe | None = None) -> ReasoningMode:
+    """How questions are answered by what an adapter, or two, were taught.
+
+    Args:
+        recipe: of the adapter that reasons, and answers too where there is no other.
+        answering: of the adapter that answers.
+
+    Raises:
+        UserError: a stage is missing.
+    """
+    taught = _stages(recipe)
+    if answering is not None:
+        if "rationale" not in taught:
+            raise UserError(f"--adapter: {_told(recipe)}, so it gives no reasons; name one that was taught to")
+        if "answer" not in _stages(answering):
+            raise UserError(
+                f"--answer-adapter: {_told(answering)}, so it can't answer from reasons; name one that was taught to"
+            )
+        return "two-stage"
+    if {"rationale", "answer"} <= taught:
+        return "two-stage"
+    if "direct" in taught:
+        return "direct"
+    if "rationale" in taught:
+        raise UserError(f"--adapter: {_told(recipe)}; name the one that answers too, with --answer-adapter RUN")
+    raise UserError(
+        f"--adapter: {_told(recipe)}; name it with --answer-adapter RUN, and one that gives reasons with --adapter"
+    )
+
+
+def trained_reasoning_mode(assembly: Assembly, answer_adapter: Assembly | None = None) -> ReasoningMode:
+    """`reasoning_mode` loaded adapters; raises as it does."""
+    return reasoning_mode(assembly.recipe, None if answer_adapter is None else answer_adapter.recipe)
+
+
+def learned_reasons(recipe: Recipe) -> bool:
+    """Whether rows with reasons were, or may have been, among what an adapter learned from, as its recipe tells."""
+    if recipe.task != "mixed":
+        return recipe.task == "reason"
+    sources = recipe.data.train
+    return isinstance(sources, str) or any(source.task in ("reason", None) for source in sources)
+
+
+def _stages(recipe: Recipe) -> set[str]:
+    """What a recipe teaches about reasons; one without rows of them, to answer directly."""
+    return set(recipe.reason.stages) if learned_reasons(recipe) else {"direct"}
+
+
+def _told(recipe: Recipe) -> str:
+    return f"it was taught {' and '.join(sorted(_stages(recipe)))} alone (reason.stages)"
+
+
+def in_words(answer: str, choices: Sequence[str], style: PromptStyle) -> str:
+    """An answer that names a choice by its letter, in the choice's words; any other as it is."""
+    place = choice_of(answer, len(choices)) if style.letters else None
+    return answer if place is None else choices[place]
+
+
+def give_reasons(
+    assembly: Assembly,
+    examples: Sequence[Example],
+    *,
+    decoding: Decoding,
+    batch_size: int = 64,
+    on_progress: Progress | None = None,
+) -> list[str]:
+    """The first stage alone: one text an example."""
+    asked = [replace(example, task=None) for example in examples]
+    return answer_examples(
+        assembly, asked, "rationale", decoding=decoding, batch_size=batch_size, on_progress=on_progress
+    )
+
+
+def validate_reasons(assembly: Assembly, examples: Sequence[Example], *, batch_size: int = 64) -> dict[str, float]:
+    """Score rows as far as the stages go that an adapter is taught.
+
+    Returns:
+        "accuracy", and "accuracy_single_step" and "accuracy_multi_step" where the rows say their steps: of answers from
+        its own reasons; of direct answers, or those from given reasons, where that is all it is taught. For reasons
+        "rationale_ROUGE-L" with the same endings.
+    """
+    taught = set(assembly.recipe.reason.stages)
+    if taught == {"rationale"}:
+        longest = Decoding(max_new_tokens=assembly.recipe.reason.rationale_tokens)
+        texts = give_reasons(assembly, examples, decoding=longest, batch_size=batch_size)
+        scores = score_thoughts([ReasonedAnswer(text, "") for text in texts], examples)
+        scores = {name: value for name, value in scores.items() if name.startswith("rationale_")}
+    else:
+        given = [example.rationale for example in examples] if taught == {"answer"} else None
+        thoughts = reason_examples(assembly, examples, rationales=given, batch_size=batch_size)
+        if given is not None:
+            thoughts = [replace(thought, rationale=None) for thought in thoughts]  # they are not its own
+        scores = score_thoughts(thoughts, examples)
+    return main_scores(scores)
+
+
+def main_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """Of `score_thoughts` the accuracy and the ROUGE-L, over all and by steps, without those by kind."""
+    ends = ("", "_single_step", "_multi_step")
+    wanted = [f"{name}{end}" for name in ("accuracy", "rationale_ROUGE-L") for end in ends]
+    return {name: scores[name] for name in wanted if name in scores}
+
+
+def score_thoughts(thoughts: Sequence[ReasonedAnswer], examples: Sequence[Example]) -> dict[str, float]:
+    """Score as `adapters.evaluation.rationales.score_reasons`; reasons only where they were asked for."""
+    directly = all(thought.rationale is None for thought in thoughts)
+    rationales = None if directly else [thought.rationale or "" for thought in thoughts]
+    language = "zh" if {example.language for example in examples} == {"zh"} else "en"
+    return score_reasons([thought.answer for thought in thoughts], rationales, examples, language=language)
+
+
+def _give_answers(
+    assembly: Assembly,
+    examples: Sequence[Example],
+    rationales: Sequence[str],
+    *,
+    decoding: Decoding,
+    batch_size: int,
+    on_progress: Progress | None,
+) -> list[str]:
+    """The second stage: one answer an example, in words."""
+    asked = [replace(one, task=None, rationale=text) for one, text in zip(examples, rationales, strict=True)]
+    said = answer_examples(assembly, asked, "answer", decoding=decoding, batch_size=batch_size, on_progress=on_progress)
+    return [in_words(text, one.choices, assembly.prompts.style) for text, one in zip(said, examples, strict=True)]
+
+
+class Passes:
+    """One count of work done over several passes through the rows.
+
+    Args:
+        on_progress: called with (done, total); None counts nothing.
+        rows: of a pass; the number that pass counts in may be another, since what is alike is asked once.
+        passes: in all.
+    """
+
+    def __init__(self, on_progress: Progress | None, rows: int, passes: int) -> None:
+        self._tell, self._rows, self._passes, self._begun = on_progress, rows, passes, 0
+
+    def next(self, passes: int = 1) -> Progress | None:
+        """The callback of the next pass, or of the next few that count as one."""
+        if self._tell is None:
+            return None
+        tell, before = self._tell, self._begun * self._rows
+        self._begun += passes
+        return lambda done, total: tell(before + round(done / total * self._rows * passes), self._passes * self._rows)

@@ -1,0 +1,167 @@
+"""Everything a recipe names, loaded and put together: what stands up to the bridge, language model, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adapters.data.images import ImageRef
+from adapters.data.prompts import PromptBuilder, PromptStyle
+from adapters.features.cache import FeatureCache
+from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side
+from adapters.recipe import LoraSection, Recipe
+from qformer.errors import UserError
+from qformer.language import LanguageModel
+from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
+from qformer.model import VisionLanguageModel
+from qformer.sources import fingerprint, resolve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Assembly:
+    """A loaded model with what stands around it.
+
+    Attributes:
+        recipe: what it was built from.
+        model: the model; its trainable parts are fresh until an artefact is loaded into them.
+        prompts: words and tokenises for its LLM.
+        vision_side: what stands up to the bridge; its modules are the model's own.
+        fingerprints: of the frozen weights, by role: "vision.0", "language", "bridge.start".
+    """
+
+    recipe: Recipe
+    model: VisionLanguageModel
+    prompts: PromptBuilder
+    vision_side: VisionSide
+    fingerprints: dict[str, str]
+
+    @property
+    def caches(self) -> list[FeatureCache]:
+        """One feature cache a tower."""
+        return self.vision_side.caches
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether the bridge reads each question beside the picture (InstructBLIP), so that none shares another's."""
+        return self.recipe.bridge.instruction_aware
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The modules that are trained, LoRA apart, by name."""
+        return self.model.trainable_parts()
+
+    def features(self, images: Sequence[ImageRef]) -> list[Tensor]:
+        """Features of pictures, one tensor [B, P, D] a tower, from the cache where it has them."""
+        return self.vision_side.features(images)
+
+    def image_embeddings(self, images: Sequence[ImageRef], instructions: Sequence[str] | None = None) -> Tensor:
+        """Pictures to vectors for the LLM, [B, Q, D_l].
+
+        Args:
+            images: B pictures.
+            instructions: what is asked about each, used where the bridge is instruction-aware.
+        """
+        tokens = self.instruction_tokens(instructions or [""] * len(images))
+        return self.model.image_embeddings(self.features(images), *tokens)
+
+    def instruction_tokens(self, instructions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Instructions as (ids [B, T], mask [B, T] bool) for the bridge; () where it does not read them."""
+        if not self.reads_instructions or self.vision_side.tokenizer is None:
+            return ()
+        ids, mask = self.vision_side.tokenizer(instructions, longest=MAX_INSTRUCTION)
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def assemble(
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    offline: bool = False,
+    lora: bool = True,
+    frozen: FrozenModels | None = None,
+    artefact: Path | None = None,
+) -> Assembly:
+    """Load the frozen parts a recipe names and build the trainable ones.
+
+    Args:
+        recipe: what to build.
+        device: where the model runs.
+        dtype: "float32" or "bfloat16" for the LLM's computation; left out, what suits the device.
+        offline: take frozen weights from the cache only.
+        lora: put fresh LoRA matrices on the LLM; False where they come from an artefact.
+        frozen: models that are loaded already, for an adapter that serves beside others; new ones join them.
+        artefact: the folder that the recipe is from, if it is an artefact's.
+
+    Raises:
+        UserError: weights cannot be had, or parts do not fit.
+    """
+    compute_dtype = chosen_dtype(dtype)
+    frozen = frozen or FrozenModels()
+    vision_side = load_vision_side(recipe, device=device, offline=offline, frozen=frozen, artefact=artefact)
+    language_folder = resolve(recipe.language.source, offline=offline)
+    key = (recipe.language.source, recipe.language.quantize, compute_dtype, device)
+    if key in frozen.languages:
+        language = frozen.languages[key].sibling()
+    else:
+        language = load_language_model(
+            language_folder, quantize=recipe.language.quantize, compute_dtype=compute_dtype, device=device
+        )
+        frozen.languages[key] = language
+    torch.manual_seed(recipe.train.seed + 1)  # fresh weights depend on the seed and on nothing before
+    projection = word_sized_projection(vision_side.bridge.config.hidden_size, language)
+    if lora and recipe.language.lora is not None:
+        language.add_lora(lora_settings(recipe.language.lora))
+    if recipe.language.gradient_checkpointing:
+        language.enable_checkpointing()
+    model = VisionLanguageModel(
+        vision_side.encoders,
+        vision_side.feature_norm,
+        vision_side.bridge,
+        projection.to(device),
+        language,
+        heads=vision_side.heads,
+    )
+    prompts = PromptBuilder(
+        language.tokenizer,
+        model.num_queries,
+        is_encoder_decoder=language.is_encoder_decoder,
+        style=PromptStyle(**recipe.prompt.model_dump()),
+    )
+    fingerprints = {**vision_side.fingerprints, "language": fingerprint(language_folder)}
+    return Assembly(recipe, model.eval(), prompts, vision_side, fingerprints)
+
+
+def chosen_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name given as --dtype; None where none was.
+
+    Raises:
+        UserError: there is no such choice.
+    """
+    if name is not None and name not in DTYPES:
+        raise UserError(f"--dtype {name}: take one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
+
+
+def word_sized_projection(bridge_width: int, language: LanguageModel) -> nn.Linear:
+    """A fresh linear layer whose outputs lie where the LLM's word embeddings do: about their mean, spread like them.
+
+    The bridge ends in a norm, so its outputs have about unit variance.
+    """
+    projection = nn.Linear(bridge_width, language.width)
+    words = language.base.get_input_embeddings().weight.detach().float()  # [V, D_l]
+    nn.init.normal_(projection.weight, std=words.std(dim=0).square().mean().sqrt().item() / bridge_width**0.5)
+    with torch.no_grad():
+        projection.bias.copy_(words.mean(dim=0))
+    return projection
+
+
+def lora_settings(section: LoraSection) -> LoraSettings:
+    """A recipe's LoRA section as the settings the language model takes."""
+    return LoraSettings(**section.model_dump())

@@ -1,0 +1,254 @@
+"""What a recipe names up to the bridge, loaded: towers with their caches, norm, Q-Former, and its text side.
+
+Enough by itself for BLIP-2's first stage and for retrieval; `adapters.loading.assembly` adds the
+language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adapters.data.images import ImageRef
+from adapters.features.cache import FeatureCache
+from adapters.loading.weight_deltas import WeightDelta, read_weight_delta
+from adapters.recipe import BridgeSection, Recipe
+from qformer.bridge import QFormer
+from qformer.config import BridgeConfig
+from qformer.errors import UserError
+from qformer.interchange import start_from_bert
+from qformer.language import LanguageModel
+from qformer.objectives import Heads
+from qformer.precision import limit_kernel_cache
+from qformer.representation import RepresentationModel
+from qformer.simple_bridges import SimpleBridge, vectors_of
+from qformer.sources import fingerprint, resolve
+from qformer.vision_loading import FeatureNorm, ImageEncoder, load_image_encoder
+
+MAX_INSTRUCTION = 128  # tokens of an instruction that the bridge reads, as in InstructBLIP
+MAX_TEXT = 32  # tokens of a caption in the first stage, as in BLIP-2
+# What stands in place of [CLS] where the bridge writes. BLIP-2 adds [DEC] to BERT's words; a table that stays frozen
+# has no row to learn for it, so one of BERT's spare words takes the part.
+_DECODE_TOKENS = ("[DEC]", "[unused0]", "[MASK]")
+
+
+class BridgeTokenizer:
+    """The bridge's own words: a BERT tokenizer.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def decode_id(self) -> int:
+        """The token that writing starts from.
+
+        Raises:
+            UserError: the tokenizer has none that would do.
+        """
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        for token in _DECODE_TOKENS:
+            if token in vocabulary:
+                return vocabulary[token]
+        raise UserError(f"bridge.start: its tokenizer has none of {', '.join(_DECODE_TOKENS)}; name a BERT")
+
+    def __call__(self, texts: Sequence[str], *, longest: int) -> tuple[Tensor, Tensor]:
+        """Texts as ids [T, L] and mask [T, L] bool, cut to `longest` tokens."""
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        return tokens["input_ids"], tokens["attention_mask"].bool()
+
+
+@dataclass
+class VisionSide:
+    """Everything up to the bridge.
+
+    Attributes:
+        recipe: what it was built from.
+        encoders: the frozen towers.
+        caches: one feature cache a tower.
+        feature_norm: norm over the towers' features.
+        bridge: the Q-Former, or what it is measured against.
+        heads: of the first stage's objectives, where the bridge has a text branch.
+        tokenizer: the bridge's own, where it reads text.
+        fingerprints: of the frozen weights, by role: "vision.0", "bridge.start".
+        differences: what was added to towers' weights, by the tower's place.
+    """
+
+    recipe: Recipe
+    encoders: list[ImageEncoder]
+    caches: list[FeatureCache]
+    feature_norm: FeatureNorm
+    bridge: QFormer | SimpleBridge
+    heads: Heads | None
+    tokenizer: BridgeTokenizer | None
+    fingerprints: dict[str, str]
+    differences: dict[int, WeightDelta]
+
+    @property
+    def terms(self) -> list[str]:
+        """Of the pictures that its towers were trained further on; what is trained behind them inherits them."""
+        return [difference.terms for difference in self.differences.values() if difference.terms]
+
+    def features(self, images: Sequence[ImageRef]) -> list[Tensor]:
+        """Features of pictures, one tensor [B, P, D] a tower, from the cache where it has them."""
+        return [cache.load(images) for cache in self.caches]
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The modules that are trained, by name."""
+        parts: dict[str, nn.Module] = {"feature_norm": self.feature_norm, "bridge": self.bridge}
+        return parts if self.heads is None else parts | {"heads": self.heads}
+
+    def representation(self, compute_dtype: torch.dtype = torch.float32) -> RepresentationModel:
+        """The model of the first stage over these very modules.
+
+        Raises:
+            UserError: the recipe's bridge has no text branch.
+        """
+        if self.heads is None or self.tokenizer is None or isinstance(self.bridge, SimpleBridge):
+            raise UserError("bridge.text_branch: it is off, so pictures and texts cannot be compared; set it to true")
+        return RepresentationModel(
+            self.feature_norm, self.bridge, self.heads, decode_id=self.tokenizer.decode_id, compute_dtype=compute_dtype
+        )
+
+
+@dataclass
+class FrozenModels:
+    """Towers and LLMs that are loaded already, so that several adapters stand on the same ones.
+
+    Attributes:
+        towers: with its feature cache, by what the recipe says of it.
+        languages: by source, quantisation, dtype and device; each further adapter gets a sibling.
+    """
+
+    towers: dict[tuple[object, ...], tuple[ImageEncoder, FeatureCache]] = field(default_factory=dict)
+    languages: dict[tuple[object, ...], LanguageModel] = field(default_factory=dict)
+
+
+def load_vision_side(
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    offline: bool = False,
+    frozen: FrozenModels | None = None,
+    artefact: Path | None = None,
+) -> VisionSide:
+    """Load the towers a recipe names and build norm, bridge and heads, with fresh weights drawn from the recipe's seed.
+
+    Args:
+        recipe: what to build.
+        device: where it runs.
+        offline: take frozen weights from the cache only.
+        frozen: towers that are loaded already; new ones join them.
+        artefact: the folder that the recipe is from, if it is an artefact's.
+
+    Raises:
+        UserError: weights cannot be had, or parts do not fit.
+    """
+    limit_kernel_cache()
+    check_device(device)
+    fingerprints: dict[str, str] = {}
+    frozen = frozen or FrozenModels()
+    towers: list[tuple[ImageEncoder, FeatureCache]] = []
+    differences: dict[int, WeightDelta] = {}
+    for index, tower in enumerate(recipe.vision.towers):
+        if tower.difference is not None:
+            differences[index] = read_weight_delta(tower.difference, artefact)
+        added = differences.get(index)
+        key = (
+            *tower.model_dump(exclude={"difference"}).values(),
+            added.digest() if added is not None else None,
+            device,
+        )
+        if key not in frozen.towers:
+            encoder = load_image_encoder(
+                tower.source,
+                layer=tower.layer,
+                class_token=tower.class_token,
+                image_size=tower.image_size,
+                difference=added.folder if added is not None else None,
+                device=device,
+                dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
+                offline=offline,
+            )
+            frozen.towers[key] = (encoder, FeatureCache(encoder))
+        towers.append(frozen.towers[key])
+        fingerprints[f"vision.{index}"] = str(towers[-1][0].identity()["fingerprint"])
+    encoders, caches = [encoder for encoder, _ in towers], [cache for _, cache in towers]
+    torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
+    feature_norm = FeatureNorm(encoders)
+    bridge = build_bridge(recipe.bridge, feature_norm)
+    tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
+    heads = Heads(bridge.config).to(device) if recipe.bridge.text_branch else None
+    feature_norm, bridge = feature_norm.to(device), bridge.to(device)
+    return VisionSide(recipe, encoders, caches, feature_norm, bridge, heads, tokenizer, fingerprints, differences)
+
+
+def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:
+    """A recipe's bridge section as the Q-Former's configuration."""
+    given = section.model_dump(exclude={"kind", "preset", "start"}, exclude_none=True)
+    return BridgeConfig.preset(section.preset, encoder_width=encoder_width, **given)
+
+
+def build_bridge(section: BridgeSection, feature_norm: FeatureNorm) -> QFormer | SimpleBridge:
+    """The bridge of a recipe, with fresh weights.
+
+    Raises:
+        UserError: a simpler bridge with what only the Q-Former has.
+    """
+    config = bridge_config(section, feature_norm.width)
+    if section.kind == "qformer":
+        return QFormer(config)
+    for name in ("start", "text_branch", "instruction_aware", "num_queries", "num_layers", "patch_dropout"):
+        if getattr(section, name):
+            raise UserError(f"bridge.{name}: only the Q-Former has it; leave it out, or set bridge.kind=qformer")
+    count = vectors_of(section.kind, feature_norm.num_tokens)
+    return SimpleBridge(replace(config, num_queries=count), section.kind)
+
+
+def _bridge_start(
+    section: BridgeSection, bridge: QFormer | SimpleBridge, fingerprints: dict[str, str], *, offline: bool
+) -> BridgeTokenizer | None:
+    """Copy BERT-family weights into a bridge; hand back its tokenizer where the bridge reads text."""
+    reads = "instruction_aware" if section.instruction_aware else "text_branch" if section.text_branch else None
+    if section.start is None or isinstance(bridge, SimpleBridge):
+        if reads is not None:
+            raise UserError(f"bridge.{reads}: needs bridge.start, whose tokenizer reads the text")
+        return None
+    folder = resolve(section.start, offline=offline)
+    fingerprints["bridge.start"] = fingerprint(folder)
+    try:
+        start_from_bert(bridge, load_file(folder / "model.safetensors"))
+    except OSError as error:
+        raise UserError(f"bridge.start: {folder} has no model.safetensors; name a BERT saved in one file") from error
+    if bridge.embeddings is not None:  # known by the fingerprint, so neither trained nor kept in the artefact
+        bridge.embeddings.words.requires_grad_(False)
+    if reads is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return BridgeTokenizer(AutoTokenizer.from_pretrained(str(folder)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"bridge.start: {folder} has no tokenizer, which bridge.{reads} needs") from error
+
+
+def check_device(device: str) -> None:
+    """Raise a UserError where the device is not one torch has here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: torch cannot use it here; take cpu, or see querybridge doctor") from error
+
+
+def default_device() -> str:
+    """ "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

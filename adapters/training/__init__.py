@@ -1,0 +1,1 @@
+"""What the two training loops are made of."""

@@ -1,0 +1,135 @@
+"""What both training loops share around their steps: the data of a run, its features, its validations, its result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate.utils import broadcast_object_list
+
+from adapters.data.examples import DataSet, merge, repeat, split_by_image
+from adapters.data.images import ImageRef
+from adapters.data.readers import read_data
+from adapters.features.cache import FeatureCache
+from adapters.recipe import Recipe, Sources, SourceSection
+from adapters.training.checkpoint import RunState
+from adapters.training.reporting import Reporter
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        folder: the run's folder.
+        best: its best artefact.
+        steps: optimiser steps taken, over all sittings.
+        metrics: the best validation's figures, and peak_memory_gib of this sitting.
+        finished: False where Ctrl-C stopped it; `resume` goes on.
+    """
+
+    folder: Path
+    best: Path
+    steps: int
+    metrics: dict[str, float]
+    finished: bool
+
+
+def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataSet]:
+    """The training and the validation data of a recipe; without a validation set, whole pictures are held out."""
+    data = recipe.data
+
+    def read(sources: Sources, limit: int | None) -> DataSet:
+        task = None if recipe.task == "mixed" else recipe.task
+        listed = (SourceSection(file=sources, limit=limit),) if isinstance(sources, str) else sources
+        options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "broken_pictures_too": True, "offline": offline}
+        read_parts = (
+            (read_data(part.file, task=part.task or task, limit=part.limit or limit, **options), part.repeat)
+            for part in listed
+        )
+        return merge([repeat(rows, times) for rows, times in read_parts])
+
+    train = read(data.train, data.limit)
+    if data.terms:
+        train = replace(train, terms="; ".join(filter(None, (train.terms, data.terms))))
+    if data.val is not None:
+        return train, read(data.val, data.val_limit)
+    train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not hang on the run's seed
+    once = [example for example in val.examples if example.turn == 0]
+    return train, replace(val, examples=sample_evenly(once, data.val_limit))
+
+
+def sample_evenly(items: Sequence[Item], most: int | None) -> tuple[Item, ...]:
+    """At most so many items, evenly over all: a mixture of files keeps its mixture."""
+    if most is None or len(items) <= most:
+        return tuple(items)
+    return tuple(items[index * len(items) // most] for index in range(most))
+
+
+def fill_caches(
+    caches: Sequence[FeatureCache], images: Sequence[ImageRef], *, rank: int = 0, world: int = 1, quiet: bool = False
+) -> None:
+    """Encode a process's share of the pictures that are not in the caches yet."""
+    shown = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if not quiet and (time.monotonic() - shown > 10 or done == total):
+            shown = time.monotonic()
+            print(f"encoding pictures: {done}/{total}", file=sys.stderr, flush=True)
+
+    for cache in caches:
+        cache.fill(images[rank::world], on_progress=progress)
+
+
+def broadcast_from_main(value: Item) -> Item:
+    """The first process's value, on all of them: what each would measure for itself may come out differently."""
+    (value,) = broadcast_object_list([value])
+    return value
+
+
+def note_validation(position: RunState, score: float, metrics: dict[str, float], patience: int | None) -> bool:
+    """Keep the best validation's figures and count towards patience.
+
+    The first process decides for all: on different devices equal figures may differ in their last bit, and a process
+    that stopped alone would leave the others waiting.
+
+    Args:
+        position: changed in place.
+        score: higher is better.
+        metrics: what was measured.
+        patience: validations without a gain before stopping.
+
+    Returns:
+        Whether this one is the best.
+    """
+    score = broadcast_from_main(score)
+    if position.best is None or score > position.best:
+        position.best, position.stale, position.metrics = score, 0, metrics
+        return True
+    position.stale += 1
+    position.stopped_early = patience is not None and position.stale >= patience
+    return False
+
+
+def report_terms(terms: Iterable[str]) -> None:
+    """Say on stderr what the image encoder's own training binds this run to."""
+    if bound := list(dict.fromkeys(terms)):
+        print(
+            f"the image encoder was trained on data whose terms this run inherits: {'; '.join(bound)}", file=sys.stderr
+        )
+
+
+def report_skipped(report: Reporter, *parts: DataSet) -> None:
+    """Say which bad rows were left out: the first three, and how many."""
+    for data in parts:
+        for line in data.skipped[:3]:
+            report.say(f"left out: {line}")
+        if data.skipped:
+            report.say(f"{data.name}: {len(data.skipped)} bad rows left out")

@@ -1,0 +1,102 @@
+"""What a request asks of the engine: one request or, where it wants reasons, one for them and one for the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from adapters.data.examples import Example
+from adapters.data.images import ImageRef
+from adapters.inference.reasoning import ReasoningMode, trained_reasoning_mode
+from qformer.decoding import Decoding
+from qformer.errors import UserError
+from serve.adapter import LoadedAdapter, checked_choices
+from serve.api.errors import ApiError
+from serve.api.schemas import ChatRequest, turns_of
+from serve.engine import Engine
+from serve.pending import PendingAnswer
+from serve.reasoning import asked_answer, asked_rationale, question_example
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request is put to the engine.
+
+    Attributes:
+        begin: asks for the answer or, where there is something to conclude, for the reasons.
+        conclude: asks for the answer from the reasons.
+    """
+
+    begin: Callable[[], PendingAnswer]
+    conclude: Callable[[str], PendingAnswer] | None = None
+
+
+def plan_of(request: ChatRequest, engine: Engine, pictures: Sequence[ImageRef], *, model: str, max_tokens: int) -> Plan:
+    """Plan how a request is answered; nothing is asked yet.
+
+    Args:
+        request: as it was sent.
+        engine: what answers.
+        pictures: of all messages, in reading order.
+        model: the adapter's name.
+        max_tokens: the longest that any answer, or its reasons, may be.
+
+    Raises:
+        ApiError: the choices are none, or the adapter cannot give reasons and an answer.
+        UserError: the question cannot be put.
+    """
+    turns = turns_of(request.messages, pictures)
+    choices = () if request.answer_choices is None else _checked(request.answer_choices)
+    decoding = Decoding(
+        max_new_tokens=min(request.max_completion_tokens or request.max_tokens or max_tokens, max_tokens),
+        temperature=request.temperature or 0.0,
+        top_p=request.top_p or 1.0,
+    )
+    if request.reason:
+        (turn,) = turns
+        example = question_example(turn.images, turn.text, context=request.context or "", choices=choices)
+        return _reasoned(engine, engine.adapter(model), example, decoding, model=model, max_tokens=max_tokens)
+    if choices:
+        return Plan(partial(engine.choose, turns, choices, adapter=model))
+    return Plan(partial(engine.chat, turns, adapter=model, decoding=decoding, stops=request.stop or ()))
+
+
+def _reasoned(
+    engine: Engine, loaded: LoadedAdapter, example: Example, decoding: Decoding, *, model: str, max_tokens: int
+) -> Plan:
+    """As `serve.reasoning.reason`: in two stages, or directly where that is what the adapter was taught."""
+    recipe = loaded.assembly.recipe
+
+    def reasons() -> PendingAnswer:
+        longest = min(recipe.reason.rationale_tokens, max_tokens)
+        asked = asked_rationale(loaded, example, longest=longest)
+        return engine.submit(asked, adapter=model, decoding=replace(decoding, max_new_tokens=longest))
+
+    def answer(rationale: str, *, admitted: bool = False) -> PendingAnswer:
+        asked = asked_answer(loaded, example, rationale)
+        return engine.submit(asked, adapter=model, decoding=decoding, choices=example.choices, admitted=admitted)
+
+    if _way(loaded, model) == "direct":
+        return Plan(partial(answer, ""))
+    return Plan(reasons, partial(answer, admitted=True))
+
+
+def _way(loaded: LoadedAdapter, model: str) -> ReasoningMode:
+    try:
+        return trained_reasoning_mode(loaded.assembly)
+    except UserError as error:  # names flags that a client does not have
+        taught = " and ".join(loaded.assembly.recipe.reason.stages)
+        raise ApiError(
+            400,
+            f"reason: the model '{model}' was taught {taught} alone (reason.stages), and it takes rationale and answer;"
+            " take another, or leave reason out",
+            param="reason",
+        ) from error
+
+
+def _checked(choices: Sequence[str]) -> tuple[str, ...]:
+    try:
+        return checked_choices(choices, where="answer_choices")
+    except UserError as error:
+        raise ApiError(400, str(error), param="answer_choices") from error

@@ -1,0 +1,147 @@
+"""A request followed from an event loop: the engine's thread wakes the loop, and no thread waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from serve.api.errors import ApiError
+from serve.pending import Answer, PendingAnswer
+
+
+@dataclass(frozen=True)
+class PartialAnswer:
+    """What is written so far and won't be taken back.
+
+    Attributes:
+        text: of the answer.
+        rationale: of the reasons; None where there are none.
+    """
+
+    text: str
+    rationale: str | None = None
+
+
+class Progress:
+    """What becomes of a request, for one client, in one stage or in two.
+
+    Args:
+        pending: what was asked.
+        deadline: of all of it, in the loop's time.
+        too_late: the error of an answer that is not there by then.
+        conclude: asks for the answer, given what the request was answered: the reasons; None where that is the answer.
+    """
+
+    def __init__(
+        self,
+        pending: PendingAnswer,
+        *,
+        deadline: float,
+        too_late: Callable[[], ApiError],
+        conclude: Callable[[str], Awaitable[PendingAnswer]] | None = None,
+    ) -> None:
+        self.began = time.monotonic()
+        self.first: float | None = None  # when the first text, or an end, was there
+        self._deadline = deadline
+        self._too_late = too_late
+        self._conclude = conclude
+        self._answer: Answer | None = None
+        self._ended_by: ApiError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._follow(pending)
+
+    async def written(self) -> AsyncIterator[PartialAnswer]:
+        """What is written, each time there may be more of it; at the end, all of it.
+
+        Raises:
+            ApiError: the answer did not come in time, or something else ended it.
+            Exception: what went wrong in answering.
+        """
+        thought: Answer | None = None
+        if self._conclude is not None:
+            async for text in self._texts():
+                yield PartialAnswer("", text)
+            thought = self._ticket.result()
+            yield PartialAnswer("", thought.text)
+            self._go_on()
+            async with self._in_time():
+                self._follow(await self._conclude(thought.text))
+        rationale = None if thought is None else thought.text
+        async for text in self._texts():
+            yield PartialAnswer(_settled(text, self._ticket.stops), rationale)
+        self._answer = self._whole(self._ticket.result(), thought)
+        yield PartialAnswer(self._answer.text, rationale)
+
+    async def answer(self) -> Answer:
+        """The answer, once it is there; raises as `written`."""
+        async for _ in self.written():
+            pass
+        return self.result()
+
+    def result(self) -> Answer:
+        """The answer, of one whose end was told; of two stages, with the reasons and the tokens of both."""
+        assert self._answer is not None
+        return self._answer
+
+    def stop(self) -> None:
+        """Have the engine work no more on it."""
+        self._ticket.stop()
+
+    def end(self, error: ApiError) -> None:
+        """Have whoever follows be told of an error; called from the loop."""
+        self._ended_by = error
+        self._changed.set()
+
+    def _follow(self, pending: PendingAnswer) -> None:
+        self._ticket = pending
+        pending.watch(self._told)
+
+    async def _texts(self) -> AsyncIterator[str]:
+        """The request's whole text so far, each time it has grown, until its answer is there."""
+        seen = ""
+        while True:
+            self._changed.clear()
+            self._go_on()
+            if self._ticket.done:
+                self._ticket.result()  # raises what went wrong
+                return
+            text = self._ticket.text
+            if text != seen:
+                seen = text
+                yield text
+            async with self._in_time():
+                await self._changed.wait()
+
+    def _go_on(self) -> None:
+        if self._ended_by is not None:
+            raise self._ended_by
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                yield
+        except TimeoutError:
+            raise self._too_late() from None
+
+    def _whole(self, answer: Answer, thought: Answer | None) -> Answer:
+        if thought is None:
+            return answer
+        tokens, read = thought.tokens + answer.tokens, thought.prompt_tokens + answer.prompt_tokens
+        return replace(answer, rationale=thought.text, tokens=tokens, prompt_tokens=read)
+
+    def _told(self) -> None:
+        if self.first is None:
+            self.first = time.monotonic()
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody follows any more
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+
+def _settled(text: str, stops: Sequence[str]) -> str:
+    """A text without an end that might yet become a stop string, since what was sent cannot be taken back."""
+    held = max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+    return text[: len(text) - held].rstrip() if held else text

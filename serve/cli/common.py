@@ -1,0 +1,92 @@
+"""What the commands share: their common flags, and how they report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qformer.decoding import Decoding
+
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", help="A run's folder, an artefact's folder, or a shipped adapter's name.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; a GPU where there is one.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32 or bfloat16 for the LLM's computation; left out, the faster one.")
+]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Take frozen weights from the cache only.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+BeamsOption = Annotated[int | None, typer.Option("--beams", min=1, help="Beams of the search; 1 is greedy.")]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decoding",
+        help="A preset: greedy; paper-vqa, likeliest, caption (beam 5, length penalty -1, 0, 0.5). Left out, questions "
+        "are answered as the adapter's recipe says, captions written by the preset, reasons greedily.",
+    ),
+]
+MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
+AnswerAdapterOption = Annotated[
+    str | None,
+    typer.Option("--answer-adapter", help="Another adapter that answers, from the reasons that --adapter gives."),
+]
+RationaleTokensOption = Annotated[
+    int | None,
+    typer.Option("--rationale-tokens", min=1, help="The longest thought, in tokens; left out, the recipe's."),
+]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, count and report them, instead of stopping.")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Seed of weights and order; the recipe's where left out.")
+]
+
+
+def progress(verb: str) -> Callable[[int, int], None]:
+    """A callback that tells (done, total) on standard error, such as "answered 3/9"."""
+
+    def show(done: int, total: int) -> None:
+        print(f"{verb} {done}/{total}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def report(values: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print a result: one JSON object for programs, or the text for people."""
+    print(json.dumps(values, ensure_ascii=False, default=str) if as_json else text)
+
+
+def decoding_over(preset: str | None, beams: int | None, max_new_tokens: int | None) -> Callable[[Decoding], Decoding]:
+    """How tokens are chosen, from the flags that say so: given what is usual, what was asked for.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    from qformer.decoding import Decoding
+
+    named = Decoding.preset(preset) if preset is not None else None
+    flags = {"num_beams": beams, "max_new_tokens": max_new_tokens}
+    changes: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+
+    def over(default_decoding: Decoding) -> Decoding:
+        chosen = replace(named or default_decoding, **changes)
+        # one beam has no lengths to weigh: however it was named, it is the same
+        return chosen if chosen.num_beams > 1 else replace(chosen, length_penalty=Decoding.length_penalty)
+
+    return over
+
+
+def check_pictures(names: Sequence[str]) -> None:
+    """Open every picture before the models are loaded: a mistake is told at once."""
+    from adapters.data.images import image_ref, open_image
+
+    for name in names:
+        open_image(image_ref(name))

@@ -1,0 +1,106 @@
+"""`querybridge data`: look at a data file before anything is trained on it or asked about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve.cli.common import JsonOption, OfflineOption, QuietOption, progress, report
+
+if TYPE_CHECKING:
+    from adapters.data.check import DataCheck
+
+SHOWN = 20  # bad rows that people are shown; --json has all
+
+app = typer.Typer(
+    help="Check and look at a data file before it is used.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A data file, or easy-vqa:train or easy-vqa:test.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="vqa, caption or reason; told from the rows where left out.")
+]
+
+
+@app.command()
+def check(
+    file: FileArgument,
+    task: TaskOption = None,
+    no_answers: Annotated[
+        bool, typer.Option("--no-answers", help="Rows to be answered, as batch takes them: answers may be absent.")
+    ] = False,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every row and open every picture; exit code 2 where one is bad."""
+    from adapters.data.check import check_data
+
+    found = check_data(
+        file, task=task, need_answers=not no_answers, offline=offline, on_progress=None if quiet else progress("opened")
+    )
+    report(_values(found), as_json, _describe(found))
+    if found.faults:
+        raise typer.Exit(2)
+
+
+@app.command()
+def preview(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("preview.png"),
+    rows: Annotated[int, typer.Option("--rows", min=1, max=200, help="How many rows.")] = 12,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="SEED", help="Rows drawn by lot with this seed, not the first.")
+    ] = None,
+    task: TaskOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw pictures with their questions and answers onto one sheet."""
+    from adapters.data.preview import preview_data
+
+    made = preview_data(file, out, rows=rows, sample=sample, task=task, offline=offline)
+    bad = made.bad_rows + made.bad_pictures
+    notes = [f"{bad} bad rows: querybridge data check {file} lists them"] if bad else []
+    if made.escaped:
+        notes.append(
+            "some letters are written as escapes such as \\u4e2d, because no font here has them; install one that"
+            " does, such as Noto Sans CJK"
+        )
+    for note in notes:
+        print(note, file=sys.stderr)
+    values = {**dataclasses.asdict(made), "rows": list(made.rows)}
+    report(values, as_json, f"{made.out}: {len(made.rows)} rows")
+
+
+def _values(found: DataCheck) -> dict[str, object]:
+    values = dataclasses.asdict(found)
+    del values["faults"]
+    bad = [{"row": fault.row, "where": fault.where, "error": fault.message} for fault in found.faults]
+    return {**values, "bad": len(bad), "bad_rows": bad}
+
+
+def _describe(found: DataCheck) -> str:
+    languages = ", ".join(f"{name} ({count:,})" for name, count in found.languages.items())
+    longest = f"{found.longest_question} characters"
+    if found.longest_question_row:
+        longest += f" (row {found.longest_question_row})"
+    table = {
+        "task": found.task or "none could be told",
+        "rows": f"{found.rows:,}",
+        "pictures": f"{found.pictures:,}, {found.distinct_pictures:,} distinct",
+        "answers": f"{found.answers:,}",
+        "languages": languages or "none",
+        "longest question": longest,
+        "bad rows": f"{len(found.faults):,}",
+    }
+    lines = [f"{name:<20}{value}" for name, value in table.items()]
+    lines += [f"  {fault}" for fault in found.faults[:SHOWN]]
+    if len(found.faults) > SHOWN:
+        lines.append(f"  … and {len(found.faults) - SHOWN:,} more; --json lists all")
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""`querybridge finetune` and `querybridge pretrain`: the commands that train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qformer.errors import UserError
+from serve.cli.common import DeviceOption, DtypeOption, JsonOption, OfflineOption, QuietOption, SeedOption, report
+
+OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder; left out, runs/RECIPE.")]
+StartOption = Annotated[
+    str | None, typer.Option("--start-from", help="Start from this adapter's weights; its terms are inherited.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a recipe's key, such as train.epochs=2; may be repeated.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run that stands in --out.")]
+
+
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A recipe (file or shipped name), or a data file to learn from.")],
+    out: OutOption = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="vqa, caption or reason; the recipe's, or told from the data.")
+    ] = None,
+    start_from: StartOption = None,
+    set_: SetOption = None,
+    resume: ResumeOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an adapter on a data set."""
+    from adapters.finetune import finetune as run
+
+    given = _overrides(set_, task=task, seed=seed)
+    chosen, name = _recipe_for(recipe, given, offline=offline, start_from=start_from)
+    folder = out or Path("runs") / name
+    result = run(
+        chosen, folder, resume=resume, start_from=start_from, device=device, dtype=dtype, offline=offline, quiet=quiet
+    )
+    if not result.finished:
+        raise KeyboardInterrupt
+    verb = "reason" if chosen.task == "reason" else "ask"
+    report(
+        {"out": str(folder), "best": str(result.best), "steps": result.steps, **result.metrics},
+        as_json,
+        f"done: {result.steps} steps; the adapter is {result.best}\n"
+        f'ask it: querybridge {verb} PICTURE "QUESTION" --adapter {folder}',
+    )
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe (file or shipped name), or a file of captions.")],
+    stage: Annotated[
+        int, typer.Option("--stage", min=1, max=2, help="1: ITC, ITM and ITG without an LLM; 2: with it.")
+    ],
+    out: OutOption = None,
+    start_from: StartOption = None,
+    set_: SetOption = None,
+    resume: ResumeOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """BLIP-2's two stages: what captions say about pictures, then captions through the frozen LLM."""
+    from adapters.finetune import finetune as second
+    from adapters.pretrain import pretrain as first
+
+    if stage == 2 and start_from is None and not resume:
+        raise UserError("--stage 2 goes on from the first stage: add --start-from RUN (finetune starts without one)")
+    task = "caption" if stage == 1 else None
+    given = _overrides(set_, task=task, seed=seed)
+    first_recipe = "photo_stage1" if stage == 1 else None
+    theirs = start_from if stage == 2 else None
+    chosen, name = _recipe_for(recipe, given, offline=offline, start_from=theirs, base=first_recipe)
+    folder = out or Path("runs") / name
+    run = first if stage == 1 else second
+    result = run(
+        chosen, folder, resume=resume, start_from=start_from, device=device, dtype=dtype, offline=offline, quiet=quiet
+    )
+    if not result.finished:
+        raise KeyboardInterrupt
+    then = (
+        f'search with it: querybridge search FOLDER "TEXT" --adapter {folder}\n'
+        f"go on: querybridge pretrain RECIPE --stage 2 --start-from {folder}"
+        if stage == 1
+        else f"caption with it: querybridge caption PICTURE --adapter {folder}"
+    )
+    report(
+        {"out": str(folder), "best": str(result.best), "steps": result.steps, **result.metrics},
+        as_json,
+        f"done: {result.steps} steps; the adapter is {result.best}\n{then}",
+    )
+
+
+def _overrides(set_: list[str] | None, *, task: str | None, seed: int | None) -> list[str]:
+    given = list(set_ or [])
+    if task is not None:
+        given.append(f"task={task}")
+    if seed is not None:
+        given.append(f"train.seed={seed}")
+    return given
+
+
+def _recipe_for(
+    name: str, overrides: Sequence[str], *, offline: bool, start_from: str | None = None, base: str | None = None
+) -> tuple[Any, str]:
+    """A recipe and the name of its run.
+
+    A data file is learned from by the recipe `base`, or the default one of its rows' task, and on the models of the
+    adapter that the run starts from, where there is one. ScienceQA has its own rows to choose on, and is answered by
+    letters.
+    """
+    from adapters.data.readers import read_data
+    from adapters.data.scienceqa import scienceqa_folder
+    from adapters.recipe import find_recipe, load_recipe
+    from adapters.training.start import sections_of
+
+    path = Path(name)
+    packaged, science = name.startswith("easy-vqa:"), scienceqa_folder(name)
+    if not packaged and science is None and path.suffix.lower() not in (".jsonl", ".json", ".csv"):
+        return load_recipe(name, overrides), find_recipe(name).stem
+    source = name if packaged else str(path.resolve())
+    given = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
+    skips = load_recipe("domain_cpu", overrides).data.skip_bad_rows
+    task = given.get("task") or read_data(source, skip_bad_rows=skips, offline=offline).task
+    held_out = None if science is None else f"{science[0].resolve()}:val"
+    data = [f"data.train={json.dumps(source)}", f"data.val={json.dumps(held_out)}", f"task={task}"]
+    if science is not None:
+        data.append("prompt.letters=true")
+    theirs = sections_of(start_from) if start_from is not None else {}
+    sections = [f"{key}={json.dumps(section)}" for key, section in theirs.items()]
+    base = base or ("reason_cpu" if task == "reason" else "domain_cpu")
+    return load_recipe(base, [*data, *sections, *overrides]), path.stem.replace(":", "-")

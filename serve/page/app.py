@@ -1,0 +1,247 @@
+"""The web page: chat, questions, captions, reasons, search, and where the bridge looks. Served on this machine only.
+
+Every picture goes through our own opener, never through the page library's: it takes any format the opener reads and
+gives the opener's one-line messages. Nothing is fetched from elsewhere, fonts included. The tabs are in `serve.page`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from qformer.errors import UserError
+from serve.engine import Engine
+from serve.hosts import OwnNamesOnly
+from serve.page.context import IMMEDIATE, PageContext
+from serve.page.examples import find_examples
+from serve.page.inputs import MAX_BEAMS, MAX_TOKENS
+from serve.page.notes import about, caption_note, head, look_note, reason_note, search_note, shown_note
+from serve.page.security import fetch_nothing, private_uploads, tidy_ending
+from serve.page.tabs.attention import look_tab
+from serve.page.tabs.caption import caption_tab
+from serve.page.tabs.chat import chat_tab
+from serve.page.tabs.reason import reason_tab
+from serve.page.tabs.search import ImageFinder, search_tab
+from serve.page.tabs.vqa import vqa_tab
+from serve.page.theme import CSS, make_theme
+from serve.retrieval import find_folder
+
+HOST = "127.0.0.1"
+MAX_FILE_SIZE = "64mb"
+MAX_WAITING = 32  # events in the queue; the next one is told that the page is busy
+
+_HOUR = 3600
+
+
+def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Blocks:
+    """The page over an engine, not served yet; `docs/demo.md` lists its endpoints.
+
+    Args:
+        engine: what answers, with one or several adapters.
+        finder: searches the folder that may be searched; left out, uploaded pictures alone can be.
+    """
+    finder = finder or ImageFinder(engine, None)
+    adapter = engine.adapter()
+    title = f"{adapter.name} · querybridge"
+    with (
+        tempfile.TemporaryDirectory() as drawn,
+        gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page,
+    ):
+        examples_from, examples = find_examples(adapter.assembly.recipe, Path(drawn))
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=280):
+                top = gr.HTML(head(adapter), elem_id="head")
+            with gr.Column(scale=1, min_width=200, visible=len(engine.names) > 1):
+                chooser = gr.Dropdown(
+                    engine.names, value=adapter.name, label="Adapter", filterable=False, elem_id="adapter"
+                )
+        settings = _make_settings()
+        desk = PageContext(engine, chooser, settings, examples, examples_from, Path(chooser.GRADIO_CACHE).resolve())
+        with gr.Tabs(elem_id="tabs"):
+            chat_tab(desk)
+            vqa_tab(desk)
+            captions = caption_tab(desk)
+            reasons = reason_tab(desk)
+            searches = search_tab(desk, finder)
+            looks, look_question = look_tab(desk)
+        desk.share_pictures()
+        desk.open_endpoints()
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            for pair in (settings[:2], settings[2:]):
+                with gr.Row():
+                    for control in pair:
+                        control.render()
+        with gr.Accordion("About this adapter", open=False):
+            facts = gr.HTML(about(adapter), elem_classes="about", elem_id="about")
+
+        def tell(name: str) -> list[Any]:
+            chosen = engine.adapter(name)
+            reads = chosen.assembly.recipe.bridge.instruction_aware
+            notes = [make(chosen) for make in (caption_note, reason_note, search_note, look_note)]
+            shown = [gr.HTML(**shown_note(text)) for text in notes]
+            return [head(chosen), about(chosen), *shown, gr.Textbox(visible=reads)]
+
+        told = [top, facts, captions, reasons, searches, looks, look_question]
+        chooser.change(tell, chooser, told, **IMMEDIATE)
+    page.queue(max_size=MAX_WAITING)
+    return page
+
+
+def launch(
+    engine: Engine,
+    port: int = 7860,
+    open_browser: bool = False,
+    *,
+    auth: str | None = None,
+    search_folder: str | Path | None = None,
+    block: bool = True,
+) -> gr.Blocks:
+    """Serve the page on 127.0.0.1 until Ctrl-C.
+
+    Args:
+        engine: what answers.
+        port: 0 takes a free one.
+        open_browser: open the page in the user's browser.
+        auth: "user:password" that the page asks for; left out, whoever uses this machine may use it.
+        search_folder: a folder of pictures that may be searched on the page; its index is brought up to date first.
+        block: False returns at once, with the page served by a thread; `close()` ends it, and uploads lie where
+            Gradio keeps them. Else they lie in a folder of their own, which goes with the page.
+
+    Returns:
+        The page; `local_url` is its address.
+
+    Raises:
+        UserError: the port is taken, `auth` is not of that form, there is no such folder, or no adapter can search it.
+        KeyboardInterrupt: Ctrl-C was pressed; the server is closed by then.
+    """
+    login = _login(auth)
+    with ExitStack() as ending:
+        if block:
+            ending.enter_context(private_uploads())
+            ending.enter_context(tidy_ending())
+        page = _open(engine, port, open_browser, login, search_folder)
+        if not block:
+            return page
+        try:
+            while True:
+                time.sleep(1)
+        finally:
+            page.close(verbose=False)
+
+
+def _open(
+    engine: Engine, port: int, open_browser: bool, login: tuple[str, str] | None, search_folder: str | Path | None
+) -> gr.Blocks:
+    """Index the folder, build the page and serve it by a thread."""
+    finder = ImageFinder(engine, None if search_folder is None else find_folder(search_folder))
+    port = _free_port(port)
+    for name, report in finder.index_folder(lambda name, done, total: _tell(f"{name}: encoded {done}/{total}")).items():
+        for line in report.left_out():
+            _tell(line)
+        _tell(f"{name}: {report.pictures} pictures may be searched")
+    page = build_page(engine, finder=finder)
+    _keep_proxies_out()
+    fetch_nothing()
+    try:
+        page.launch(
+            server_name=HOST,
+            server_port=port,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            auth=login,
+            max_file_size=MAX_FILE_SIZE,
+            allowed_paths=[],
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            run_history=False,  # it would keep people's pictures in the browser
+            footer_links=["api"],
+            app_kwargs={} if login else {"middleware": [Middleware(OwnNamesOnly)]},
+            theme=make_theme(),
+            css=CSS,
+        )
+    except OSError as error:  # taken since we looked
+        raise UserError(_port_taken(port)) from error
+    _tell(f"the page is at {page.local_url} (Ctrl-C ends it)")
+    return page
+
+
+def _make_settings() -> list[Any]:
+    """The controls of `Settings`, in its order, not on the page yet."""
+    return [
+        gr.Slider(
+            0, MAX_TOKENS, 0, step=8, label="Longest answer", info="In tokens; 0: as each tab needs", render=False,
+            elem_id="longest",
+        ),
+        gr.Slider(
+            0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest word; above: by lot",
+            render=False, elem_id="temperature",
+        ),
+        gr.Slider(
+            0.05, 1, 1, step=0.05, label="Top-p", info="The share of the likeliest words that are drawn from",
+            render=False, elem_id="top-p",
+        ),
+        gr.Slider(
+            0, MAX_BEAMS, 0, step=1, label="Beams", info="0: as each tab needs; 1: no search",
+            render=False, elem_id="beams",
+        ),
+    ]  # fmt: skip
+
+
+def _login(auth: str | None) -> tuple[str, str] | None:
+    """User and password out of "user:password".
+
+    Raises:
+        UserError: there is no colon, or nothing beside it.
+    """
+    if auth is None:
+        return None
+    user, _, password = auth.partition(":")
+    if not user or not password:
+        raise UserError("--auth: write it as user:password")
+    return user, password
+
+
+def _free_port(port: int) -> int:
+    """The port, or a free one for 0.
+
+    Raises:
+        UserError: something listens there, or the system keeps the port to itself.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that was closed just now is not in the way
+        try:
+            probe.bind((HOST, port))
+        except PermissionError:
+            raise UserError(f"--port {port}: the system does not give it to this user; take one above 1023") from None
+        except OSError:
+            raise UserError(_port_taken(port)) from None
+        return int(probe.getsockname()[1])
+
+
+def _port_taken(port: int) -> str:
+    return f"--port {port}: something else listens there already; take another, or --port 0 for any free one"
+
+
+def _tell(text: str) -> None:
+    print(f"querybridge: {text}", file=sys.stderr, flush=True)
+
+
+def _keep_proxies_out() -> None:
+    """Have the server's call to itself, by which it starts, go past the proxy that the environment may name."""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        if HOST not in hosts and "*" not in hosts:
+            os.environ[name] = ",".join([*hosts, HOST])

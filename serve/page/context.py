@@ -1,0 +1,172 @@
+"""What every tab has before it: the engine, the shared controls, and the one picture that goes from tab to tab."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from qformer.errors import UserError
+from serve.engine import Engine
+from serve.page.examples import ExamplePicture
+from serve.page.inputs import toast, uploaded
+from serve.pending import Answer, PendingAnswer
+
+T = TypeVar("T")
+
+_NOTICED = 0.3  # seconds until it is noticed that nobody waits any more: a generator ends where it yields
+AT_ONCE = 8  # events that ask the models at a time; the engine answers them together, others wait
+
+# preprocess=False hands over what was sent as it is, files unopened: our own opener sees them first
+ASKS_MODELS: dict[str, Any] = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": AT_ONCE}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+IMMEDIATE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+
+
+def _json() -> gr.JSON:
+    return gr.JSON(visible=False)
+
+
+@dataclass
+class PageContext:
+    """What tabs share.
+
+    Attributes:
+        engine: what answers.
+        adapter: the chooser.
+        settings: longest, temperature, top_p and beams, as `Settings.of` takes them.
+        examples: pictures to try.
+        examples_from: what they are.
+        uploads: where the page keeps what is uploaded.
+        pictures: the slots of the shared picture, one a tab.
+    """
+
+    engine: Engine
+    adapter: gr.Dropdown
+    settings: list[Any]
+    examples: Sequence[ExamplePicture]
+    examples_from: str
+    uploads: Path
+    pictures: list[gr.Image] = field(default_factory=list)
+    _loads: list[tuple[gr.Image, Any]] = field(default_factory=list)
+    _endpoints: list[tuple[str, Callable[..., Any], list[Any], Callable[[], Any]]] = field(default_factory=list)
+
+    def picture_slot(self) -> gr.Image:
+        """A place for the shared picture."""
+        slot = gr.Image(
+            type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], height=360,
+            buttons=["fullscreen"], elem_classes="picture", elem_id=f"picture-{len(self.pictures)}",
+        )  # fmt: skip
+        self.pictures.append(slot)
+        return slot
+
+    def offer_examples(self, slot: gr.Image, *fields: Any, fill: Callable[[ExamplePicture], Sequence[str]]) -> None:
+        """Pictures to try beside a slot, with what they put into text fields."""
+        if not self.examples:
+            return
+        rows = [[str(example.path), *fill(example)] for example in self.examples]
+        offered = gr.Examples(
+            rows, [slot, *fields], label=f"Try one: {self.examples_from}", api_visibility="private",
+            elem_id=f"examples-{len(self.pictures) - 1}", visible_columns=[0],
+        )  # fmt: skip
+        self._loads.append((slot, offered.load_input_event))
+
+    def forget(self, picture: gr.Image | None, answered: dict[Any, Any], asking: Any) -> None:
+        """Take an answer off the page, and end one that is under way, where another picture or adapter comes.
+
+        What does not write (a look, a search) is finished, and not shown.
+
+        Args:
+            picture: what was asked about; None where only another adapter changes the answer.
+            answered: the components that show the answer, each with its value where there is none.
+            asking: the event that asks.
+        """
+        changes = [self.adapter.change, *([] if picture is None else [picture.change])]
+        # the page's own JavaScript would be quicker than the last word of what is ended, which would then stay
+        gr.on(changes, lambda: answered, None, list(answered), cancels=asking, **IMMEDIATE)
+
+    def endpoint(
+        self, name: str, call: Callable[..., Any], inputs: Sequence[Any], outputs: Callable[[], Any] = _json
+    ) -> None:
+        """Give programs a named endpoint of what a tab does.
+
+        Args:
+            name: it is called by.
+            call: what is done; its parameters' names are the endpoint's.
+            inputs: the components whose values it gets where a program leaves them out.
+            outputs: makes unseen components for what comes back: JSON where nothing else is asked for.
+        """
+        self._endpoints.append((name, call, list(inputs), outputs))
+
+    def open_endpoints(self) -> None:
+        """Put the endpoints' unseen components on the page; tabs hold nothing but tabs."""
+        for name, call, inputs, outputs in self._endpoints:
+            gr.Button(visible=False).click(call, inputs, outputs(), api_name=name, **ASKS_MODELS)
+
+    def share_pictures(self) -> None:
+        """Have a picture that is put into one slot, or taken out of it, appear in all; files that are none are told."""
+
+        def check(picture: Any) -> Any:
+            try:
+                uploaded(picture, self.uploads)
+            except UserError as error:
+                gr.Warning(toast(error), title="This file can't be used")
+                return None  # takes the broken picture off the page
+            return gr.skip()
+
+        for slot in self.pictures:
+            others = [other for other in self.pictures if other is not slot]
+            seen = slot.upload(
+                check, slot, slot, preprocess=False, show_progress="hidden", concurrency_id="check", **PRIVATE
+            )
+            loads = [load for owner, load in self._loads if owner is slot]
+            for event in (seen, *loads):
+                event.then(None, slot, others, js=f"picture => Array({len(others)}).fill(picture)", **PRIVATE)
+            slot.clear(None, None, others, js=f"() => Array({len(others)}).fill(null)", **PRIVATE)
+
+
+def submit_all(asks: Iterable[Callable[[], PendingAnswer]]) -> list[PendingAnswer]:
+    """Ask several things at once; where one cannot be asked none is, and its error is raised."""
+    pendings: list[PendingAnswer] = []
+    try:
+        for ask in asks:
+            pendings.append(ask())
+    except BaseException:
+        for pending in pendings:
+            pending.stop()
+        raise
+    return pendings
+
+
+def read_along(pending: PendingAnswer) -> Iterator[str]:
+    """An answer as it grows; whoever stops reading, or leaves, stops the writing."""
+    try:
+        yield from pending.texts(every=_NOTICED)
+    finally:
+        pending.stop()
+
+
+def wait_for(pendings: Sequence[PendingAnswer]) -> Iterator[list[Answer | None]]:
+    """The answers that have come so far, each time there is another and now and then; who leaves stops the rest."""
+
+    def so_far() -> list[Answer | None]:
+        return [pending.result() if pending.done else None for pending in pendings]
+
+    try:
+        for pending in pendings:
+            while not pending.wait(_NOTICED):
+                yield so_far()
+            yield so_far()
+    finally:
+        for pending in pendings:
+            pending.stop()
+
+
+def last(items: Iterable[T]) -> T:
+    """The last of some, without keeping the others."""
+    (item,) = deque(items, maxlen=1)
+    return item

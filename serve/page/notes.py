@@ -1,0 +1,130 @@
+"""What the page says about an adapter: its head, its facts, and notes where it was not taught what a tab does."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from adapters.inference.reasoning import learned_reasons
+from serve.adapter import LoadedAdapter
+from serve.pending import Answer
+
+_KINDS = {
+    "vqa": "Answers questions about pictures.",
+    "caption": "Describes pictures.",
+    "reason": "Answers questions about pictures, with its reasons.",
+    "mixed": "Describes pictures and answers questions about them.",
+}
+_PRACTISED = {
+    "vqa": "questions; captions are outside what it practised",
+    "caption": "captions; questions are outside what it practised",
+    "reason": "reasons and answers; captions are outside what it practised",
+    "mixed": "captions and questions",
+}
+
+
+def head(adapter: LoadedAdapter) -> str:
+    """The page's head: name, what the adapter does, what it learned from."""
+    recipe, facts = adapter.assembly.recipe, adapter.facts
+    learned = []
+    if {"answers", "pictures", "train"} <= facts.data.keys():
+        learned.append(
+            f"Learned from {facts.data['answers']:,} answers about {facts.data['pictures']:,} pictures"
+            f" ({facts.data['train']})"
+        )
+    if "val_exact_match" in facts.metrics:
+        learned.append(f"{facts.metrics['val_exact_match']:.1%} right on its validation questions")
+    return (
+        f"<h1>{escape(adapter.name)}</h1><p class='what'>{escape(recipe.description or _KINDS[recipe.task])}</p>"
+        f"<p class='learned'>{escape(' · '.join(learned))}</p>"
+    )
+
+
+def about(adapter: LoadedAdapter) -> str:
+    """The adapter's facts as a list, and what becomes of pictures."""
+    recipe, facts = adapter.assembly.recipe, adapter.facts
+    bits = {"nf4": "4-bit NF4", "none": "unquantised"}[recipe.language.quantize]
+    rows = {
+        "Trained for": _PRACTISED[recipe.task],
+        "Image encoder": " and ".join(tower.source for tower in recipe.vision.towers) + ", frozen",
+        "Language model": f"{recipe.language.source}, frozen, {bits}",
+        "Steps": f"{facts.steps:,}",
+        "Terms of its data": "; ".join(facts.terms) or "not stated",
+    }
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items())
+    return (
+        f"<dl>{listed}</dl><p>Pictures stay on this machine, and what is uploaded is deleted within two"
+        " hours. Answers can be wrong: check what matters.</p>"
+    )
+
+
+def note(text: str) -> str:
+    """A note in a box of its own; nothing where there is no text."""
+    return f"<p>{escape(text)}</p>" if text else ""
+
+
+def shown_note(text: str) -> dict[str, Any]:
+    """A note's settings on the page: where there is none, there is no gap for it."""
+    return {"value": text, "visible": bool(text), "elem_classes": "note", "padding": False}
+
+
+def reason_note(adapter: LoadedAdapter) -> str:
+    """What to expect of an adapter's reasons."""
+    recipe = adapter.assembly.recipe
+    if not learned_reasons(recipe):
+        return note(
+            f"{adapter.name} was not trained to give reasons. It is asked for them all the same: expect words in the"
+            " shape of a thought, and an answer that may be worse than one without."
+        )
+    taught = set(recipe.reason.stages)
+    if not {"rationale", "answer"} <= taught:
+        what = "to answer directly" if "rationale" not in taught else "to give reasons, not to answer from them"
+        return note(f"{adapter.name} was trained {what}: the other stage is outside what it practised.")
+    return note("The answer is made from the thought. Neither is a proof: a thought can be wrong and its answer right.")
+
+
+def caption_note(adapter: LoadedAdapter) -> str:
+    """What to expect of an adapter's captions."""
+    if adapter.assembly.recipe.task in ("caption", "mixed"):
+        return ""
+    return note(f"{adapter.name} was not trained on captions: it may answer in the way it answers questions.")
+
+
+def search_note(adapter: LoadedAdapter) -> str:
+    """Why an adapter cannot search, or how scores are meant."""
+    if can_search(adapter):
+        return ""
+    return note(
+        f"{adapter.name} was trained without its text side (bridge.text_branch), so it cannot compare words and"
+        " pictures. An adapter from both stages can."
+    )
+
+
+def can_search(adapter: LoadedAdapter) -> bool:
+    """Whether an adapter keeps what search needs."""
+    return adapter.assembly.recipe.bridge.text_branch
+
+
+def look_note(adapter: LoadedAdapter) -> str:
+    """Why there is nothing to look at, where the bridge is a simple one."""
+    kind = adapter.assembly.recipe.bridge.kind
+    if kind == "qformer":
+        return ""
+    return note(
+        f"The bridge of {adapter.name} ({kind}) has no queries that look at places: it hands the image encoder's"
+        " features on, so there is nothing to show."
+    )
+
+
+def how_it_went(answer: Answer) -> str:
+    """One line about an answer: its confidence, or that of each choice, its length, and whether it was cut off."""
+    parts = [f"{choice} {share:.0%}" for choice, share in (answer.choices or {}).items()]
+    if answer.confidence is not None and not parts:
+        parts.append(f"{answer.confidence:.0%} sure of its words")
+    if answer.tokens:
+        parts.append(f"{answer.tokens} tokens")
+    if answer.finish == "stopped":
+        parts.append("stopped")
+    if answer.finish == "length":
+        parts.append("cut off: allow longer answers under Settings")
+    return escape(" · ".join(parts))

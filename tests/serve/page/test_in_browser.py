@@ -1,0 +1,319 @@
+"""The page in a real browser, on a desk and on a phone, in light and in dark: every tab used as people use it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_engine import FakeAdapter, FakeEngine, make_recipe
+from page_server import draw_data, served
+from PIL import Image, ImageStat
+from tiny import draw_captions, save_tiny_bert, tiny_values
+
+from adapters.loading.vision_side import load_vision_side
+from adapters.recipe import parse_recipe
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SIZES = {"desk": (1280, 800), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_data(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path, vision_folder: Path, language_folders: dict[str, Path], cache_folder: Path) -> FakeEngine:
+    """Words are made up, but what is searched and looked at goes through a real bridge with its text side."""
+    values: Any = tiny_values(vision_folder, language_folders["llama"], folder / "shapes.jsonl")
+    values["bridge"] |= {"start": str(save_tiny_bert(folder / "bert")), "text_branch": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUERYBRIDGE_CACHE", str(cache_folder))
+        recipe = parse_recipe(values, "test")
+        vision_side = load_vision_side(recipe)
+    for parameter in vision_side.bridge.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    described = make_recipe(folder, bridge=values["bridge"], vision=values["vision"])
+    other = make_recipe(folder, description="Another one.", task="reason")
+    return FakeEngine(FakeAdapter(described, "quickstart", vision_side), FakeAdapter(other, "other", vision_side))
+
+
+@pytest.fixture(scope="module")
+def address(
+    engine: FakeEngine, folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    draw_captions(folder / "mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUERYBRIDGE_CACHE", str(cache_folder))
+        with served(engine, tmp_path_factory.mktemp("uploads"), search_folder=folder / "mine") as url:
+            yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
+        yield browser
+        browser.close()
+
+
+class View:
+    """One visitor's view of the page, and what must not have happened in it."""
+
+    def __init__(self, browser: Any, address: str, size: tuple[int, int], scheme: str) -> None:
+        self.address, self.width = address, size[0]
+        self.page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+        self.page.set_default_timeout(60_000)  # for a busy machine
+        self.asked_for: list[str] = []
+        self.faults: list[str] = []
+        self.page.on("request", lambda request: self.asked_for.append(request.url))
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.goto(address)
+        self.page.wait_for_selector("#chat-box textarea")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def says(self, text: str) -> None:
+        self.page.get_by_text(text, exact=False).first.wait_for()
+
+    def upload(self, slot: str, *files: Path) -> None:
+        self.page.set_input_files(f"{slot} input[type=file]", [str(file) for file in files])
+
+    def put_picture(self, slot: str, file: Path) -> None:
+        self.upload(slot, file)
+        self.page.wait_for_selector(f"{slot} .image-frame img")
+
+    def send(self, text: str, *files: Path) -> None:
+        if files:
+            self.upload("#chat-box", *files)
+            self.page.wait_for_function(
+                f"document.querySelectorAll('#chat-box .thumbnail-item').length == {len(files)}"
+            )
+        self.page.fill("#chat-box textarea", text)
+        self.page.press("#chat-box textarea", "Enter")
+
+    def scrolls_sideways(self) -> bool:
+        return bool(self.page.evaluate("document.documentElement.scrollWidth") > self.width)
+
+    def close(self) -> None:
+        assert [url for url in self.asked_for if not url.startswith((self.address, "data:", "blob:"))] == []
+        assert self.faults == []
+        self.page.close()
+
+
+@pytest.fixture
+def open_view(browser: Any, address: str) -> Iterator[Callable[..., View]]:
+    views: list[View] = []
+
+    def make(size: str = "desk", scheme: str = "light") -> View:
+        views.append(View(browser, address, SIZES[size], scheme))
+        return views[-1]
+
+    yield make
+    for view in views:
+        view.close()
+
+
+def test_a_conversation(open_view: Callable[..., View], folder: Path) -> None:
+    view = open_view()
+    page = view.page
+    view.send("which is red?", folder / "red.png", folder / "blue.png")
+    view.says("asked 'which is red?' about red.png (40, 30), blue.png (40, 30) after 0 turns")
+    view.says("87% sure of its words")
+    assert page.input_value("#chat-box textarea") == ""
+    view.send("and now?")
+    view.says("asked 'and now?' about red.png (40, 30), blue.png (40, 30) after 1 turns")
+    assert page.locator("#chat .image-frame img").count() == 2
+
+    page.get_by_label("Retry").last.click()
+    page.wait_for_timeout(300)
+    view.says("asked 'and now?' about red.png (40, 30), blue.png (40, 30) after 1 turns")
+    page.get_by_label("Undo").last.click()
+    page.wait_for_function("document.querySelector('#chat-box textarea').value == 'and now?'")
+    assert page.get_by_text("asked 'and now?'").count() == 0
+
+    # a file that is no picture: told, and nothing that was written is lost
+    view.send("what is this?", folder / "text.jpg")
+    view.says("image 'text.jpg' is not a picture")
+    assert page.input_value("#chat-box textarea") == "what is this?"
+    page.locator("#chat").get_by_text("asked 'which is red?'").click(
+        trial=True
+    )  # and nothing lies over the conversation
+
+
+def test_stop_and_clear(open_view: Callable[..., View], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "pause", 0.05)
+    view = open_view()
+    page = view.page
+    view.send("count")
+    view.says("0 1 2 3")
+    page.locator("#chat-box .stop-button").click()
+    view.says("stopped")
+    monkeypatch.setattr(engine, "pause", 0.0)
+    view.send("and?")
+    view.says("after 1 turns")
+    page.get_by_label("Clear").first.click()
+    page.wait_for_function("document.querySelectorAll('#chat .message-row').length == 0")
+    view.send("anew")
+    view.says("asked 'anew' about nothing after 0 turns")
+
+
+def test_questions_captions_and_reasons_about_one_picture(open_view: Callable[..., View], folder: Path) -> None:
+    view = open_view()
+    page = view.page
+    view.tab("VQA")
+    view.put_picture("#picture-0", folder / "green.png")
+    page.fill("#questions textarea", "what?\nwhich colour? | green, red")
+    page.press("#questions textarea", "Shift+Enter")
+    view.says("asked 'what?' about green.png (40, 30) after 0 turns")
+    assert page.locator("#answers .sure").nth(2).inner_text().strip() == "70%"
+    assert "red 20%" in page.inner_text("#answers")
+
+    view.tab("Caption")  # the picture has come along
+    page.wait_for_selector("#picture-1 .image-frame img")
+    page.get_by_label("Quick (greedy)").check()
+    page.click("#caption-ask")
+    page.wait_for_function("document.querySelector('#caption textarea').value == 'a caption (en) of green.png'")
+
+    view.tab("Reason")
+    assert "was not trained to give reasons" in page.inner_text("#reason-note")
+    page.fill("#reason-question textarea", "what may it do?")
+    page.press("#reason-question textarea", "Enter")
+    page.locator("#thoughts").get_by_text("a ball").wait_for()
+    page.locator("#thoughts").get_by_text("Thought").click()
+    page.locator("#thoughts").get_by_text("It is round, so it may roll.").wait_for()
+
+    # another picture takes the old answers away, in every tab; a file that is none says so and leaves the page
+    page.locator("#picture-2").get_by_label("Remove Image").or_(
+        page.locator("#picture-2").get_by_label("Clear")
+    ).first.click()
+    page.wait_for_selector("#picture-2 input[type=file]", state="attached")
+    view.upload("#picture-2", folder / "text.jpg")
+    view.says("image 'text.jpg' is not a picture")
+    page.wait_for_selector("#picture-2 input[type=file]", state="attached")
+    view.tab("Caption")
+    page.wait_for_function("document.querySelector('#caption textarea').value == ''")
+    page.wait_for_selector("#picture-1 input[type=file]", state="attached")
+
+
+def test_search_shows_small_copies(open_view: Callable[..., View], folder: Path) -> None:
+    view = open_view()
+    page = view.page
+    view.tab("Search")
+    page.fill("#search-text input, #search-text textarea", "a red square")
+    page.press("#search-text input, #search-text textarea", "Enter")
+    page.wait_for_function("document.querySelectorAll('#found .thumbnail-item img').length == 6")
+    sources = page.eval_on_selector_all("#found .thumbnail-item img", "images => images.map(image => image.src)")
+
+    assert all(str(folder / "mine") not in source for source in sources)
+    page.get_by_label("Pictures that I upload").check()
+    view.upload("#search-files", folder / "red.png", folder / "blue.png")
+    page.wait_for_function("document.querySelector('#search-files').innerText.includes('blue')")
+    page.click("#search-ask")
+    page.wait_for_function("document.querySelectorAll('#found .thumbnail-item img').length == 2")
+
+
+def test_look_draws_all_queries_and_each(open_view: Callable[..., View], folder: Path) -> None:
+    view = open_view()
+    page = view.page
+    view.tab("Look")
+    view.put_picture("#picture-3", folder / "red.png")
+    page.click("#look-ask")
+    view.says("All queries together, all layers")
+    view.says("Attention shows where the bridge reads, not why an answer comes out")
+    page.wait_for_function("document.querySelectorAll('#queries .thumbnail-item').length == 3")
+    before = page.get_attribute("#seen img", "src")
+    page.locator("#queries .thumbnail-item").nth(1).click()
+    view.says("Query 2 of 3, all layers")
+    assert page.get_attribute("#seen img", "src") != before
+    page.locator("#look-query input[type=range]").press("ArrowRight")
+    view.says("Query 3 of 3, all layers")
+    page.locator("#picture-3").get_by_label("Remove Image").or_(
+        page.locator("#picture-3").get_by_label("Clear")
+    ).first.click()
+    page.wait_for_selector("#queries", state="hidden")  # nothing is seen in another picture yet
+
+
+def test_an_example_and_another_adapter(open_view: Callable[..., View]) -> None:
+    view = open_view()
+    page = view.page
+    assert page.inner_text("#head h1") == "quickstart"
+    assert "shapes & <colours>" in page.inner_text("#head")
+    page.get_by_label("Select example 2: is it shape 1?").click()
+    page.wait_for_function("document.querySelector('#chat-box textarea').value == 'is it shape 1?'")
+    view.tab("VQA")
+    page.locator("#examples-0 .gallery-item, #examples-0 button").nth(1).click()
+    page.wait_for_selector("#picture-0 .image-frame img")
+    assert page.input_value("#questions textarea") == "is it shape 1?\nwhat colour is it?"
+    view.tab("Look")
+    page.wait_for_selector("#picture-3 .image-frame img")  # an example goes from tab to tab too
+    view.tab("VQA")
+    page.press("#questions textarea", "Shift+Enter")
+    view.says("asked 'what colour is it?' about")
+    view.tab("Search")
+    page.fill("#search-text input, #search-text textarea", "a red square")
+    page.press("#search-text input, #search-text textarea", "Enter")
+    page.wait_for_function("document.querySelectorAll('#found .thumbnail-item img').length == 6")
+    page.locator("#adapter input").click()
+    page.get_by_role("option", name="other").click()
+    page.wait_for_function("document.querySelector('#head h1').innerText == 'other'")
+    assert "was trained without its text side" in page.inner_text("#search-note")
+    page.wait_for_function("document.querySelectorAll('#found .thumbnail-item img').length == 0")
+    view.tab("VQA")
+    assert "asked" not in page.inner_text("#answers")  # those were the other adapter's
+
+
+def test_what_is_under_way_ends_with_its_picture(
+    open_view: Callable[..., View], engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "pause", 0.02)
+    view = open_view()
+    page = view.page
+    view.tab("VQA")
+    view.put_picture("#picture-0", folder / "red.png")
+    page.fill("#questions textarea", "what is it?\ncount")  # the second takes twenty seconds
+    page.press("#questions textarea", "Shift+Enter")
+    view.says("asked 'what is it?' about red.png")
+    running = engine.pendings[-1]
+    page.locator("#picture-0").get_by_label("Clear").or_(
+        page.locator("#picture-0").get_by_label("Remove")
+    ).first.click()
+    page.wait_for_function("document.querySelector('#answers').innerText == ''")
+    assert running.result(10).finish == "stopped"
+    page.wait_for_timeout(300)
+    assert page.inner_text("#answers") == ""
+
+
+@pytest.mark.parametrize(("size", "scheme"), [("phone", "light"), ("phone", "dark"), ("desk", "dark")])
+def test_no_tab_scrolls_sideways_and_dark_is_dark(
+    open_view: Callable[..., View], folder: Path, tmp_path: Path, size: str, scheme: str
+) -> None:
+    view = open_view(size, scheme)
+    page = view.page
+    view.send("which?", folder / "red.png")
+    view.says("after 0 turns")
+    for name in ("Chat", "VQA", "Caption", "Reason", "Search", "Look"):
+        view.tab(name)
+        page.wait_for_timeout(200)
+        assert not view.scrolls_sideways(), name
+    view.put_picture("#picture-3", folder / "red.png")
+    page.click("#look-ask")
+    view.says("All queries together")
+    page.wait_for_selector("#queries .thumbnail-item")
+    assert not view.scrolls_sideways()
+    page.locator("#settings button").first.click()
+    page.wait_for_selector("#beams")
+    assert not view.scrolls_sideways()
+    view.tab("Chat")
+    page.screenshot(path=tmp_path / "page.png")
+    brightness = ImageStat.Stat(Image.open(tmp_path / "page.png").convert("L")).mean[0]
+
+    assert brightness < 70 if scheme == "dark" else brightness > 180
