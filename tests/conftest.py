@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+# One thread, and none that spins while it waits: the models are tiny, and a busy core beside the tests must not slow
+# them. This comes before torch is imported, and what a test starts inherits it.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 import pytest
 import torch
 from tiny import make_tokenizer, tiny_language_model
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ from adapters import recipe as recipe_module
 from adapters.data.scenes.files import write_scenes
 from adapters.finetune import finetune
 from adapters.pretrain import pretrain
-from adapters.recipe import Recipe, load_recipe, parse_recipe
+from adapters.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
-# Their commands need a server: tests/serve/test_http_docs.py and test_demo_docs.py
+# Their commands need a server: tests/serve/api/test_docs.py and tests/serve/page/test_docs.py
 ELSEWHERE = {"serving.md", "demo.md"}
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in ELSEWHERE]
 COMMANDS = list(
@@ -122,22 +122,84 @@ def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         kept = {key: values["train"][key] for key in ("text_side_every", "captions", "pair_share")}
         values |= {key: tiny[key] for key in ("vision", "bridge", "language")} | {"train": tiny["train"] | kept}
         values["data"]["val_fraction"] = 0.25
+        if str(values["data"]["train"]).startswith("easy-vqa"):
+            values["data"] = tiny["data"] | {"train": str(workplace / "my_data.jsonl"), "val_fraction": 0.25}
         if values["task"] == "reason":
             values["reason"]["rationale_tokens"] = 8
             values["train"] |= LONG
         return parse_recipe(values, str(name))
 
     monkeypatch.setattr(recipe_module, "load_recipe", load_tiny)
+    monkeypatch.setattr("serve.adapter.default_adapter", lambda: "runs/stage2")  # the shipped one has its own tests
     return workplace
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+ESTIMATES = [command for command in COMMANDS if command.startswith("querybridge estimate ")]
+
+
+@pytest.mark.parametrize("command", ESTIMATES)
+def test_estimates_run_as_written(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(command, monkeypatch) == 0
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    from serve.cli import command as cli
+
+    monkeypatch.setattr("sys.argv", shlex.split(command))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def test_the_scores_shown_have_the_names_that_are_printed(
+    in_workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("querybridge evaluate my_data.jsonl --adapter runs/mine --quiet", monkeypatch) == 0
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    page = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    shown = re.search(r"^```\n(n +100\n.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    assert [line.split()[0] for line in shown[1].splitlines()] == printed
+
+
+def test_recipes_named_on_the_pages_ship() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"\b(gpu_(?:clip|blip|reason)\w*|easy_vqa_cpu|domain_cpu)\b", pages))
+    assert len(named) > 9 and named <= set(shipped_recipes())
+    assert all(yaml.safe_load(path.read_text()) for path in shipped_recipes().values())
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs make them of plain ones."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), flags=re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+LINKING = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "README.zh-CN.md"]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=[page.name for page in LINKING])
+def test_links_lead_to_pages_and_headings_that_are_there(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in slugs(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ESTIMATES])
 def test_every_command_runs(command: str, in_workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(in_workplace / "made", ignore_errors=True)
     (in_workplace / "made").mkdir()
     if out := re.search(r"--out (\S+)", command):
         command = command.replace(out[0], f"--out made/{Path(out[1]).name}")  # the runs that other commands name stay
     command = command.replace("--start-from photo", "--start-from runs/stage2")  # models here are tiny
+    # the packaged set is a wheel; the reader's file and run stand in for it and the quick start's
+    command = command.replace("easy-vqa:test --adapter runs/quickstart", "my_data.jsonl --adapter runs/mine")
     words = shlex.split(command)
     monkeypatch.setattr("sys.argv", words)
     if words[0] == "python":

@@ -5,16 +5,36 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from import_graph import called, circles, climbs, import_graph, imported_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("qformer", "adapters", "serve", "scripts")  # from the lowest to the highest
+DOOR = ROOT / "querybridge.py"
 MAX_LINES = 400
 HEAVY = ("torch", "transformers", "gradio", "peft", "accelerate", "bitsandbytes", "matplotlib", "pyarrow", "onnx")
-IMPORTING = ("importlib.import_module", "import_module", "__import__")
+FLOORS = (  # from the lowest to the highest; the longest name that fits a file counts
+    ("qformer",),
+    ("adapters.catalogue", "adapters.recipe"),
+    ("adapters.data.scenes",),
+    ("adapters.data",),
+    ("adapters.evaluation",),
+    ("adapters.features",),
+    ("adapters.loading",),
+    ("adapters.artefact",),
+    ("adapters.inference",),
+    ("adapters.training",),
+    ("adapters.memory",),
+    ("adapters.finetune", "adapters.pretrain"),
+    ("serve",),
+    ("serve.api", "serve.page"),
+    ("serve.cli",),
+    ("querybridge",),
+    ("scripts",),
+)
+MAX_RECIPE_READERS = 12
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -29,28 +49,6 @@ def name_of(path: Path) -> str:
 
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """Yield line and full name of all that is imported, at any depth; `package` resolves the relative ones."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            above = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (above, node.module) if part)
-            yield node.lineno, module
-            for alias in node.names:  # `from . import x` names a module too
-                yield node.lineno, f"{module}.{alias.name}"
-        elif isinstance(node, ast.Call) and called(node) in IMPORTING:
-            yield from ((node.lineno, str(arg.value)) for arg in node.args[:1] if isinstance(arg, ast.Constant))
-
-
-def called(node: ast.Call) -> str:
-    """Return the dotted name that is called, or "" where it is computed."""
-    return ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
 
 
 def upward_imports(tree: ast.AST, room: str, package: str) -> list[str]:
@@ -93,6 +91,22 @@ def unsafe_lines(tree: ast.AST) -> list[str]:
     return sorted(set(found))
 
 
+def recipes_through_assemblies(tree: ast.AST) -> list[str]:
+    """Name where a recipe is reached through an assembly: `assembly.recipe`, `adapter.assembly.recipe`, …"""
+    return [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "recipe"
+        and ast.unparse(node.value).rpartition(".")[2] == "assembly"
+    ]
+
+
+def sources(*folders: str) -> dict[str, str]:
+    """Return the text of every Python file below `folders`, and of querybridge.py, by its path."""
+    return {name_of(path): path.read_text(encoding="utf-8") for path in [*python_files(*folders), DOOR]}
+
+
 def report(faults: dict[str, list[str]]) -> str:
     return "\n".join(f"{file}, {fault}" for file, here in faults.items() for fault in here)
 
@@ -106,27 +120,59 @@ def test_imports_flow_one_way() -> None:
     assert not any(faults.values()), report(faults)
 
 
+@pytest.mark.xfail(strict=True, reason="two circles are left: data.images and data.views, generation and language")
+def test_no_two_files_need_each_other() -> None:
+    found = circles(import_graph(sources("qformer", "adapters", "serve")))
+    assert not found, "circles of imports:\n" + "\n".join(" → ".join(circle) for circle in found)
+
+
+@pytest.mark.xfail(strict=True, reason="data.rows still takes the normalisation of answers from evaluation")
+def test_no_import_climbs() -> None:
+    graph = import_graph({path: text for path, text in sources(*ROOMS).items() if path != "adapters/__init__.py"})
+    found = climbs(graph, FLOORS)
+    assert not found, "\n".join(found)
+
+
+def test_packages_start_empty() -> None:
+    """A package's own file holds its docstring and nothing else, so importing one file never loads its neighbours."""
+    full = [
+        name_of(path) for path in python_files(*ROOMS) if path.name == "__init__.py" and len(tree_of(path).body) > 1
+    ]
+    assert full == []
+
+
+@pytest.mark.xfail(strict=True, reason="sections still reach training and memory")
+def test_a_recipe_enters_few_files() -> None:
+    graph = import_graph(sources("qformer", "adapters", "serve"))
+    readers = [module for module, targets in graph.items() if "adapters.recipe" in targets and module != "querybridge"]
+    assert len(readers) <= MAX_RECIPE_READERS, f"{len(readers)} files import adapters.recipe: {', '.join(readers)}"
+
+
+@pytest.mark.xfail(strict=True, reason="serving still reads some sections itself")
+def test_serving_asks_an_assembly_not_its_recipe() -> None:
+    faults = {name_of(path): recipes_through_assemblies(tree_of(path)) for path in python_files("serve")}
+    assert not any(faults.values()), report(faults)
+
+
 def test_nothing_unsafe_is_read_or_opened() -> None:
-    faults = {name_of(path): unsafe_lines(tree_of(path)) for path in python_files(*ROOMS)}
+    faults = {name_of(path): unsafe_lines(tree_of(path)) for path in [*python_files(*ROOMS), DOOR]}
     assert not any(faults.values()), report(faults)
 
 
 def test_every_file_says_what_it_is_for() -> None:
-    silent = [name_of(path) for path in python_files(*ROOMS, "tests") if not ast.get_docstring(tree_of(path))]
+    silent = [name_of(path) for path in [*python_files(*ROOMS, "tests"), DOOR] if not ast.get_docstring(tree_of(path))]
     assert not silent, f"no module docstring: {', '.join(silent)}"
 
 
 def test_files_stay_short() -> None:
-    lengths = {name_of(path): len(path.read_bytes().splitlines()) for path in python_files(*ROOMS)}
+    lengths = {name_of(path): len(path.read_bytes().splitlines()) for path in [*python_files(*ROOMS), DOOR]}
     long = {name: length for name, length in lengths.items() if length > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines, to be divided: {long}"
 
 
-@pytest.mark.parametrize("module", ["qformer", "adapters", "serve", "serve.cli.command"])
+@pytest.mark.parametrize("module", ["qformer", "adapters", "serve", "serve.cli.command", "querybridge"])
 def test_importing_does_no_work(module: str) -> None:
     """What `--help` imports must answer in under a second, so it may load none of the heavy libraries."""
-    if not (ROOT / "serve" / "cli" / "command.py").exists() and module == "serve.cli.command":
-        pytest.skip("the command is not written yet")
     code = f"import sys, {module}; print(*sorted(set(sys.modules) & set({HEAVY})))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
@@ -187,3 +233,106 @@ def test_safe_lines_are_allowed() -> None:
         "torch.load(path, weights_only=True)\nnumpy.load(path, allow_pickle=False)\nlaunch(server_name='127.0.0.1')"
     )
     assert unsafe_lines(ast.parse(source)) == []
+
+
+CIRCLES = {
+    "at the top": {"qformer/a.py": "import qformer.b", "qformer/b.py": "from qformer.a import A"},
+    "inside a function": {
+        "qformer/a.py": "def f():\n    from qformer import b",
+        "qformer/b.py": "from . import a",
+    },
+    "for types only": {
+        "adapters/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from adapters.data.b import B",
+        "adapters/data/b.py": "from ..a import A",
+    },
+    "by name": {"serve/a.py": "import importlib\nimportlib.import_module('serve.b')", "serve/b.py": "import serve.a"},
+    "through a third": {
+        "qformer/a.py": "import qformer.b",
+        "qformer/b.py": "import qformer.c",
+        "qformer/c.py": "import qformer.a",
+    },
+    "with a package's own file": {
+        "adapters/data/__init__.py": "from .a import A",
+        "adapters/data/a.py": "from adapters.data import A",
+    },
+}
+
+
+@pytest.mark.parametrize("made_up", CIRCLES.values(), ids=CIRCLES.keys())
+def test_a_circle_is_noticed(made_up: dict[str, str]) -> None:
+    (circle,) = circles(import_graph(made_up))
+    assert circle[0] == circle[-1] and len(circle) == len(made_up) + 1
+
+
+def test_two_circles_are_told_apart() -> None:
+    made_up = {
+        "qformer/a.py": "import qformer.b, qformer.c",
+        "qformer/b.py": "import qformer.a",
+        "qformer/c.py": "import qformer.a",
+    }
+    found = circles(import_graph(made_up))
+    assert found == [["qformer.a", "qformer.b", "qformer.a"], ["qformer.a", "qformer.c", "qformer.a"]]
+
+
+def test_files_in_line_are_no_circle() -> None:
+    made_up = {
+        "qformer/__init__.py": "",
+        "qformer/a.py": "import qformer.a_b, torch",
+        "qformer/a_b.py": "from qformer.c import C",
+        "qformer/c.py": "from __future__ import annotations\nimport json",
+    }
+    graph = import_graph(made_up)
+    assert graph["qformer.a"] == {"qformer.a_b": 1} and graph["qformer.c"] == {}
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("qformer/a.py", "from adapters.recipe import Recipe"),
+        ("adapters/recipe.py", "if TYPE_CHECKING:\n    from adapters.data.rows import Row"),
+        ("adapters/data/scenes/drawing.py", "def f():\n    from adapters.data import rows"),
+        ("adapters/loading/assembly.py", "from ..artefact import facts"),
+        ("adapters/training/start.py", "from adapters.finetune import finetune"),
+        ("serve/engine.py", "from serve.api.schemas import Chat"),
+        ("serve/page/app.py", "import serve.cli.command"),
+        ("serve/cli/command.py", "import querybridge"),
+        ("querybridge.py", "import scripts.quickstart"),
+    ],
+)
+def test_an_import_that_climbs_is_noticed(file: str, source: str) -> None:
+    lower = (
+        "adapters/recipe.py", "adapters/data/rows.py", "adapters/artefact/facts.py", "adapters/finetune.py",
+        "serve/api/schemas.py", "serve/cli/command.py", "querybridge.py", "scripts/quickstart.py",
+    )  # fmt: skip
+    assert len(climbs(import_graph({name: "" for name in lower} | {file: source}), FLOORS)) == 1
+
+
+def test_a_file_on_no_floor_is_noticed() -> None:
+    assert climbs(import_graph({"adapters/odds_and_ends.py": ""}), FLOORS) == ["adapters.odds_and_ends is on no floor"]
+
+
+def test_imports_that_go_down_are_allowed() -> None:
+    made_up = {
+        "qformer/a.py": "",
+        "adapters/data/rows.py": "from adapters.data.scenes import drawing\nimport qformer.a",
+        "adapters/data/scenes/drawing.py": "",
+        "serve/engine.py": "from adapters.data.rows import Row",
+        "serve/api/app.py": "from serve.engine import Engine\nfrom serve.page.app import mount",
+        "serve/page/app.py": "from serve import engine",
+        "scripts/quickstart.py": "import serve.api.app, querybridge",
+        "querybridge.py": "import serve.engine",
+    }
+    assert climbs(import_graph(made_up), FLOORS) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["assembly.recipe", "adapter.assembly.recipe.task", "x = engine.adapter().assembly.recipe.bridge"]
+)
+def test_a_recipe_through_an_assembly_is_noticed(source: str) -> None:
+    assert len(recipes_through_assemblies(ast.parse(source))) == 1
+
+
+def test_other_recipes_are_allowed() -> None:
+    source = "recipe.task\nadapter.task\nassembly.task\nassembly.recipe_name\nrun.recipe"
+    assert recipes_through_assemblies(ast.parse(source)) == []
