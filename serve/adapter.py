@@ -12,7 +12,8 @@ from PIL import Image
 from adapters.artefact.artefact import adapter_fingerprint, find_artefact, load_artefact, shipped_adapters
 from adapters.artefact.facts import Facts
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef, image_ref, open_image
+from adapters.data.image_ref import ImageRef, image_ref
+from adapters.data.images import open_image
 from adapters.data.prompts import Turn
 from adapters.inference.answering import Completion, Generator, Request, reply_to_examples
 from adapters.loading.assembly import Assembly

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from adapters.loading.vision_side import MAX_INSTRUCTION, VisionSide
 from qformer.bridge import QFormer
 from qformer.errors import UserError

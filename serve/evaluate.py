@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapters.data.caption_batches import group_captions
 from adapters.data.examples import DataSet, Example
-from adapters.data.images import ImageRef, blank_image
+from adapters.data.image_ref import ImageRef, blank_image
 from adapters.data.readers import read_data
 from adapters.evaluation.captions import score_captions
 from adapters.evaluation.java_scores import java_scores

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adapters.data.answers import normalise
 from adapters.data.examples import Example
 from adapters.data.readers import read_data
 from adapters.data.scienceqa import read_scienceqa, scienceqa_folder
 from adapters.evaluation.rationales import language_control
 from adapters.evaluation.scienceqa import score_scienceqa
-from adapters.evaluation.vqa import normalise
 from adapters.inference.reasoning import ReasonedAnswer, main_scores, reason_examples, score_thoughts
 from adapters.inference.reasoning_controls import blanked, reason_controls
 from qformer.decoding import Decoding

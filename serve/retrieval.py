@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters.artefact.artefact import load_vision_side_artefact, vision_side_fingerprint
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from adapters.inference.retrieval import RERANKED, Retriever
 from adapters.loading.assembly import chosen_dtype
 from adapters.loading.vision_side import default_device

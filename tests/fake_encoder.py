@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 
 IDENTITY: dict[str, object] = {
     "fingerprint": "sha256:0",

@@ -120,13 +120,12 @@ def test_imports_flow_one_way() -> None:
     assert not any(faults.values()), report(faults)
 
 
-@pytest.mark.xfail(strict=True, reason="two circles are left: data.images and data.views, generation and language")
+@pytest.mark.xfail(strict=True, reason="one circle is left: generation and language")
 def test_no_two_files_need_each_other() -> None:
     found = circles(import_graph(sources("qformer", "adapters", "serve")))
     assert not found, "circles of imports:\n" + "\n".join(" → ".join(circle) for circle in found)
 
 
-@pytest.mark.xfail(strict=True, reason="data.rows still takes the normalisation of answers from evaluation")
 def test_no_import_climbs() -> None:
     graph = import_graph({path: text for path, text in sources(*ROOMS).items() if path != "adapters/__init__.py"})
     found = climbs(graph, FLOORS)

@@ -13,7 +13,7 @@ from typing import Any
 
 from adapters.data.collate import PackedAnswer, PackedSequence, padded_length
 from adapters.data.examples import DataSet, Example, Stage
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt, PromptBuilder
 from adapters.data.views import draw_view, names_a_side
 from qformer.errors import UserError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.views import draw_view, names_a_side
 
 

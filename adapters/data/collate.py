@@ -15,7 +15,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_SLOT, Prompt
 from qformer.language import IGNORED
 from qformer.model import TokenBatch

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from qformer.errors import UserError
 
 Task = Literal["vqa", "caption", "reason"]

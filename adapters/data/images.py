@@ -1,4 +1,4 @@
-"""Pictures: any file, bytes or data URI in; one upright 8-bit RGB picture of bounded size out.
+"""Decoding: any file, bytes or data URI in; one upright 8-bit RGB picture of bounded size out.
 
 Every picture of training and of serving comes through `open_image`, so that both see the same pixels. Here is
 also the whole list of what can be wrong with a picture, each with a one-line message for its owner.
@@ -6,28 +6,22 @@ also the whole list of what can be wrong with a picture, each with a one-line me
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 import io
 import struct
 import zlib
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from adapters.data.image_ref import ImageRef, at_place, image_ref
 from adapters.data.views import cut_view
 from qformer.errors import UserError
 
 MAX_PIXELS = 64 * 2**20
 """The most pixels that are decoded: 8192 x 8192, which Pillow holds in 256 MiB."""
-
-MAX_FILE_BYTES = 256 * 2**20
-"""The largest file that is read into memory."""
 
 # Only formats whose decoders stay inside Pillow: its EPS reader, for one, would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -57,131 +51,6 @@ _DECODING_ERRORS = (
 )
 
 
-@dataclass(frozen=True)
-class ImageRef:
-    """A picture that has not been opened yet: a file, or its bytes.
-
-    Args:
-        label: how the user wrote it, for messages.
-        path: the file, or None where `data` holds the picture.
-        data: the encoded bytes (PNG, JPEG, …), or None where `path` names the file.
-        where: the file and row that first named it, for messages; two references are equal without it.
-        view: 0 is the picture itself; others show a part of it (`adapters.data.views`) when they are opened.
-    """
-
-    label: str
-    path: Path | None = None
-    data: bytes | None = None
-    where: str = field(default="", compare=False)
-    view: int = 0
-
-    def __post_init__(self) -> None:
-        """Hold exactly one of file and bytes."""
-        if (self.path is None) == (self.data is None):
-            raise ValueError("ImageRef takes either path or data")
-
-    def read(self) -> bytes:
-        """Return the encoded bytes; UserError where the file is missing, unreadable or over the cap."""
-        if self.data is not None:
-            return self.data
-        with self._open() as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise UserError(f"{_subject(self)} is larger than {MAX_FILE_BYTES >> 20} MiB: save it smaller")
-        return data
-
-    def digest(self) -> str:
-        """Return what tells this picture, in this view, from all others: 64 hex digits.
-
-        Of the picture itself it is `content_digest`.
-        """
-        return self._digest
-
-    def content_digest(self) -> str:
-        """Return the SHA-256 of the bytes in hex; a file is read once, then the value is remembered."""
-        return self._content_digest
-
-    def seen_as(self, view: int) -> ImageRef:
-        """Another view of the same picture; its bytes are not read again to know it."""
-        if view == self.view:
-            return self
-        other = replace(self, view=view)
-        other.__dict__["_content_digest"] = self._content_digest
-        return other
-
-    @cached_property
-    def _digest(self) -> str:
-        content = self._content_digest
-        return hashlib.sha256(f"{content}:{self.view}".encode()).hexdigest() if self.view else content
-
-    @cached_property
-    def _content_digest(self) -> str:
-        if self.data is not None:
-            return hashlib.sha256(self.data).hexdigest()
-        with self._open() as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def _open(self) -> io.BufferedReader:
-        assert self.path is not None  # by __post_init__
-        try:
-            if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for ever
-                raise UserError(f"{_subject(self)} is not a file: give the path of a picture")
-            return self.path.open("rb")
-        except FileNotFoundError:
-            raise UserError(f"{_subject(self)} is not there: correct the path or put the file there") from None
-        except (OSError, ValueError) as error:  # ValueError: a null character in the name
-            raise UserError(f"{_subject(self)} cannot be read ({error}): give the path of a picture") from error
-
-
-def _subject(ref: ImageRef) -> str:
-    return f"{ref.where}: image '{ref.label}'" if ref.where else f"image '{ref.label}'"
-
-
-def image_ref(text: str, *, base: Path | None = None, where: str = "") -> ImageRef:
-    """Turn what a user wrote into a reference, without opening anything.
-
-    Args:
-        text: a path, or a base64 data URI.
-        base: the folder that a relative path starts from; None: the working folder.
-        where: the file and row for messages.
-
-    Raises:
-        UserError: nothing written, a web address, or a data URI that is not base64.
-    """
-    if not text.strip():
-        raise UserError(_at(where, "the image is empty: give a path or a base64 data URI"))
-    if text.startswith("data:"):
-        label = text if len(text) <= 48 else f"{text[:40]}… ({len(text)} characters)"
-        return ImageRef(label, data=_data_uri_bytes(text, label, where), where=where)
-    if "://" in text[:12]:
-        raise UserError(_at(where, f"image '{text}' is a web address: download it first and give its path"))
-    path = Path(text).expanduser()
-    return ImageRef(text, path=path if base is None else base / path, where=where)
-
-
-def _data_uri_bytes(text: str, label: str, where: str) -> bytes:
-    head, comma, body = text.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise UserError(_at(where, f"image '{label}' is not of the form 'data:image/png;base64,…'"))
-    try:
-        data = base64.b64decode("".join(body.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(_at(where, f"image '{label}' is broken base64 ({error}): encode it again")) from error
-    if not data:
-        raise UserError(_at(where, f"image '{label}' holds no data: encode the picture again"))
-    return data
-
-
-def _at(where: str, message: str) -> str:
-    return f"{where}: {message}" if where else message
-
-
-def blank_image() -> ImageRef:
-    """Return a mid-grey 16 x 16 picture: the control that shows what is answered without seeing."""
-    # PPM by hand: the same bytes, and so the same digest, with every Pillow.
-    return ImageRef("blank", data=b"P6\n16 16\n255\n" + bytes([128]) * (16 * 16 * 3))
-
-
 def open_image(source: ImageRef | Path | str | bytes | Image.Image, *, where: str = "") -> Image.Image:
     """Decode one picture completely and return it as an upright RGB image in memory.
 
@@ -198,7 +67,7 @@ def open_image(source: ImageRef | Path | str | bytes | Image.Image, *, where: st
         UserError: the picture is missing, empty, damaged, of an unknown format or too large.
     """
     if isinstance(source, Image.Image):
-        return _finish(source, _at(where, "image"))
+        return _finish(source, at_place(where, "image"))
     if isinstance(source, bytes):
         ref = ImageRef("bytes", data=source, where=where)
     elif isinstance(source, str):
@@ -207,8 +76,8 @@ def open_image(source: ImageRef | Path | str | bytes | Image.Image, *, where: st
         ref = ImageRef(str(source), path=source, where=where)
     else:
         ref = replace(source, where=where) if where else source
-    with io.BytesIO(ref.data) if ref.data is not None else ref._open() as file:
-        picture = _finish(_open_header(file, _subject(ref)), _subject(ref), file)
+    with ref.open() as file:
+        picture = _finish(_open_header(file, ref.subject), ref.subject, file)
     return cut_view(picture, ref.content_digest(), ref.view) if ref.view else picture
 
 
@@ -257,7 +126,7 @@ def _finish(picture: Image.Image, subject: str, file: BinaryIO | None = None) ->
 
 
 def _reduce_on_load(picture: Image.Image, file: BinaryIO | None) -> bool:
-    """Ask a JPEG's decoder for the largest of 1/2, 1/4 and 1/8 that fits the cap; False where it cannot."""
+    """Ask a JPEG's decoder for the largest of 1/2, 1/4 and 1/8 that fits the cap; False if it cannot."""
     if picture.format not in ("JPEG", "MPO") or file is None:
         return False
     # A progressive file, or one with a scan for each channel, is held as coefficients (6 bytes a pixel) at

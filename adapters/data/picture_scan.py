@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from adapters.data.examples import Example, Fault
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from qformer.errors import UserError
 
 _THREADS = min(4, os.cpu_count() or 1)

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from adapters.data.lettering import Lettering
 from adapters.data.readers import no_rows, read_rows
 from qformer.errors import UserError

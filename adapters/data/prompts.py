@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from qformer.errors import UserError
 
 IMAGE_MARK = "<image>"

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adapters.data.answers import normalise
 from adapters.data.examples import Example, Task
 from adapters.data.formats import RawRow, kind_of, shorten
-from adapters.data.images import ImageRef, image_ref
+from adapters.data.image_ref import ImageRef, image_ref
 from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK
-from adapters.evaluation.vqa import normalise
 from qformer.errors import UserError
 
 IMAGE_FIELDS = ("image", "file_name", "images")  # the second as in an imagefolder's metadata

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.data.formats import RawRow, kind_of, shorten
-from adapters.data.images import blank_image
+from adapters.data.image_ref import blank_image
 from qformer.errors import UserError
 
 TERMS = "ScienceQA (Lu et al. 2022) - CC BY-NC-SA 4.0"

@@ -1,8 +1,8 @@
-"""Other views of a training picture: a part, a mirrored part, and so on in turn.
+"""Other views of a training picture: a part and a mirrored part by turns.
 
-The frozen encoder's features are kept on disk, so a bridge sees the same few thousand inputs again and again, and
-learns them by heart. A handful of views of each picture costs encoding and disk, once. BLIP's pretraining (arXiv
-2201.12086, section 4.1) crops too; nothing is mirrored where words say which side.
+The frozen encoder's features are kept on disk, so without views a bridge sees the same few thousand inputs in
+every epoch and memorises them. A handful of views of each picture costs encoding and disk, once. BLIP's pretraining
+(arXiv 2201.12086, section 4.1) crops too; no picture is mirrored if its words name a side.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import math
 import random
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-if TYPE_CHECKING:
-    from adapters.data.images import ImageRef  # which cuts the views it opens
+from adapters.data.image_ref import ImageRef
 
 _AREA = (0.5, 1.0)  # of the picture
 _ASPECT = (3 / 4, 4 / 3)  # of the part's width to its height, beside the picture's own
@@ -56,7 +54,7 @@ def cut_view(picture: Image.Image, digest: str, view: int) -> Image.Image:
 
     Args:
         picture: the whole.
-        digest: of the picture's bytes. Part and mirroring hang on it and on the number alone.
+        digest: of the picture's bytes. Part and mirroring depend on it and on the number alone.
         view: its number.
     """
     if not view:

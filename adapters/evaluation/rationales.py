@@ -10,9 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from adapters.data.answers import normalise
 from adapters.evaluation.caption_tokens import caption_tokens
 from adapters.evaluation.captions import rouge_l
-from adapters.evaluation.vqa import normalise
 from qformer.errors import UserError
 
 
@@ -53,7 +53,7 @@ def score_reasons(
 ) -> dict[str, float]:
     """Score what a model answered and why.
 
-    An answer is right if it equals the given one, both normalised (`adapters.evaluation.vqa.normalise`). One that
+    An answer is right if it equals the given one, both normalised (`adapters.data.answers.normalise`). One that
     equals none of its choices is wrong and counted: the nearest choice is not guessed.
 
     Args:

@@ -8,6 +8,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from adapters.data.answers import answer_set, normalise
+
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {
     word: str(number)
@@ -16,16 +18,6 @@ _NUMBERS = {
     )
 } | {"none": "0"}
 _SPACE_FOR = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`?!]")
-
-
-def normalise(answer: str) -> str:
-    """Lower case, underscores as spaces, single spaces, no full stop at the end."""
-    return " ".join(answer.lower().replace("_", " ").split()).rstrip(".").strip()
-
-
-def answer_set(answer: str) -> frozenset[str]:
-    """An answer that is a comma-separated list, as a set of its normalised items."""
-    return frozenset(item for item in (normalise(part) for part in answer.split(",")) if item)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:

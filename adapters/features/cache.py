@@ -26,7 +26,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.features import files as feature_files
 from adapters.features.files import EncoderFiles
 from adapters.features.prefetch import decoded_batches

@@ -13,7 +13,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from qformer.errors import UserError
 
 _THREADS = min(4, os.cpu_count() or 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters.data.batches import prompt_for
 from adapters.data.collate import PackedAnswer, PackedSequence, collate_encoder_decoder, collate_packed, collate_prompts
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt
 from adapters.loading.assembly import Assembly
 from qformer.decoding import Decoding

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef, blank_image
+from adapters.data.image_ref import ImageRef, blank_image
 from adapters.inference.reasoning import Passes, ReasonedAnswer, reason_examples, trained_reasoning_mode
 from adapters.loading.assembly import Assembly
 from qformer.decoding import Decoding

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.loading.vision_side import MAX_TEXT, VisionSide
 from qformer.objectives import similarity
 from qformer.representation import RepresentationModel

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features.cache import FeatureCache
 from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side

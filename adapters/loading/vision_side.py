@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.features.cache import FeatureCache
 from adapters.loading.weight_deltas import WeightDelta, read_weight_delta
 from adapters.recipe import BridgeSection, Recipe

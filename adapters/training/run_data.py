@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from accelerate.utils import broadcast_object_list
 
 from adapters.data.examples import DataSet, merge, repeat, split_by_image
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.readers import read_data
 from adapters.features.cache import FeatureCache
 from adapters.recipe import Recipe, Sources, SourceSection

@@ -16,7 +16,7 @@ import torch
 from adapters.data.batches import Step
 from adapters.data.collate import PackedAnswer
 from adapters.data.examples import DataSet, Example
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt
 from adapters.evaluation.caption_tokens import caption_tokens
 from adapters.evaluation.captions import Cider, score_captions

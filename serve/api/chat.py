@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from adapters.data.images import ImageRef, image_ref
+from adapters.data.image_ref import ImageRef, image_ref
 from qformer.errors import UserError
 from serve.api.errors import ApiError, closing, fault, too_busy, too_slow
 from serve.api.image_fetch import ImageFetcher

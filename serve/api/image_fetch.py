@@ -15,7 +15,7 @@ from functools import cache
 
 import httpx
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from qformer.errors import UserError
 
 FETCH_SECONDS = 10.0  # for all pictures of a request, redirects included

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.inference.reasoning import ReasoningMode, trained_reasoning_mode
 from qformer.decoding import Decoding
 from qformer.errors import UserError

@@ -86,7 +86,8 @@ def decoding_over(preset: str | None, beams: int | None, max_new_tokens: int | N
 
 def check_pictures(names: Sequence[str]) -> None:
     """Open every picture before the models are loaded: a mistake is told at once."""
-    from adapters.data.images import image_ref, open_image
+    from adapters.data.image_ref import image_ref
+    from adapters.data.images import open_image
 
     for name in names:
         open_image(image_ref(name))

@@ -25,7 +25,8 @@ def look(
     as_json: JsonOption = False,
 ) -> None:
     """Draw where the bridge looks in a picture: the attention of its queries."""
-    from adapters.data.images import image_ref, open_image
+    from adapters.data.image_ref import image_ref
+    from adapters.data.images import open_image
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--out {out}: name a .png or .jpg file")

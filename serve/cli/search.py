@@ -27,7 +27,8 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find pictures in a folder by words, or by a picture."""
-    from adapters.data.images import ImageRef, image_ref, open_image
+    from adapters.data.image_ref import ImageRef, image_ref
+    from adapters.data.images import open_image
     from serve.retrieval import PictureIndex, find_folder, load_retriever
 
     if (text is None) == (image is None):
@@ -62,7 +63,8 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Name what a picture shows, among labels of your own."""
-    from adapters.data.images import image_ref, open_image
+    from adapters.data.image_ref import image_ref
+    from adapters.data.images import open_image
     from serve.retrieval import TEMPLATES, load_retriever
     from serve.retrieval import classify as run
 

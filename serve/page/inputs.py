@@ -12,7 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.page.security import inside

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from tiny import save_tiny_bert, save_tiny_efficientnet, tiny_values
 
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from adapters.loading.vision_side import VisionSide, load_vision_side
 from adapters.recipe import parse_recipe
 from qformer.bridge import QFormer

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef, image_ref
+from adapters.data.image_ref import ImageRef, image_ref
 from qformer.errors import UserError
 from qformer.language import Decoding
 from serve.adapter import ImageInput, LoadedAdapter, default_adapter, load_adapter, picture_ref

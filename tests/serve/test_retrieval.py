@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny import COLOURS, draw_captions, save_tiny_bert, tiny_values
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.pretrain import pretrain
 from adapters.recipe import parse_recipe
 from qformer.errors import UserError

@@ -8,7 +8,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from serve.attention import CAVEAT, Attention, describe, draw, look
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext
 from serve.page.inputs import told_on_the_page, uploaded, whole

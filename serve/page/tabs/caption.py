@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine

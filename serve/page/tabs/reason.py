@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from qformer.decoding import Decoding
 from serve.adapter import checked_choices
 from serve.engine import Engine

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from adapters.artefact.artefact import vision_side_fingerprint
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from adapters.inference.retrieval import Retriever
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter

@@ -11,7 +11,7 @@ from tiny import draw_captions, draw_data, tiny_values
 from transformers import AutoTokenizer
 
 from adapters.data.batches import TokenisedPicture, TokenisedQuestion, plan_epoch, plan_validation, tokenise
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder
 from adapters.data.readers import read_data
 from adapters.recipe import parse_recipe

@@ -17,7 +17,7 @@ from adapters.data.collate import (
     collate_prompts,
     packed_mask,
 )
-from adapters.data.images import blank_image
+from adapters.data.image_ref import blank_image
 from adapters.data.prompts import IMAGE_SLOT, Prompt
 from qformer.language import IGNORED
 from qformer.language_loading import load_language_model

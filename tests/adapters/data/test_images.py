@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from adapters.data import image_ref as image_refs
 from adapters.data import images
-from adapters.data.images import MAX_PIXELS, ImageRef, blank_image, image_ref, open_image
+from adapters.data.image_ref import ImageRef, blank_image, image_ref
+from adapters.data.images import MAX_PIXELS, open_image
 from qformer.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -321,7 +323,7 @@ def test_the_cap_holds_for_other_formats_and_open_images(monkeypatch: pytest.Mon
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(image_refs, "MAX_FILE_BYTES", 1000)
     path = tmp_path / "large.bmp"
     path.write_bytes(encoded(photo(), "BMP"))
     with pytest.raises(UserError, match="larger than"):

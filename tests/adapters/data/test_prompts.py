@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import make_tokenizer
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle, Turn
 from qformer.errors import UserError
 

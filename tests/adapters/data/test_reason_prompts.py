@@ -11,7 +11,7 @@ from tiny import make_tokenizer
 
 from adapters.data.batches import TokenisedPicture, plan_epoch, prompt_for, tokenise
 from adapters.data.examples import DataSet, Example, Stage, merge
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle
 from adapters.data.readers import read_data
 from qformer.errors import UserError

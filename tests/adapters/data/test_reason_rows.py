@@ -11,7 +11,7 @@ import pytest
 from data_rows import CAPTION, VQA, complaint
 
 from adapters.data.check import check_data
-from adapters.data.images import blank_image
+from adapters.data.image_ref import blank_image
 from adapters.data.readers import read_data
 
 REASON = {

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from adapters.data.batches import TokenisedPicture, TokenisedQuestion, plan_epoch, plan_validation, tokenise
 from adapters.data.caption_batches import CaptionedPicture, draw_batch, image_numbers
 from adapters.data.examples import DataSet, Example
-from adapters.data.images import ImageRef, open_image
+from adapters.data.image_ref import ImageRef
+from adapters.data.images import open_image
 from adapters.data.prompts import PromptBuilder
 from adapters.data.views import all_views, cut_view, draw_view, names_a_side
 from adapters.features.prefetch import decoded_batches
@@ -78,7 +79,7 @@ def test_a_file_is_read_once_for_all_its_views(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "a.png"
     path.write_bytes(picture(1).data or b"")
     opened = []
-    monkeypatch.setattr(ImageRef, "_open", lambda self, was=ImageRef._open: opened.append(self) or was(self))
+    monkeypatch.setattr(ImageRef, "open", lambda self, was=ImageRef.open: opened.append(self) or was(self))
     image = ImageRef("a.png", path=path)
     views = all_views([image] * 3, 4)
     rng = random.Random(0)

@@ -17,7 +17,7 @@ import torch
 from fake_encoder import IDENTITY, FakeEncoder, expected, files, picture, pictures
 from torch import Tensor
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.features import files as feature_files
 from adapters.features.cache import FeatureCache, encoder_key
 from qformer.errors import UserError

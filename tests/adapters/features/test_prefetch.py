@@ -12,7 +12,7 @@ from fake_encoder import picture, pictures
 from PIL import Image
 from torch import Tensor
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.features.prefetch import decoded_batches
 from qformer.errors import UserError
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.inference.answering import Generator, Request, answer_examples
 from adapters.loading.assembly import Assembly, assemble
 from adapters.recipe import parse_recipe

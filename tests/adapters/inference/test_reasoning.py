@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapters.data.examples import Example
-from adapters.data.images import ImageRef, blank_image
+from adapters.data.image_ref import ImageRef, blank_image
 from adapters.data.prompts import PromptStyle
 from adapters.inference import reasoning
 from adapters.inference.reasoning import ReasonedAnswer, reason_examples, reasoning_mode, validate_reasons

@@ -12,7 +12,7 @@ import torch
 from data_rows import write_jsonl
 from tiny import draw_captions, save_tiny_bert, save_tiny_efficientnet
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.readers import read_data
 from adapters.features.cache import FeatureCache
 from adapters.loading.weight_deltas import read_weight_delta

@@ -12,7 +12,7 @@ import pytest
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from page_server import draw_data
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt, Turn
 from adapters.inference.answering import Request
 from qformer.decoding import Decoding

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import COLOURS, draw_captions, draw_data, save_tiny_bert, tiny_values
 from torch import Tensor
 
-from adapters.data.images import ImageRef
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Turn
 from adapters.finetune import finetune
 from adapters.inference.retrieval import Retriever

@@ -1,0 +1,13 @@
+"""The form in which short answers are compared."""
+
+from __future__ import annotations
+
+
+def normalise(answer: str) -> str:
+    """Lower case, underscores as spaces, single spaces, no full stop at the end."""
+    return " ".join(answer.lower().replace("_", " ").split()).rstrip(".").strip()
+
+
+def answer_set(answer: str) -> frozenset[str]:
+    """An answer that is a comma-separated list, as a set of its normalised items."""
+    return frozenset(item for item in (normalise(part) for part in answer.split(",")) if item)
