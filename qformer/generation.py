@@ -1,22 +1,20 @@
-"""Generation by transformers, looked on at: prompts that go on from a kept prefix, and each token's probability."""
+"""Generation by transformers: prompts that continue a cached prefix, and the probability of each token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, StoppingCriteria
+from transformers import DynamicCache, PretrainedConfig, StoppingCriteria, StoppingCriteriaList
 
 from qformer.decoding import Decoding
+from qformer.language import LanguageModel
 from qformer.lm_head import logits_at
-
-if TYPE_CHECKING:
-    from qformer.language import LanguageModel
 
 _LOGITS_AT_ONCE = 512  # positions: those of a whole batch of long answers would take gigabytes
 
@@ -60,7 +58,7 @@ class TokenObserver(StoppingCriteria):
     """Looks on while transformers generates: the probability of each token, and a caller that may end rows.
 
     Args:
-        on_step: as `LanguageModel.generate` takes it.
+        on_step: as `generate` takes it.
         skip: tokens that stand before the first new one.
     """
 
@@ -128,7 +126,7 @@ def generation_options(decoding: Decoding, *, pad_id: int, stop_ids: list[int]) 
 
 
 def stack_prefixes(prefixes: Sequence[PrefixCache | None], config: PretrainedConfig) -> tuple[DynamicCache, Tensor]:
-    """Beginnings as one cache, shorter ones padded on the left, and their mask [B, T] long.
+    """Prefixes as one cache, shorter ones padded on the left, and their mask [B, T] long.
 
     Args:
         prefixes: one a row, at least one of them there.
@@ -140,12 +138,12 @@ def stack_prefixes(prefixes: Sequence[PrefixCache | None], config: PretrainedCon
     layers = []
     for number, pair in enumerate(some.layers):
         shapes = [(len(prefixes), part.shape[0], length, part.shape[2]) for part in pair]
-        stack_prefixes = [part.new_zeros(shape) for part, shape in zip(pair, shapes, strict=True)]
+        stacked = [part.new_zeros(shape) for part, shape in zip(pair, shapes, strict=True)]
         for row, prefix in enumerate(prefixes):
             if prefix:
-                for whole, part in zip(stack_prefixes, prefix.layers[number], strict=True):
+                for whole, part in zip(stacked, prefix.layers[number], strict=True):
                     whole[row, :, length - len(prefix) :] = part
-        layers.append((stack_prefixes[0], stack_prefixes[1]))
+        layers.append((stacked[0], stacked[1]))
     for row, prefix in enumerate(prefixes):
         mask[row, length - (len(prefix) if prefix else 0) :] = 1
     return DynamicCache(layers, config=config), mask
@@ -158,7 +156,7 @@ class PartlyRead:
         language: reads them.
         embeds: [B, T, D_l]; what comes after the prefixes.
         mask: [B, T].
-        prefixes: as `LanguageModel.generate` takes them.
+        prefixes: as `generate` takes them.
 
     Attributes:
         embeds: [B, T, D_l], what is still to be read.
@@ -234,3 +232,58 @@ class PartlyRead:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         with self.language.autocast(), logits_at(self.language.base, (slice(None), wanted)):
             return cast(Tensor, self.language.model(**inputs, use_cache=cache is not None).logits)
+
+
+@torch.no_grad()
+def prefill(language: LanguageModel, inputs_embeds: Tensor) -> list[PrefixCache]:
+    """Read the first parts of prompts, all of one length and unpadded, [B, T, D_l], if `can_reuse_prefix`."""
+    with language.evaluating(), language.autocast(), logits_at(language.base, (slice(None), slice(-1, None))):
+        cache = language.model(inputs_embeds=inputs_embeds.to(language.compute_dtype), use_cache=True).past_key_values
+    return [
+        PrefixCache(tuple((layer.keys[row].clone(), layer.values[row].clone()) for layer in cache.layers))
+        for row in range(len(inputs_embeds))
+    ]
+
+
+@torch.no_grad()
+def generate(
+    language: LanguageModel,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor,
+    decoding: Decoding,
+    *,
+    prefixes: Sequence[PrefixCache | None] | None = None,
+    on_step: OnStep | None = None,
+    stopped: Callable[[], bool] | None = None,
+) -> Generated:
+    """Continue prompts that are padded on the left (on the right for an encoder-decoder).
+
+    Args:
+        language: writes.
+        inputs_embeds: [B, T, D_l]; what comes after the prefixes.
+        attention_mask: [B, T].
+        decoding: how tokens are chosen.
+        prefixes: what `prefill` gave for each row; None for a row that starts with `inputs_embeds`.
+        on_step: called after each token with all new ones, [B, N], and their log-probabilities; what it returns,
+            bool [B], ends rows. Not in beam search, which may still change its mind.
+        stopped: looked at after each token of a beam search; True ends it with what was found.
+    """
+    options = generation_options(decoding, pad_id=language.tokenizer.pad_token_id, stop_ids=language.stop_ids)
+    # a decoder starts from a start token, which is no answer's
+    observer = TokenObserver(on_step, skip=int(language.is_encoder_decoder)) if decoding.num_beams == 1 else None
+    if observer is not None:
+        options["stopping_criteria"] = StoppingCriteriaList([observer])
+    elif stopped is not None:
+        options["stopping_criteria"] = StoppingCriteriaList([StopWhenAsked(stopped)])
+    with language.evaluating():
+        prompts = PartlyRead(language, inputs_embeds, attention_mask, prefixes)
+        if observer is None and language.can_reuse_prefix:
+            prompts.read_on()
+        with (
+            language.autocast(),
+            logits_at(language.base, (slice(None), slice(-1, None))),
+            observer.over(language.base) if observer else nullcontext(),
+        ):
+            ids = language.model.generate(**prompts.inputs(decoding.num_beams), **options)
+        log_probs = torch.cat(observer.log_probs, dim=1) if observer is not None else prompts.log_probs(ids)
+    return Generated(ids[:, 1:] if language.is_encoder_decoder else ids, log_probs)

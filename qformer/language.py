@@ -7,8 +7,8 @@ Only LoRA's matrices are ever trainable here (QLoRA, arXiv 2305.14314).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,21 +21,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer
 
-from qformer.decoding import Decoding
 from qformer.errors import UserError, first_line
-from qformer.generation import (
-    Generated,
-    OnStep,
-    PartlyRead,
-    PrefixCache,
-    StopWhenAsked,
-    TokenObserver,
-    generation_options,
-)
 from qformer.lm_head import logits_at
 from qformer.lora import LoraSettings, speed_up_lora
 from qformer.precision import keep_four_bit_trainable
@@ -237,62 +226,18 @@ class LanguageModel(nn.Module):
             logits = self.model(**inputs, use_cache=False).logits  # [N, V]
         return logits.float(), targets
 
-    @torch.no_grad()
-    def read(self, inputs_embeds: Tensor) -> list[PrefixCache]:
-        """Read the first parts of prompts, all of one length and unpadded, [B, T, D_l], if `can_reuse_prefix`."""
-        was_training = self.training
-        self.eval()  # checkpointing would switch the cache off
-        with self.autocast(), logits_at(self.base, (slice(None), slice(-1, None))):
-            cache = self.model(inputs_embeds=inputs_embeds.to(self.compute_dtype), use_cache=True).past_key_values
-        self.train(was_training)
-        return [
-            PrefixCache(tuple((layer.keys[row].clone(), layer.values[row].clone()) for layer in cache.layers))
-            for row in range(len(inputs_embeds))
-        ]
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode for a while; training mode comes back also if something raises.
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        decoding: Decoding,
-        *,
-        prefixes: Sequence[PrefixCache | None] | None = None,
-        on_step: OnStep | None = None,
-        stopped: Callable[[], bool] | None = None,
-    ) -> Generated:
-        """Continue prompts that are padded on the left (on the right for an encoder-decoder).
-
-        Args:
-            inputs_embeds: [B, T, D_l]; what comes after the prefixes.
-            attention_mask: [B, T].
-            decoding: how tokens are chosen.
-            prefixes: what `read` gave for each row; None for a row that starts with `inputs_embeds`.
-            on_step: called after each token with all new ones, [B, N], and their log-probabilities; what it returns,
-                bool [B], ends rows. Not in beam search, which may still change its mind.
-            stopped: looked at after each token of a beam search; True ends it with what was found.
+        Generation needs it: with checkpointing on, a model in training mode keeps no cache.
         """
-        options = generation_options(decoding, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids)
-        # a decoder starts from a start token, which is no answer's
-        watch = TokenObserver(on_step, skip=int(self.is_encoder_decoder)) if decoding.num_beams == 1 else None
-        if watch is not None:
-            options["stopping_criteria"] = StoppingCriteriaList([watch])
-        elif stopped is not None:
-            options["stopping_criteria"] = StoppingCriteriaList([StopWhenAsked(stopped)])
         was_training = self.training
-        self.eval()  # checkpointing would switch the cache off
-        prompts = PartlyRead(self, inputs_embeds, attention_mask, prefixes)
-        if watch is None and self.can_reuse_prefix:
-            prompts.read_on()
-        with (
-            self.autocast(),
-            logits_at(self.base, (slice(None), slice(-1, None))),
-            watch.over(self.base) if watch else nullcontext(),
-        ):
-            ids = self.model.generate(**prompts.inputs(decoding.num_beams), **options)
-        log_probs = torch.cat(watch.log_probs, dim=1) if watch is not None else prompts.log_probs(ids)
-        self.train(was_training)
-        return Generated(ids[:, 1:] if self.is_encoder_decoder else ids, log_probs)
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     @property
     def stop_ids(self) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qformer.bridge import QFormer
 from qformer.decoding import Decoding
-from qformer.generation import Generated, OnStep, PrefixCache
+from qformer.generation import Generated, OnStep, PrefixCache, generate, prefill
 from qformer.language import LanguageModel
 from qformer.objectives import Heads
 from qformer.simple_bridges import SimpleBridge
@@ -133,9 +133,9 @@ class VisionLanguageModel(nn.Module):
         )
 
     @torch.no_grad()
-    def read(self, batch: TokenBatch, image_embeddings: Tensor) -> list[PrefixCache]:
+    def prefill(self, batch: TokenBatch, image_embeddings: Tensor) -> list[PrefixCache]:
         """Read the first parts of prompts, all of one length; images' vectors [I, Q, D_l] in reading order."""
-        return self.language.read(self.place(batch, image_embeddings))
+        return prefill(self.language, self.place(batch, image_embeddings))
 
     @torch.no_grad()
     def generate(
@@ -148,8 +148,9 @@ class VisionLanguageModel(nn.Module):
         on_step: OnStep | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Generated:
-        """Answers to prompts, or to what comes after their prefixes; see `LanguageModel.generate`."""
-        return self.language.generate(
+        """Answers to prompts, or to what comes after their prefixes; see `qformer.generation.generate`."""
+        return generate(
+            self.language,
             self.place(batch, image_embeddings),
             batch.attention_mask,
             decoding,

@@ -201,9 +201,9 @@ def make_questions(data: Path, part: str) -> None:
     from adapters.data.caption_questions import choose_questions
     from adapters.data.readers import read_data
 
-    group_captions = read_data(data / "flickr8k" / f"captions_{part}.jsonl", task="caption").examples
-    chosen = choose_questions([row.answers for row in group_captions], most=4)
-    made = [(row, one.question, one.answer) for row, each in zip(group_captions, chosen, strict=True) for one in each]
+    captioned_rows = read_data(data / "flickr8k" / f"captions_{part}.jsonl", task="caption").examples
+    chosen = choose_questions([row.answers for row in captioned_rows], most=4)
+    made = [(row, one.question, one.answer) for row, each in zip(captioned_rows, chosen, strict=True) for one in each]
     rooms = read_data(data / "daquar" / f"questions_{part}.jsonl", task="vqa").examples
     spelt = [(row, row.question, row.answer.replace("_", " ")) for row in rooms]
     MADE.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ class LoadedAdapter:
         self.assembly = assembly
         self.facts = facts
         self.name = name
-        self.answer_adapter = Generator(assembly, keep_bytes=KEPT_BYTES)
+        self.generator = Generator(assembly, keep_bytes=KEPT_BYTES)
 
     def fingerprint(self) -> str:
         """`sha256:…` of the adapter: another one means that the same question may get another answer."""
@@ -73,9 +73,9 @@ class LoadedAdapter:
         self, pictures: ImageInput | Sequence[ImageInput], question: str, *, decoding: Decoding | None = None
     ) -> Completion:
         """As `ask`, with the answer's confidence."""
-        return self.answer_adapter(
-            [self.asked([user_turn(pictures, question)])], decoding or self.default_decoding("vqa")
-        )[0]
+        return self.generator([self.asked([user_turn(pictures, question)])], decoding or self.default_decoding("vqa"))[
+            0
+        ]
 
     def choose(
         self, pictures: ImageInput | Sequence[ImageInput], question: str, choices: Sequence[str]
@@ -86,7 +86,7 @@ class LoadedAdapter:
             UserError: a picture cannot be read, the question is empty, or there are fewer than two choices.
         """
         named = checked_choices(choices)
-        (shares,) = self.answer_adapter.choose([self.asked([user_turn(pictures, question)])], [named])
+        (shares,) = self.generator.choose([self.asked([user_turn(pictures, question)])], [named])
         return ranked(named, shares)
 
     def caption(self, picture: ImageInput, *, language: str = "en", decoding: Decoding | None = None) -> str:
@@ -95,9 +95,9 @@ class LoadedAdapter:
         Raises:
             UserError: the picture cannot be read, or the language is not known.
         """
-        return self.answer_adapter(
-            [self.asked_caption(picture, language)], decoding or self.default_decoding("caption")
-        )[0].text
+        return self.generator([self.asked_caption(picture, language)], decoding or self.default_decoding("caption"))[
+            0
+        ].text
 
     def answer(
         self,

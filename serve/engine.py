@@ -119,7 +119,7 @@ class Engine:
             Busy: too many wait.
         """
         loaded = self.adapter(adapter)
-        pending = _ticket(loaded, loaded.asked(turns), decoding or Decoding())
+        pending = _pending_answer(loaded, loaded.asked(turns), decoding or Decoding())
         pending.stops = tuple(stops)
         return self._submit(pending)
 
@@ -134,7 +134,7 @@ class Engine:
         """Describe a picture; raises as `chat`."""
         loaded = self.adapter(adapter)
         return self._submit(
-            _ticket(loaded, loaded.asked_caption(picture, language), decoding or Decoding.preset("caption"))
+            _pending_answer(loaded, loaded.asked_caption(picture, language), decoding or Decoding.preset("caption"))
         )
 
     def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> PendingAnswer:
@@ -166,22 +166,22 @@ class Engine:
             return self._submit(
                 PendingAnswer(loaded, loaded.checked(asked), Decoding(), tuple(choices), worded), admitted
             )
-        return self._submit(_ticket(loaded, loaded.checked(asked), decoding or Decoding()), admitted)
+        return self._submit(_pending_answer(loaded, loaded.checked(asked), decoding or Decoding()), admitted)
 
     def run(
-        self, errand: Callable[[LoadedAdapter], T], *, adapter: str | None = None, admitted: bool = False
+        self, job: Callable[[LoadedAdapter], T], *, adapter: str | None = None, admitted: bool = False
     ) -> Future[T]:
         """Have the engine's thread do something else with an adapter's models, in its turn.
 
         Args:
-            errand: what is done.
+            job: what is done.
             adapter: with which models; the default's where left out.
             admitted: as in `submit`.
 
         Raises:
             Busy: too many wait.
         """
-        waiting = _Job(self.adapter(adapter), errand)
+        waiting = _Job(self.adapter(adapter), job)
         self._submit(waiting, admitted)
         return waiting.future
 
@@ -259,14 +259,14 @@ class Engine:
 class _Job:
     """Something else that is done in the engine's thread."""
 
-    def __init__(self, adapter: LoadedAdapter, errand: Callable[[LoadedAdapter], Any]) -> None:
+    def __init__(self, adapter: LoadedAdapter, job: Callable[[LoadedAdapter], Any]) -> None:
         self.adapter = adapter
-        self.errand = errand
+        self.job = job
         self.future: Future[Any] = Future()
 
     def do(self) -> None:
         if self.future.set_running_or_notify_cancel():
-            self.future.set_result(self.errand(self.adapter))
+            self.future.set_result(self.job(self.adapter))
 
     def _fail(self, error: BaseException) -> None:
         if not self.future.done():
@@ -276,37 +276,37 @@ class _Job:
 _Request = TypeVar("_Request", PendingAnswer, _Job)
 
 
-def _ticket(adapter: LoadedAdapter, asked: Request, decoding: Decoding) -> PendingAnswer:
+def _pending_answer(adapter: LoadedAdapter, asked: Request, decoding: Decoding) -> PendingAnswer:
     return PendingAnswer(adapter, asked, adapter.fitting(asked, decoding))
 
 
 def _batch_key(pending: PendingAnswer) -> tuple[object, ...]:
-    """Tickets with equal keys are generated together: lengths may differ, unless beams are searched."""
+    """Pending answers with equal keys are generated together: lengths may differ, unless beams are searched."""
     decoding = pending.decoding if pending.decoding.num_beams > 1 else replace(pending.decoding, max_new_tokens=1)
     return (id(pending.adapter), decoding, bool(pending.choices))
 
 
-def _have_room(pendings: Sequence[PendingAnswer]) -> bool:
+def _have_room(pending_answers: Sequence[PendingAnswer]) -> bool:
     """Whether every prompt could be followed by the longest of the answers: a row that is done is still counted on."""
-    longest = pendings[0].adapter.context_length
-    prompt = max(len(pending.asked.prompt.ids) for pending in pendings)
-    return longest is None or prompt + max(pending.decoding.max_new_tokens for pending in pendings) <= longest
+    longest = pending_answers[0].adapter.context_length
+    prompt = max(len(pending.asked.prompt.ids) for pending in pending_answers)
+    return longest is None or prompt + max(pending.decoding.max_new_tokens for pending in pending_answers) <= longest
 
 
-def _answer(pendings: Sequence[PendingAnswer]) -> None:
+def _answer(pending_answers: Sequence[PendingAnswer]) -> None:
     """Answer requests that belong together."""
-    if not pendings:
+    if not pending_answers:
         return
-    adapter = pendings[0].adapter
-    readable = _those_that_can_be_read(pendings)
+    adapter = pending_answers[0].adapter
+    readable = _those_that_can_be_read(pending_answers)
     if not readable:
         return
 
     def stopped() -> bool:
         return all(pending.stopped for pending in readable)
 
-    if pendings[0].choices:
-        found = adapter.answer_adapter.choose(
+    if pending_answers[0].choices:
+        found = adapter.generator.choose(
             [pending.asked for pending in readable], [pending.worded for pending in readable], stopped=stopped
         )
         for pending, each in zip(readable, found, strict=True):
@@ -318,23 +318,23 @@ def _answer(pendings: Sequence[PendingAnswer]) -> None:
         return
 
     def on_step(said: list[Completion]) -> list[bool]:
-        return [_look(pending, one) for pending, one in zip(readable, said, strict=True)]
+        return [_pass_on(pending, one) for pending, one in zip(readable, said, strict=True)]
 
     decoding = replace(
-        pendings[0].decoding, max_new_tokens=max(pending.decoding.max_new_tokens for pending in readable)
+        pending_answers[0].decoding, max_new_tokens=max(pending.decoding.max_new_tokens for pending in readable)
     )
-    said = adapter.answer_adapter([pending.asked for pending in readable], decoding, on_step=on_step, stopped=stopped)
+    said = adapter.generator([pending.asked for pending in readable], decoding, on_step=on_step, stopped=stopped)
     for pending, one in zip(readable, said, strict=True):
         if not pending.done:
             _finish(pending, one)
 
 
-def _those_that_can_be_read(pendings: Sequence[PendingAnswer]) -> list[PendingAnswer]:
-    """Tickets whose pictures open; the others fail alone, not their company with them."""
+def _those_that_can_be_read(pending_answers: Sequence[PendingAnswer]) -> list[PendingAnswer]:
+    """Pending answers whose pictures open; the others fail alone, not their company with them."""
     good = []
-    for pending in pendings:
+    for pending in pending_answers:
         try:
-            if len(pendings) > 1 and not pending.adapter.answer_adapter.knows(pending.asked):
+            if len(pending_answers) > 1 and not pending.adapter.generator.knows(pending.asked):
                 for image in pending.asked.images:
                     open_image(image)
             good.append(pending)
@@ -343,7 +343,7 @@ def _those_that_can_be_read(pendings: Sequence[PendingAnswer]) -> list[PendingAn
     return good
 
 
-def _look(pending: PendingAnswer, said: Completion) -> bool:
+def _pass_on(pending: PendingAnswer, said: Completion) -> bool:
     """Tell a request what was written; whether that is enough."""
     if pending.done:
         return True

@@ -60,13 +60,13 @@ def reason(
         longest = rationale_tokens or adapter.assembly.recipe.reason.rationale_tokens
         first = asked_rationale(adapter, example, longest=longest, answer_adapter=second)
         thinking = adapter.fitting(first, replace(decoding, max_new_tokens=longest))
-        rationale = adapter.answer_adapter([first], thinking)[0].text
+        rationale = adapter.generator([first], thinking)[0].text
     asked = asked_answer(second, example, rationale or "")
     if not example.choices:
-        (said,) = second.answer_adapter([asked], second.fitting(asked, decoding))
+        (said,) = second.generator([asked], second.fitting(asked, decoding))
         return ReasonedAnswer(rationale, said.text, said.confidence)
     worded = [second.assembly.prompts.choice(choice, example.choices) for choice in example.choices]
-    (shares,) = second.answer_adapter.choose([asked], [worded])
+    (shares,) = second.generator.choose([asked], [worded])
     choices_by_share = ranked(example.choices, shares)
     best = next(iter(choices_by_share))
     return ReasonedAnswer(rationale, best, choices_by_share[best], choices_by_share)

@@ -62,7 +62,7 @@ class FakeEngine:
     def __init__(self, max_waiting: int = 64, max_batch: int = 16) -> None:
         self.max_waiting = max_waiting
         self.max_batch = max_batch
-        self.pendings: list[PendingAnswer] = []
+        self.pending: list[PendingAnswer] = []
         self.turns: list[Sequence[Turn]] = []
 
     def __enter__(self) -> FakeEngine:
@@ -73,7 +73,7 @@ class FakeEngine:
 
     @property
     def waiting(self) -> int:
-        return sum(not pending.done for pending in self.pendings)
+        return sum(not pending.done for pending in self.pending)
 
     def chat(
         self,
@@ -92,8 +92,8 @@ class FakeEngine:
 
     def asked(self, count: int = 1) -> PendingAnswer:
         """The request of the request that came as the `count`th."""
-        eventually(lambda: len(self.pendings) >= count)
-        return self.pendings[count - 1]
+        eventually(lambda: len(self.pending) >= count)
+        return self.pending[count - 1]
 
     def _take(
         self,
@@ -107,7 +107,7 @@ class FakeEngine:
         if self.waiting >= self.max_waiting and not admitted:
             raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
         pending = PendingAnswer(SimpleNamespace(name=adapter), asked, decoding or Decoding(), tuple(choices))  # type: ignore[arg-type]
-        self.pendings.append(pending)
+        self.pending.append(pending)
         return pending
 
 

@@ -62,7 +62,7 @@ class FakeEngine:
         self.busy = False
         self.answer = "a ball"  # of the second stage
         self.decodings: list[Decoding] = []
-        self.pendings: list[PendingAnswer] = []
+        self.pending: list[PendingAnswer] = []
 
     def __enter__(self) -> FakeEngine:
         return self
@@ -115,12 +115,12 @@ class FakeEngine:
             "It is round, so it may roll." if thinks else self.answer, adapter, decoding, admitted=admitted
         )
 
-    def run(self, errand: Callable[[Any], Any], *, adapter: str | None = None, admitted: bool = False) -> Future[Any]:
+    def run(self, job: Callable[[Any], Any], *, adapter: str | None = None, admitted: bool = False) -> Future[Any]:
         if self.busy and not admitted:
             raise Busy("too many")
         future: Future[Any] = Future()
         try:
-            future.set_result(errand(self.adapter(adapter)))
+            future.set_result(job(self.adapter(adapter)))
         except BaseException as error:
             future.set_exception(error)
         return future
@@ -144,7 +144,7 @@ class FakeEngine:
         adapter: Any = self.adapter(name)
         pending = PendingAnswer(adapter, Request(Prompt((), (), 0), ()), decoding, tuple(choices or ()))
         self.decodings.append(decoding)
-        self.pendings.append(pending)
+        self.pending.append(pending)
         threading.Thread(target=self._speak, args=(pending, text, adapter.name, choices), daemon=True).start()
         return pending
 

@@ -50,7 +50,7 @@ class Turn:
     """One turn of a conversation.
 
     Attributes:
-        role: who speaks; "system" only at the prefix.
+        role: who speaks; "system" only at the beginning.
         text: in words; `<image>` marks say where pictures belong, else they come first.
         images: pictures shown in this turn, in order.
     """

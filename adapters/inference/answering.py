@@ -220,7 +220,7 @@ class Generator:
         for alike in by_length.values():
             prompts = [Prompt(one.prompt.shared, (), one.prompt.num_images) for _, one in alike]
             vectors = self._vectors([one for _, one in alike])
-            read = self.assembly.model.read(collate_prompts(prompts, pad).to(device), vectors)
+            read = self.assembly.model.prefill(collate_prompts(prompts, pad).to(device), vectors)
             self._kept |= zip([key for key, _ in alike], read, strict=True)
         return [cast(PrefixCache, self._kept[key]) if key in self._kept else None for key in keys]
 

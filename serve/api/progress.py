@@ -65,15 +65,15 @@ class Progress:
         if self._conclude is not None:
             async for text in self._texts():
                 yield PartialAnswer("", text)
-            thought = self._ticket.result()
+            thought = self._pending.result()
             yield PartialAnswer("", thought.text)
             self._go_on()
             async with self._in_time():
                 self._follow(await self._conclude(thought.text))
         rationale = None if thought is None else thought.text
         async for text in self._texts():
-            yield PartialAnswer(_settled(text, self._ticket.stops), rationale)
-        self._answer = self._whole(self._ticket.result(), thought)
+            yield PartialAnswer(_settled(text, self._pending.stops), rationale)
+        self._answer = self._whole(self._pending.result(), thought)
         yield PartialAnswer(self._answer.text, rationale)
 
     async def answer(self) -> Answer:
@@ -89,7 +89,7 @@ class Progress:
 
     def stop(self) -> None:
         """Have the engine work no more on it."""
-        self._ticket.stop()
+        self._pending.stop()
 
     def end(self, error: ApiError) -> None:
         """Have whoever follows be told of an error; called from the loop."""
@@ -97,7 +97,7 @@ class Progress:
         self._changed.set()
 
     def _follow(self, pending: PendingAnswer) -> None:
-        self._ticket = pending
+        self._pending = pending
         pending.watch(self._told)
 
     async def _texts(self) -> AsyncIterator[str]:
@@ -106,10 +106,10 @@ class Progress:
         while True:
             self._changed.clear()
             self._go_on()
-            if self._ticket.done:
-                self._ticket.result()  # raises what went wrong
+            if self._pending.done:
+                self._pending.result()  # raises what went wrong
                 return
-            text = self._ticket.text
+            text = self._pending.text
             if text != seen:
                 seen = text
                 yield text

@@ -65,16 +65,16 @@ def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Block
                     engine.names, value=adapter.name, label="Adapter", filterable=False, elem_id="adapter"
                 )
         settings = _make_settings()
-        desk = PageContext(engine, chooser, settings, examples, examples_from, Path(chooser.GRADIO_CACHE).resolve())
+        context = PageContext(engine, chooser, settings, examples, examples_from, Path(chooser.GRADIO_CACHE).resolve())
         with gr.Tabs(elem_id="tabs"):
-            chat_tab(desk)
-            vqa_tab(desk)
-            captions = caption_tab(desk)
-            reasons = reason_tab(desk)
-            searches = search_tab(desk, finder)
-            looks, look_question = look_tab(desk)
-        desk.share_pictures()
-        desk.open_endpoints()
+            chat_tab(context)
+            vqa_tab(context)
+            captions = caption_tab(context)
+            reasons = reason_tab(context)
+            searches = search_tab(context, finder)
+            looks, look_question = look_tab(context)
+        context.share_pictures()
+        context.open_endpoints()
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             for pair in (settings[:2], settings[2:]):
                 with gr.Row():

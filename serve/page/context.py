@@ -131,15 +131,15 @@ class PageContext:
 
 def submit_all(asks: Iterable[Callable[[], PendingAnswer]]) -> list[PendingAnswer]:
     """Ask several things at once; where one cannot be asked none is, and its error is raised."""
-    pendings: list[PendingAnswer] = []
+    pending_answers: list[PendingAnswer] = []
     try:
         for ask in asks:
-            pendings.append(ask())
+            pending_answers.append(ask())
     except BaseException:
-        for pending in pendings:
+        for pending in pending_answers:
             pending.stop()
         raise
-    return pendings
+    return pending_answers
 
 
 def read_along(pending: PendingAnswer) -> Iterator[str]:
@@ -150,19 +150,19 @@ def read_along(pending: PendingAnswer) -> Iterator[str]:
         pending.stop()
 
 
-def wait_for(pendings: Sequence[PendingAnswer]) -> Iterator[list[Answer | None]]:
+def wait_for(pending_answers: Sequence[PendingAnswer]) -> Iterator[list[Answer | None]]:
     """The answers that have come so far, each time there is another and now and then; who leaves stops the rest."""
 
     def so_far() -> list[Answer | None]:
-        return [pending.result() if pending.done else None for pending in pendings]
+        return [pending.result() if pending.done else None for pending in pending_answers]
 
     try:
-        for pending in pendings:
+        for pending in pending_answers:
             while not pending.wait(_NOTICED):
                 yield so_far()
             yield so_far()
     finally:
-        for pending in pendings:
+        for pending in pending_answers:
             pending.stop()
 
 

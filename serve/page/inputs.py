@@ -24,7 +24,7 @@ MAX_BEAMS = 8
 
 
 @contextmanager
-def told_on_the_page() -> Iterator[None]:
+def show_user_errors() -> Iterator[None]:
     """Show a user's mistake on the page, and to a program as its error; ours still reach the terminal."""
     try:
         yield

@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.decoding import Decoding
+from qformer.generation import generate, prefill
 from qformer.language import LanguageModel
 from qformer.language_loading import load_language_model
+from qformer.lora import LoraSettings
 
 KINDS = ["llama", "qwen2", "opt", "t5"]
 
@@ -50,7 +52,7 @@ def test_generation_is_that_of_transformers(
     mask = torch.nn.utils.rnn.pad_sequence(
         [torch.ones_like(p) for p in prompts], batch_first=True, padding_value=0, padding_side=side
     )
-    found = language.generate(language.embed(ids), mask, decoding).ids
+    found = generate(language, language.embed(ids), mask, decoding).ids
     loader = AutoModelForSeq2SeqLM if language.is_encoder_decoder else AutoModelForCausalLM
     reference = loader.from_pretrained(language_folders[kind]).eval()
     extra = {"length_penalty": decoding.length_penalty} if decoding.num_beams > 1 else {}
@@ -77,16 +79,16 @@ def test_a_prompt_goes_on_from_its_beginning(
     decoding = Decoding(max_new_tokens=6, num_beams=beams)
     firsts = [torch.randint(5, 100, (length,)) for length in (7, 4, 0)]
     rests = [torch.randint(5, 100, (length,)) for length in own]
-    prefixes = [language.read(language.embed(first[None]))[0] if len(first) else None for first in firsts]
+    prefixes = [prefill(language, language.embed(first[None]))[0] if len(first) else None for first in firsts]
 
     padded = pad_left(rests)
-    found = language.generate(language.embed(padded.ids), padded.mask, decoding, prefixes=prefixes)
+    found = generate(language, language.embed(padded.ids), padded.mask, decoding, prefixes=prefixes)
     whole = pad_left([torch.cat(pair) for pair in zip(firsts, rests, strict=True)])
-    expected = language.generate(language.embed(whole.ids), whole.mask, decoding)
+    expected = generate(language, language.embed(whole.ids), whole.mask, decoding)
 
     assert found.ids.tolist() == expected.ids.tolist()
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
-    again = language.generate(language.embed(padded.ids), padded.mask, decoding, prefixes=prefixes)
+    again = generate(language, language.embed(padded.ids), padded.mask, decoding, prefixes=prefixes)
     assert again.ids.tolist() == found.ids.tolist(), "going on changed the prefix"
 
 
@@ -101,12 +103,12 @@ def test_beams_read_a_prompt_once_where_it_can_be_continued(
     layer.register_forward_pre_hook(lambda _, args, kwargs: shapes.append((*args, *kwargs.values())[0].shape[:2]),
                                     with_kwargs=True)  # fmt: skip
     decoding = Decoding(max_new_tokens=5, num_beams=3)
-    once = language.generate(language.embed(ids.ids), ids.mask, decoding)
+    once = generate(language, language.embed(ids.ids), ids.mask, decoding)
     assert shapes[0] == (2, 6) and {shape for shape in shapes if shape[0] == 6} == {(6, 1)}
 
     shapes.clear()
     monkeypatch.setattr(LanguageModel, "can_reuse_prefix", False)
-    each = language.generate(language.embed(ids.ids), ids.mask, decoding)
+    each = generate(language, language.embed(ids.ids), ids.mask, decoding)
     assert shapes[0] == (6, 7)
     assert each.ids.tolist() == once.ids.tolist()
     torch.testing.assert_close(each.log_probs, once.log_probs, rtol=1e-4, atol=1e-5)
@@ -119,11 +121,11 @@ def test_what_beams_wrote_is_read_again_in_parts(
     language = load(language_folders["llama"])
     ids = torch.randint(5, 100, (5, 4))
     decoding = Decoding(max_new_tokens=6, num_beams=2)
-    whole = language.generate(language.embed(ids), torch.ones_like(ids), decoding)
+    whole = generate(language, language.embed(ids), torch.ones_like(ids), decoding)
     monkeypatch.setattr("qformer.generation._LOGITS_AT_ONCE", 12)
     shapes: list[torch.Size] = []
     language.base.get_output_embeddings().register_forward_hook(lambda _, __, logits: shapes.append(logits.shape[:2]))
-    parts = language.generate(language.embed(ids), torch.ones_like(ids), decoding)
+    parts = generate(language, language.embed(ids), torch.ones_like(ids), decoding)
 
     assert max(rows * positions for rows, positions in shapes) <= 12
     torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
@@ -147,9 +149,8 @@ def test_probabilities_of_what_was_written(language_folders: dict[str, Path], ki
         language.base.get_input_embeddings().weight.normal_()
         language.base.get_output_embeddings().weight.normal_(std=0.1)
     ids = torch.randint(5, 100, (1, 6))
-    made = language.generate(
-        language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=4, num_beams=beams, repetition_penalty=20.0)
-    )
+    decoding = Decoding(max_new_tokens=4, num_beams=beams, repetition_penalty=20.0)
+    made = generate(language, language.embed(ids), torch.ones_like(ids), decoding)
     assert len(set(made.ids[0].tolist())) > 2
     if language.is_encoder_decoder:
         logits = language.base(
@@ -173,9 +174,31 @@ def test_a_caller_looks_on_and_ends_rows(language_folders: dict[str, Path], kind
         seen.append(new.tolist())
         return torch.tensor([new.shape[1] >= 2, False])
 
-    free = language.generate(language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=5)).ids
-    made = language.generate(language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=5), on_step=on_step).ids
+    free = generate(language, language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=5)).ids
+    made = generate(
+        language, language.embed(ids), torch.ones_like(ids), Decoding(max_new_tokens=5), on_step=on_step
+    ).ids
     assert [len(rows[0]) for rows in seen] == [1, 2, 3, 4, 5]
     assert made[0, :2].tolist() == free[0, :2].tolist()
     assert set(made[0, 2:].tolist()) == {language.tokenizer.pad_token_id}
     assert made[1].tolist() == free[1].tolist()
+
+
+def test_training_goes_on_after_an_exception(language_folders: dict[str, Path]) -> None:
+    """LoRA's dropout would be off for the rest of a run if a caller's mistake left evaluation mode behind."""
+    language = load(language_folders["llama"])
+    language.add_lora(LoraSettings(rank=2, alpha=4, dropout=0.5, targets="all-linear"))
+    language.train()
+    dropouts = [module for name, module in language.named_modules() if "lora_dropout.default" in name]
+    embeds = language.embed(torch.randint(5, 100, (1, 4)))
+
+    def broken(ids: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("a caller's mistake")
+
+    with pytest.raises(RuntimeError, match="a caller's mistake"):
+        generate(language, embeds, torch.ones(1, 4, dtype=torch.long), Decoding(max_new_tokens=3), on_step=broken)
+    assert language.training and dropouts and all(module.training for module in dropouts)
+
+    with pytest.raises(RuntimeError):
+        prefill(language, embeds[..., :-1])  # not the model's width
+    assert language.training and all(module.training for module in dropouts)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from qformer.generation import generate
 from qformer.language import IGNORED, LanguageModel
 from qformer.language_loading import load_language_model
 from qformer.lm_head import logits_at
@@ -185,7 +186,7 @@ def test_nf4_gradients_survive_a_validation_pass(language_folders: dict[str, Pat
     language.eval()
     with torch.no_grad():
         language.supervised_loss(language.embed(ids), mask, labels)
-        language.generate(language.embed(ids), mask, Decoding(max_new_tokens=3))
+        generate(language, language.embed(ids), mask, Decoding(max_new_tokens=3))
     after = gradients()
     assert any(isinstance(m, bnb.nn.Linear4bit) for m in language.modules())
     for first, second in zip(before, after, strict=True):

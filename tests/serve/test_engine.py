@@ -11,8 +11,8 @@ from PIL import Image
 
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef, image_ref
+from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.language import Decoding
 from serve.adapter import ImageInput, LoadedAdapter, default_adapter, load_adapter, picture_ref
 
 SHORT = Decoding(max_new_tokens=6)

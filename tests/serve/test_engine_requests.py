@@ -76,7 +76,7 @@ def test_each_adapter_answers_as_it_does_alone(
         for name in ("tiny", "other"):
             found[name].append(hall.chat(conversation, adapter=name, decoding=SHORT).result(60))
     for name, answers in found.items():
-        expected = [alone[name].answer_adapter([alone[name].asked(conversation)], SHORT)[0] for conversation in turns]
+        expected = [alone[name].generator([alone[name].asked(conversation)], SHORT)[0] for conversation in turns]
         assert [answer.text for answer in answers] == [said.text for said in expected]
         assert [answer.confidence for answer in answers] == pytest.approx(
             [said.confidence for said in expected], rel=1e-4
@@ -101,9 +101,9 @@ def test_what_arrives_together_is_one_batch_with_the_same_answers(
     monkeypatch.setattr(Generator, "__call__", counted)
     held = threading.Event()
     hall.run(lambda _: held.wait(60))
-    pendings = [hall.chat(one, decoding=how) for one, how in zip(turns, lengths, strict=True)]
+    pending_answers = [hall.chat(one, decoding=how) for one, how in zip(turns, lengths, strict=True)]
     held.set()
-    together = [pending.result(60) for pending in pendings]
+    together = [pending.result(60) for pending in pending_answers]
 
     assert sizes == [len(turns)]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
@@ -189,7 +189,7 @@ def test_too_many_are_refused_and_closing_fails_what_waits(engine: LoadedAdapter
     small = Engine([engine], max_waiting=2)
     held = threading.Event()
     small.run(lambda _: held.wait(60))
-    while small.waiting:  # until the errand is being done
+    while small.waiting:  # until the job is being done
         time.sleep(0.01)
     waiting = [small.chat(turns[0], decoding=SHORT) for _ in range(2)]
     with pytest.raises(Busy, match="2 requests wait"):
@@ -253,7 +253,7 @@ def test_no_answer_is_longer_than_there_is_room_for(hall: Engine, turns: list[li
     alone.result(60)
     held = threading.Event()
     hall.run(lambda _: held.wait(60))
-    while hall.waiting:  # until the errand is being done
+    while hall.waiting:  # until the job is being done
         time.sleep(0.01)
     long_prompt = hall.chat(nearly, decoding=Decoding(max_new_tokens=2))
     long_answer = hall.chat(turns[0], decoding=Decoding(max_new_tokens=60))

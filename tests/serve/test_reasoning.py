@@ -133,7 +133,7 @@ def test_choices_that_go_by_letters_are_weighed_by_their_letters(runs: dict[str,
     example = question_example(picture, "what colour?", choices=["red", "blue"])
     second = asked_answer(loaded, example, "It is red.")
     (by_letters,), (by_words,) = (
-        loaded.answer_adapter.choose([second], [words]) for words in (["(A)", "(B)"], ["red", "blue"])
+        loaded.generator.choose([second], [words]) for words in (["(A)", "(B)"], ["red", "blue"])
     )
     with Engine([loaded]) as engine:
         found = engine.submit(second, choices=example.choices).result().choices
@@ -146,7 +146,7 @@ def test_what_is_too_long_is_told_before_there_are_reasons(
     runs: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_adapter(runs["both"], device="cpu", dtype="float32")
-    monkeypatch.setattr(loaded, "answer_adapter", None)
+    monkeypatch.setattr(loaded, "generator", None)
     with pytest.raises(UserError, match="shorten it"):
         reason(loaded, picture, "what colour?", context="word " * 10_000)
 

@@ -12,7 +12,7 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
 from serve.attention import CAVEAT, Attention, describe, draw, look
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext
-from serve.page.inputs import told_on_the_page, uploaded, whole
+from serve.page.inputs import show_user_errors, uploaded, whole
 from serve.page.notes import look_note, shown_note
 
 _SMALL = 168  # pixels, the side of a query's small map
@@ -26,14 +26,14 @@ class AttentionShown:
     attention: Attention
 
 
-def look_tab(desk: PageContext) -> tuple[gr.HTML, gr.Textbox]:
+def look_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
     """Build the tab and its endpoint `/look`; returns the note and the field that hang on the adapter."""
-    adapter = desk.engine.adapter()
+    adapter = context.engine.adapter()
     with gr.Tab("Look", id="look"):
         note = gr.HTML(**shown_note(look_note(adapter)), elem_id="look-note")
         with gr.Row():
             with gr.Column(scale=5, min_width=280):
-                picture = desk.picture_slot()
+                picture = context.picture_slot()
                 question = gr.Textbox(
                     label="Question", lines=1, info="This adapter's bridge reads the question with the picture.",
                     visible=adapter.assembly.recipe.bridge.instruction_aware, elem_id="look-question",
@@ -56,17 +56,17 @@ def look_tab(desk: PageContext) -> tuple[gr.HTML, gr.Textbox]:
             buttons=[], interactive=False, visible=False, elem_id="queries",
         )  # fmt: skip
         looked = gr.State(None)
-        desk.offer_examples(picture, fill=lambda example: [])
+        context.offer_examples(picture, fill=lambda example: [])
 
     def run(picture: Any, question: str | None, adapter: str) -> AttentionShown:
-        image = uploaded(picture, desk.uploads)
-        found = desk.engine.run(
+        image = uploaded(picture, context.uploads)
+        found = context.engine.run(
             lambda loaded: look(loaded.assembly.vision_side, image, question or ""), adapter=adapter
         )
         return AttentionShown(image, found.result())
 
     def show(picture: Any, question: str, adapter: str) -> tuple[Any, ...]:
-        with told_on_the_page():
+        with show_user_errors():
             found = run(picture, question, adapter)
             attention = found.attention
             layers = [("All layers together", 0), *((f"Layer {number}", number) for number in attention.layers)]
@@ -81,13 +81,13 @@ def look_tab(desk: PageContext) -> tuple[gr.HTML, gr.Textbox]:
     def redraw(found: AttentionShown | None, query: Any, layer: Any) -> tuple[Any, Any]:
         if found is None:
             return gr.skip(), gr.skip()
-        with told_on_the_page():
+        with show_user_errors():
             return _drawn(found, whole(query, "query"), whole(layer, "layer"))
 
     def redraw_all(found: AttentionShown | None, query: Any, layer: Any) -> tuple[Any, Any, Any]:
         if found is None:
             return gr.skip(), gr.skip(), gr.skip()
-        with told_on_the_page():
+        with show_user_errors():
             chosen = whole(layer, "layer")
             return *_drawn(found, whole(query, "query"), chosen), _small_maps(found, chosen)
 
@@ -102,14 +102,18 @@ def look_tab(desk: PageContext) -> tuple[gr.HTML, gr.Textbox]:
         picture: Any, question: str | None = None, query: int = 0, layer: int = 0, adapter: str = ""
     ) -> tuple[Image.Image, str]:
         """Draw where the bridge looks; query and layer count from 1, and 0 takes all together."""
-        with told_on_the_page():
+        with show_user_errors():
             chosen = whole(query, "query"), whole(layer, "layer")
             found = run(picture, question, adapter)
             return draw(open_image(found.picture), found.attention, *chosen), describe(found.attention, *chosen)
 
     drawn: dict[str, Any] = {"preprocess": False, "concurrency_id": "draw", "concurrency_limit": 2, **PRIVATE}
     asking = button.click(
-        show, [picture, question, desk.adapter], [looked, seen, caption, query, layer, every], **ASKS_MODELS, **PRIVATE
+        show,
+        [picture, question, context.adapter],
+        [looked, seen, caption, query, layer, every],
+        **ASKS_MODELS,
+        **PRIVATE,
     )
     query.input(
         redraw, [looked, query, layer], [seen, caption], show_progress="hidden", trigger_mode="always_last", **drawn
@@ -119,10 +123,10 @@ def look_tab(desk: PageContext) -> tuple[gr.HTML, gr.Textbox]:
         redraw, [looked, query, layer], [seen, caption], show_progress="hidden", **drawn
     )
     gr.on(
-        [picture.change, desk.adapter.change], forget, None, [looked, seen, caption, query, every], cancels=asking,
+        [picture.change, context.adapter.change], forget, None, [looked, seen, caption, query, every], cancels=asking,
         **IMMEDIATE,
     )  # fmt: skip
-    desk.endpoint("look", look_at, [picture, question, query, layer, desk.adapter], _picture_and_words)
+    context.endpoint("look", look_at, [picture, question, query, layer, context.adapter], _picture_and_words)
     return note, question
 
 

@@ -14,7 +14,7 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
 from serve.page.context import ASKS_MODELS, PageContext, read_along, submit_all, wait_for
-from serve.page.inputs import Settings, told_on_the_page, uploaded
+from serve.page.inputs import Settings, show_user_errors, uploaded
 from serve.page.notes import caption_note, shown_note
 from serve.pending import PendingAnswer
 
@@ -24,13 +24,13 @@ VARIED = 3  # captions
 _TEMPERATURE, _TOP_P = 0.8, 0.9  # of the varied ones, where no temperature is set
 
 
-def caption_tab(desk: PageContext) -> gr.HTML:
+def caption_tab(context: PageContext) -> gr.HTML:
     """Build the tab and its endpoint `/caption`; returns the note that hangs on the adapter."""
     with gr.Tab("Caption", id="caption"):
-        note = gr.HTML(**shown_note(caption_note(desk.engine.adapter())), elem_id="caption-note")
+        note = gr.HTML(**shown_note(caption_note(context.engine.adapter())), elem_id="caption-note")
         with gr.Row():
             with gr.Column(scale=5, min_width=280):
-                picture = desk.picture_slot()
+                picture = context.picture_slot()
             with gr.Column(scale=6, min_width=280):
                 style = gr.Radio(
                     list(STYLES.items()), value="beam", label="Style", elem_id="style",
@@ -45,7 +45,7 @@ def caption_tab(desk: PageContext) -> gr.HTML:
                     label="Caption", lines=3, max_lines=12, interactive=False, buttons=["copy"], elem_id="caption",
                     elem_classes="said", placeholder="The caption comes here.",
                 )  # fmt: skip
-        desk.offer_examples(picture, fill=lambda example: [])
+        context.offer_examples(picture, fill=lambda example: [])
 
     def caption(
         picture: Any,
@@ -58,18 +58,20 @@ def caption_tab(desk: PageContext) -> gr.HTML:
         beams: int,
     ) -> Iterator[str]:
         """Describe a picture; style is "beam", "greedy" or "varied" (three, a line each), language "en" or "zh"."""
-        with told_on_the_page():
+        with show_user_errors():
             settings = Settings.of([longest, temperature, top_p, beams])
-            pendings = ask(desk.engine, uploaded(picture, desk.uploads), style, language, adapter, settings)
-            if len(pendings) == 1:
-                yield from read_along(pendings[0])
+            pending_answers = ask(
+                context.engine, uploaded(picture, context.uploads), style, language, adapter, settings
+            )
+            if len(pending_answers) == 1:
+                yield from read_along(pending_answers[0])
                 return
-            for answers in wait_for(pendings):
+            for answers in wait_for(pending_answers):
                 yield "\n".join("…" if answer is None else answer.text for answer in answers)
 
-    inputs = [picture, style, language, desk.adapter, *desk.settings]
+    inputs = [picture, style, language, context.adapter, *context.settings]
     asking = button.click(caption, inputs, said, api_name="caption", **ASKS_MODELS)
-    desk.forget(picture, {said: ""}, asking)
+    context.forget(picture, {said: ""}, asking)
     return note
 
 

@@ -16,7 +16,7 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext, read_along
-from serve.page.inputs import Settings, check_kept, file_data, told_on_the_page, uploaded, words
+from serve.page.inputs import Settings, check_kept, file_data, show_user_errors, uploaded, words
 from serve.page.notes import how_it_went
 from serve.pending import Answer, PendingAnswer
 
@@ -122,12 +122,12 @@ class Conversation:
             raise UserError("The answer before is still being written: wait for its end, or stop it")
 
 
-def chat_tab(desk: PageContext) -> None:
+def chat_tab(context: PageContext) -> None:
     """Build the tab and its endpoints `/chat`, `/retry`, `/undo`, `/clear` and `/stop`."""
     with gr.Tab("Chat", id="chat"):
         window = gr.Chatbot(
             show_label=False, height="min(56vh, 480px)", min_height=260, elem_id="chat", placeholder=_PLACEHOLDER,
-            examples=_examples(desk), buttons=["copy"], allow_tags=False, latex_delimiters=[], feedback_options=None,
+            examples=_examples(context), buttons=["copy"], allow_tags=False, latex_delimiters=[], feedback_options=None,
         )  # fmt: skip
         box = gr.MultimodalTextbox(
             show_label=False, label="Your turn", file_count="multiple", file_types=["image"], lines=1, max_lines=8,
@@ -140,7 +140,7 @@ def chat_tab(desk: PageContext) -> None:
         conversation: Conversation, turn: Turn | None, adapter: str, settings: Settings
     ) -> Iterator[tuple[list[Turn], Answer | None]]:
         chosen = settings if turn is not None else settings.sampled(AGAIN, 1.0)
-        yield from conversation.answer(desk.engine, turn, adapter, chosen.over(USUAL))
+        yield from conversation.answer(context.engine, turn, adapter, chosen.over(USUAL))
 
     def show(
         conversation: Conversation, turn: Turn | None, adapter: str, settings: Settings
@@ -151,15 +151,15 @@ def chat_tab(desk: PageContext) -> None:
             box_now = gr.skip()
 
     def send(message: Any, conversation: Conversation, adapter: str, *settings: Any) -> Iterator[tuple[Any, Any, str]]:
-        with told_on_the_page():
-            yield from show(conversation, read_turn(message, desk.uploads), adapter, Settings.of(settings))
+        with show_user_errors():
+            yield from show(conversation, read_turn(message, context.uploads), adapter, Settings.of(settings))
 
     def again(conversation: Conversation, adapter: str, *settings: Any) -> Iterator[tuple[Any, Any, str]]:
-        with told_on_the_page():
+        with show_user_errors():
             yield from show(conversation, None, adapter, Settings.of(settings))
 
     def undo_shown(conversation: Conversation) -> tuple[Any, Any, str]:
-        with told_on_the_page():
+        with show_user_errors():
             turn = conversation.take_back()
         back: dict[str, Any] = {"text": turn.text, "files": [file_data(image) for image in turn.images]}
         return as_messages(conversation.turns), gr.MultimodalTextbox(value=back), ""
@@ -174,21 +174,21 @@ def chat_tab(desk: PageContext) -> None:
         beams: int,
     ) -> Iterator[str]:
         """Say {"text": …, "files": […]}, with pictures or about earlier ones; a client is one conversation."""
-        with told_on_the_page():
+        with show_user_errors():
             settings = Settings.of([longest, temperature, top_p, beams])
-            yield from _replies(answer(conversation, read_turn(message, desk.uploads), adapter, settings))
+            yield from _replies(answer(conversation, read_turn(message, context.uploads), adapter, settings))
 
     def retry(
         conversation: Conversation, adapter: str, longest: int, temperature: float, top_p: float, beams: int
     ) -> Iterator[str]:
         """Answer the last question anew, sampled."""
-        with told_on_the_page():
+        with show_user_errors():
             settings = Settings.of([longest, temperature, top_p, beams])
             yield from _replies(answer(conversation, None, adapter, settings))
 
     def undo(conversation: Conversation) -> str:
         """Take the last question and its answer back; gives the question."""
-        with told_on_the_page():
+        with show_user_errors():
             return conversation.take_back().text
 
     def ready() -> Any:
@@ -200,7 +200,7 @@ def chat_tab(desk: PageContext) -> None:
         return {"text": chosen["text"], "files": list(chosen["files"])}
 
     shown = [window, box, status]
-    asked = [conversation, desk.adapter, *desk.settings]
+    asked = [conversation, context.adapter, *context.settings]
     for event in (
         box.submit(send, [box, *asked], shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE),
         window.retry(again, asked, shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE),
@@ -211,11 +211,11 @@ def chat_tab(desk: PageContext) -> None:
     window.clear(_clear, conversation, None, **IMMEDIATE).then(lambda: "", None, status, **IMMEDIATE)
     window.example_select(offer, None, box, **IMMEDIATE)
 
-    desk.endpoint("chat", chat, [box, *asked], _reply)
-    desk.endpoint("retry", retry, asked, _reply)
-    desk.endpoint("undo", undo, [conversation], _reply)
-    desk.endpoint("clear", _clear, [conversation], list)
-    desk.endpoint("stop", _stop, [conversation], list)
+    context.endpoint("chat", chat, [box, *asked], _reply)
+    context.endpoint("retry", retry, asked, _reply)
+    context.endpoint("undo", undo, [conversation], _reply)
+    context.endpoint("clear", _clear, [conversation], list)
+    context.endpoint("stop", _stop, [conversation], list)
 
 
 def read_turn(message: Any, uploads: Path) -> Turn:
@@ -265,7 +265,9 @@ def _replies(answers: Iterator[tuple[list[Turn], Answer | None]]) -> Iterator[st
         yield turns[-1].text if turns[-1].role == "assistant" else ""  # nothing yet
 
 
-def _examples(desk: PageContext) -> list[Any] | None:
+def _examples(context: PageContext) -> list[Any] | None:
     return [
-        {"text": example.questions[0], "files": [str(example.path)]} for example in desk.examples if example.questions
+        {"text": example.questions[0], "files": [str(example.path)]}
+        for example in context.examples
+        if example.questions
     ] or None

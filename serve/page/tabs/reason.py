@@ -15,7 +15,7 @@ from qformer.decoding import Decoding
 from serve.adapter import checked_choices
 from serve.engine import Engine
 from serve.page.context import ASKS_MODELS, PRIVATE, PageContext, last, read_along
-from serve.page.inputs import Settings, told_on_the_page, uploaded, words
+from serve.page.inputs import Settings, show_user_errors, uploaded, words
 from serve.page.notes import how_it_went, reason_note, shown_note
 from serve.pending import Answer
 from serve.reasoning import asked_answer, asked_rationale, question_example
@@ -38,13 +38,13 @@ class ReasoningInProgress:
     finished: Answer | None = None
 
 
-def reason_tab(desk: PageContext) -> gr.HTML:
+def reason_tab(context: PageContext) -> gr.HTML:
     """Build the tab and its endpoint `/reason`; returns the note that hangs on the adapter."""
     with gr.Tab("Reason", id="reason"):
-        note = gr.HTML(**shown_note(reason_note(desk.engine.adapter())), elem_id="reason-note")
+        note = gr.HTML(**shown_note(reason_note(context.engine.adapter())), elem_id="reason-note")
         with gr.Row():
             with gr.Column(scale=5, min_width=280):
-                picture = desk.picture_slot()
+                picture = context.picture_slot()
             with gr.Column(scale=6, min_width=280):
                 question = gr.Textbox(
                     label="Question", lines=1, max_lines=4, elem_id="reason-question",
@@ -60,16 +60,16 @@ def reason_tab(desk: PageContext) -> gr.HTML:
                     latex_delimiters=[], feedback_options=None, placeholder="The thought comes here, then the answer.",
                 )  # fmt: skip
                 status = gr.HTML(elem_id="reason-status", elem_classes="status", padding=False)
-        desk.offer_examples(picture, question, fill=lambda example: [next(iter(example.questions), "")])
+        context.offer_examples(picture, question, fill=lambda example: [next(iter(example.questions), "")])
 
     def run(
         picture: Any, question: str, choices: str | None, adapter: str, *settings: Any
     ) -> Iterator[ReasoningInProgress]:
-        with told_on_the_page():
+        with show_user_errors():
             asked = words(question, "There is no question yet: write one first")
             named = checked_choices(choices.split(",")) if choices and choices.strip() else ()
-            image = uploaded(picture, desk.uploads)
-            yield from think(desk.engine, image, asked, named, adapter, Settings.of(settings))
+            image = uploaded(picture, context.uploads)
+            yield from think(context.engine, image, asked, named, adapter, Settings.of(settings))
 
     def show(
         picture: Any, question: str, choices: str, adapter: str, *settings: Any
@@ -87,11 +87,11 @@ def reason_tab(desk: PageContext) -> gr.HTML:
         found = {"rationale": whole.rationale, "answer": whole.answer, "confidence": whole.finished.confidence}
         return found if whole.finished.choices is None else found | {"choices": whole.finished.choices}
 
-    inputs = [picture, question, choices, desk.adapter, *desk.settings]
+    inputs = [picture, question, choices, context.adapter, *context.settings]
     asks = [button.click, question.submit, choices.submit]
     asking = gr.on(asks, show, inputs, [window, status], show_progress="hidden", **ASKS_MODELS, **PRIVATE)
-    desk.forget(picture, {window: [], status: ""}, asking)
-    desk.endpoint("reason", reason, inputs)
+    context.forget(picture, {window: [], status: ""}, asking)
+    context.endpoint("reason", reason, inputs)
     return note
 
 

@@ -22,7 +22,7 @@ from qformer.errors import UserError
 from serve.adapter import LoadedAdapter
 from serve.engine import Engine
 from serve.page.context import ASKS_MODELS, PRIVATE, PageContext
-from serve.page.inputs import told_on_the_page, uploaded, whole
+from serve.page.inputs import show_user_errors, uploaded, whole
 from serve.page.notes import can_search, search_note, shown_note
 from serve.retrieval import Hit, IndexReport, PictureIndex, rank
 
@@ -153,13 +153,13 @@ class ImageFinder:
         return report
 
 
-def search_tab(desk: PageContext, finder: ImageFinder) -> gr.HTML:
+def search_tab(context: PageContext, finder: ImageFinder) -> gr.HTML:
     """Build the tab and its endpoint `/search`; returns the note that hangs on the adapter."""
     places = {f"The folder {finder.folder.name}": _FOLDER} if finder.folder else {}
     places["Pictures that I upload"] = _UPLOADS
     first = next(iter(places.values()))
     with gr.Tab("Search", id="search"):
-        note = gr.HTML(**shown_note(search_note(desk.engine.adapter())), elem_id="search-note")
+        note = gr.HTML(**shown_note(search_note(context.engine.adapter())), elem_id="search-note")
         with gr.Row():
             with gr.Column(scale=5, min_width=280):
                 text = gr.Textbox(
@@ -195,16 +195,16 @@ def search_tab(desk: PageContext, finder: ImageFinder) -> gr.HTML:
                 )
 
     def run(text: str | None, like: Any, where: str, files: Any, most: Any, adapter: str) -> list[tuple[Hit, ImageRef]]:
-        with told_on_the_page():
-            query = _query(text, like, desk.uploads)
+        with show_user_errors():
+            query = _query(text, like, context.uploads)
             count = max(1, min(whole(most, "most"), MOST))
             if where == _FOLDER:
                 return finder.in_folder(query, count, adapter)
-            return finder.among(_files(files, desk.uploads), query, count, adapter)
+            return finder.among(_files(files, context.uploads), query, count, adapter)
 
     def show(text: str, like: Any, where: str, files: Any, most: Any, adapter: str) -> list[tuple[Image.Image, str]]:
         found = run(text, like, where, files, most, adapter)
-        with told_on_the_page():
+        with show_user_errors():
             return [(_thumbnail(ref), f"{_scores(hit)} · {Path(hit.path).name}") for hit, ref in found]
 
     def search(
@@ -220,13 +220,13 @@ def search_tab(desk: PageContext, finder: ImageFinder) -> gr.HTML:
         # no "path": clients take what is called so for a file to fetch
         return [{"picture": hit.path, "score": hit.score, "match": hit.match} for hit, _ in found]
 
-    inputs = [text, like, where, files, most, desk.adapter]
+    inputs = [text, like, where, files, most, context.adapter]
     asking = gr.on([button.click, text.submit], show, inputs, gallery, **ASKS_MODELS, **PRIVATE)
-    desk.forget(None, {gallery: []}, asking)
+    context.forget(None, {gallery: []}, asking)
     where.change(
         lambda chosen: gr.File(visible=chosen == _UPLOADS), where, files, queue=False, show_progress="hidden", **PRIVATE
     )
-    desk.endpoint("search", search, inputs)
+    context.endpoint("search", search, inputs)
     return note
 
 

@@ -14,7 +14,7 @@ from adapters.data.prompts import Turn
 from qformer.errors import UserError
 from serve.engine import Engine
 from serve.page.context import ASKS_MODELS, PRIVATE, PageContext, last, submit_all, wait_for
-from serve.page.inputs import Settings, told_on_the_page, uploaded, words
+from serve.page.inputs import Settings, show_user_errors, uploaded, words
 from serve.pending import Answer, PendingAnswer
 
 MAX_QUESTIONS = 24
@@ -24,12 +24,12 @@ _HINT = (
 )
 
 
-def vqa_tab(desk: PageContext) -> None:
+def vqa_tab(context: PageContext) -> None:
     """Build the tab and its endpoint `/vqa`."""
     with gr.Tab("VQA", id="vqa"):
         with gr.Row():
             with gr.Column(scale=5, min_width=280):
-                picture = desk.picture_slot()
+                picture = context.picture_slot()
             with gr.Column(scale=6, min_width=280):
                 questions = gr.Textbox(
                     label="Questions, one a line", lines=4, max_lines=12, elem_id="questions",
@@ -39,15 +39,17 @@ def vqa_tab(desk: PageContext) -> None:
                 button = gr.Button("Ask", variant="primary", elem_id="vqa-ask")
                 table = gr.HTML(elem_id="answers", padding=False)
                 gr.HTML(f"<p>{_HINT}</p>", elem_classes="hint")
-        desk.offer_examples(picture, questions, fill=lambda example: ["\n".join(example.questions)])
+        context.offer_examples(picture, questions, fill=lambda example: ["\n".join(example.questions)])
 
     def run(picture: Any, questions: str, adapter: str, *settings: Any) -> Iterator[list[dict[str, Any]]]:
-        with told_on_the_page():
+        with show_user_errors():
             asked = [
                 parse_line(line) for line in words(questions, "There is no question yet").splitlines() if line.strip()
             ]
-            pendings = ask(desk.engine, uploaded(picture, desk.uploads), asked, adapter, Settings.of(settings))
-            for answers in wait_for(pendings):
+            pending_answers = ask(
+                context.engine, uploaded(picture, context.uploads), asked, adapter, Settings.of(settings)
+            )
+            for answers in wait_for(pending_answers):
                 yield [row(question, answer) for (question, _), answer in zip(asked, answers, strict=True)]
 
     def show(picture: Any, questions: str, adapter: str, *settings: Any) -> Iterator[str]:
@@ -60,10 +62,10 @@ def vqa_tab(desk: PageContext) -> None:
         """Answer questions about a picture, one a line; "question | a, b" chooses among a and b."""
         return last(run(picture, questions, adapter, longest, temperature, top_p, beams))
 
-    inputs = [picture, questions, desk.adapter, *desk.settings]
+    inputs = [picture, questions, context.adapter, *context.settings]
     asking = gr.on([button.click, questions.submit], show, inputs, table, **ASKS_MODELS, **PRIVATE)
-    desk.forget(picture, {table: ""}, asking)
-    desk.endpoint("vqa", vqa, inputs)
+    context.forget(picture, {table: ""}, asking)
+    context.endpoint("vqa", vqa, inputs)
 
 
 def parse_line(line: str) -> tuple[str, tuple[str, ...]]:

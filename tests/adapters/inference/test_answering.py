@@ -133,9 +133,11 @@ def test_a_second_question_reads_only_itself(assembly: Assembly, pictures: list[
     """What a picture became is kept, within the memory allowed; answers are the same with and without."""
     read: list[int] = []
     encoded: list[int] = []
-    real_read, real_vectors = assembly.model.language.read, assembly.image_embeddings
+    real_read, real_vectors = assembly.model.prefill, assembly.image_embeddings
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly.model.language, "read", lambda embeds: read.append(len(embeds)) or real_read(embeds))
+        patch.setattr(
+            assembly.model, "prefill", lambda batch, *rest: read.append(len(batch.ids)) or real_read(batch, *rest)
+        )
         patch.setattr(
             assembly,
             "image_embeddings",

@@ -56,7 +56,7 @@ def test_a_body_over_the_limit_is_refused_however_it_comes(engine: FakeEngine) -
         with pytest.raises(openai.APIStatusError, match="--max-body") as caught:
             openai_client(url).chat.completions.create(model="first", messages=[user("x" * 100_000)])  # type: ignore[list-item]
         assert caught.value.status_code == 413
-    assert engine.pendings == []
+    assert engine.pending == []
 
 
 def test_an_endless_body_is_cut_off(engine: FakeEngine) -> None:
@@ -93,11 +93,11 @@ def test_an_answer_that_does_not_come_in_time(engine: FakeEngine, stream: bool) 
             openai_client(url, max_retries=2).chat.completions.create(  # which would send it thrice
                 model="first", messages=[{"role": "user", "content": "hm?"}], stream=stream
             )
-        eventually(lambda: engine.pendings[0].stopped)
+        eventually(lambda: engine.pending[0].stopped)
 
     assert caught.value.status_code == 504
     assert caught.value.code == "timeout"
-    assert len(engine.pendings) == 1
+    assert len(engine.pending) == 1
 
 
 def test_a_stream_that_stalls_ends_with_an_error(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
@@ -109,7 +109,7 @@ def test_a_stream_that_stalls_ends_with_an_error(engine: FakeEngine, pool: Threa
     assert json.loads(delta.removeprefix("data: "))["choices"][0]["delta"] == {"content": "re"}
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
     assert end == ""
-    assert engine.pendings[0].stopped
+    assert engine.pending[0].stopped
 
 
 def test_one_too_many_is_told_to_come_again(pool: ThreadPoolExecutor) -> None:
@@ -120,7 +120,7 @@ def test_one_too_many_is_told_to_come_again(pool: ThreadPoolExecutor) -> None:
         refused = post(url)
         with pytest.raises(openai.RateLimitError, match="2 requests wait already"):
             openai_client(url).chat.completions.create(model="first", messages=[{"role": "user", "content": "hm?"}])
-        for pending in engine.pendings:
+        for pending in engine.pending:
             finish(pending)
         assert [reply.result().status_code for reply in waiting] == [200, 200]
 
@@ -219,12 +219,12 @@ def test_what_might_become_a_stop_string_is_held_back(url: str, engine: FakeEngi
             if line.startswith("data: {")
         )
         assert [next(deltas), next(deltas)] == ["", "red"]
-        engine.pendings[0]._told("red EN")
-        engine.pendings[0]._told("red EN or #")
+        engine.pending[0]._told("red EN")
+        engine.pending[0]._told("red EN or #")
         assert next(deltas) == " EN or"
-        engine.pendings[0]._told("red EN or #1")
+        engine.pending[0]._told("red EN or #1")
         assert next(deltas) == " #1"
-        finish(engine.pendings[0], "red EN or #1 E")
+        finish(engine.pending[0], "red EN or #1 E")
         assert list(deltas) == [" E", None]
 
 
@@ -238,7 +238,7 @@ def test_closing_gives_those_who_wait_an_answer(
     for reply in (waiting.result(), streaming.result()):
         assert reply.status_code == 503
         assert error_of(reply)["code"] == "shutting_down"
-    assert all(pending.stopped for pending in engine.pendings)
+    assert all(pending.stopped for pending in engine.pending)
 
 
 def test_what_can_end_soon_is_answered_while_closing(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:

@@ -91,11 +91,14 @@ def test_settings_and_defaults(url: str, engine: FakeEngine, pool: ThreadPoolExe
     finish(engine.asked(2))
 
     assert plain.result().json()["model"] == "first"
-    assert (engine.pendings[0].decoding.max_new_tokens, engine.pendings[0].decoding.temperature) == (512, 0.0)
+    assert (engine.pending[0].decoding.max_new_tokens, engine.pending[0].decoding.temperature) == (
+        512,
+        0.0,
+    )
     assert long.result().json()["model"] == "second"
-    decoding = engine.pendings[1].decoding
+    decoding = engine.pending[1].decoding
     assert (decoding.max_new_tokens, decoding.temperature, decoding.top_p) == (512, 0.5, 0.9)
-    assert engine.pendings[1].stops == ("x",)
+    assert engine.pending[1].stops == ("x",)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,7 @@ def test_a_key_opens_all_but_health(engine: FakeEngine, pool: ThreadPoolExecutor
             assert client.get(path, headers={"authorization": "bearer sésame".encode()}).status_code == 200
         assert client.post(CHAT, content=b"{").status_code == 401
         assert client.get("/health").status_code == 200
-    assert engine.pendings == []
+    assert engine.pending == []
     with served(engine, api_key="open") as url:
         with pytest.raises(openai.AuthenticationError, match="the API key is wrong"):
             openai_client(url, api_key="closed").models.list()

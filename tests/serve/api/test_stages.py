@@ -92,7 +92,7 @@ def test_each_stage_is_streamed_as_it_is_written(url: str, engine: Thinker, pool
         begun.result()
         told = deltas(reply)
         assert [next(told), next(told)] == [{"role": "assistant", "content": ""}, {"reasoning_content": "It is"}]
-        finish(engine.pendings[0], "It is wet.")
+        finish(engine.pending[0], "It is wet.")
         assert next(told) == {"reasoning_content": " wet."}
         second = engine.asked(2)
         second._told("rain")
@@ -100,9 +100,9 @@ def test_each_stage_is_streamed_as_it_is_written(url: str, engine: Thinker, pool
         finish(second, "rain fell")
         assert list(told) == [{"content": " fell"}, {}]
 
-    assert "step by step" in engine.words(engine.pendings[0]) and "It is wet." not in engine.words(engine.pendings[0])
+    assert "step by step" in engine.words(engine.pending[0]) and "It is wet." not in engine.words(engine.pending[0])
     assert "why?" in engine.words(second) and "It is wet." in engine.words(second)
-    lengths = [(pending.decoding.max_new_tokens, pending.decoding.temperature) for pending in engine.pendings]
+    lengths = [(pending.decoding.max_new_tokens, pending.decoding.temperature) for pending in engine.pending]
     assert lengths == [(20, 0.5), (9, 0.5)]
 
 
@@ -113,7 +113,7 @@ def test_no_reasons_are_longer_than_the_server_allows(engine: Thinker, pool: Thr
         finish(engine.asked(2))
         assert reply.result().status_code == 200
 
-    assert [pending.decoding.max_new_tokens for pending in engine.pendings] == [6, 6]
+    assert [pending.decoding.max_new_tokens for pending in engine.pending] == [6, 6]
 
 
 def test_choices_are_for_the_second_stage(url: str, engine: Thinker, pool: ThreadPoolExecutor) -> None:
@@ -125,8 +125,8 @@ def test_choices_are_for_the_second_stage(url: str, engine: Thinker, pool: Threa
     finish(engine.asked(3), "It is cold.")
     finish(engine.asked(4), "snow", choices=shares)
 
-    assert "(A) rain (B) snow" in engine.words(engine.pendings[0])
-    assert [pending.choices for pending in engine.pendings] == [(), ("rain", "snow")] * 2
+    assert "(A) rain (B) snow" in engine.words(engine.pending[0])
+    assert [pending.choices for pending in engine.pending] == [(), ("rain", "snow")] * 2
     reply = whole.result().json()
     message = reply["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"]) == ("snow", "It is cold.")
@@ -140,12 +140,12 @@ def test_the_time_is_for_both_stages(engine: Thinker, pool: ThreadPoolExecutor) 
         engine.asked(2)
         began = time.monotonic()
         time.sleep(0.7)
-        for pending in engine.pendings[:2]:
+        for pending in engine.pending[:2]:
             finish(pending)
         engine.asked(4)
         status, last = whole.result().status_code, list(events(stream.result()))[-1]
         seconds = time.monotonic() - began
-        eventually(lambda: all(pending.stopped for pending in engine.pendings[2:]))
+        eventually(lambda: all(pending.stopped for pending in engine.pending[2:]))
 
     assert status == 504
     assert last["error"]["code"] == "timeout"
@@ -173,7 +173,7 @@ def test_who_leaves_stops_the_stage_that_runs(
     eventually(lambda: running.stopped)
     finish(running)
     time.sleep(0.2)
-    assert len(engine.pendings) == stage
+    assert len(engine.pending) == stage
 
 
 def test_metrics_count_both_stages(url: str, engine: Thinker, pool: ThreadPoolExecutor) -> None:

@@ -282,7 +282,7 @@ def test_what_is_under_way_ends_with_its_picture(
     page.fill("#questions textarea", "what is it?\ncount")  # the second takes twenty seconds
     page.press("#questions textarea", "Shift+Enter")
     view.says("asked 'what is it?' about red.png")
-    running = engine.pendings[-1]
+    running = engine.pending[-1]
     page.locator("#picture-0").get_by_label("Clear").or_(
         page.locator("#picture-0").get_by_label("Remove")
     ).first.click()

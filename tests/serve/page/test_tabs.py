@@ -44,7 +44,7 @@ def address(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def client(address: str, engine: FakeEngine) -> Client:
     """A conversation of its own."""
     engine.decodings.clear()
-    engine.pendings.clear()
+    engine.pending.clear()
     return Client(address, verbose=False)
 
 
@@ -105,7 +105,7 @@ def test_an_answer_streams_and_is_stopped(client: Client, engine: FakeEngine, mo
     last = job.result()
     monkeypatch.setattr(engine, "pause", 0.0)
 
-    assert engine.pendings[0].stopped
+    assert engine.pending[0].stopped
     assert last.startswith("0 1 2") and len(last.split()) < 1000
     assert job.outputs()[0] in last
     assert client.predict(said("and?"), api_name="/chat").endswith("after 1 turns")  # what was written stays
@@ -118,10 +118,10 @@ def test_who_leaves_stops_the_writing(client: Client, engine: FakeEngine, monkey
         time.sleep(0.01)
     job.cancel()
     began = time.monotonic()
-    while not engine.pendings[0].stopped and time.monotonic() - began < 15:
+    while not engine.pending[0].stopped and time.monotonic() - began < 15:
         time.sleep(0.05)
 
-    assert engine.pendings[0].stopped
+    assert engine.pending[0].stopped
 
 
 def test_one_answer_at_a_time_in_a_conversation(
@@ -151,7 +151,7 @@ def test_what_is_cleared_while_it_is_written_stays_away(
     job.result()
     monkeypatch.setattr(engine, "pause", 0.0)
 
-    assert engine.pendings[1].stopped
+    assert engine.pending[1].stopped
     assert client.predict(said("two"), api_name="/chat") == "asked 'two' about nothing after 0 turns"
 
 
@@ -188,7 +188,7 @@ def test_questions_about_one_picture_are_asked_at_once(client: Client, engine: F
             "choices": {"red": 0.7, "green": 0.2, "blue": 0.1},
         },
     ]
-    assert len(engine.pendings) == 2
+    assert len(engine.pending) == 2
 
 
 def test_questions_are_answered_as_the_adapter_usually_does(
@@ -251,7 +251,7 @@ def test_an_answer_from_a_thought_is_one_of_the_choices(client: Client, engine: 
 
     assert found["rationale"] == "It is round, so it may roll."
     assert (found["answer"], found["choices"]) == ("a cube", {"a cube": 0.7, "a ball": 0.2})
-    assert [pending.choices for pending in engine.pendings] == [(), ("a cube", "a ball")]
+    assert [pending.choices for pending in engine.pending] == [(), ("a cube", "a ball")]
 
 
 def test_a_format_that_only_our_opener_straightens_comes_upright(client: Client, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_file_that_is_no_picture_is_told_in_one_line(
 def test_an_adapter_is_chosen_by_name(client: Client, engine: FakeEngine, folder: Path) -> None:
     client.predict(handle_file(folder / "red.png"), adapter="other", api_name="/caption")
 
-    assert engine.pendings[0].adapter.name == "other"
+    assert engine.pending[0].adapter.name == "other"
 
 
 def test_an_adapter_without_a_text_side_cannot_search(client: Client, folder: Path) -> None:

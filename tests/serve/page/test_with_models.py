@@ -181,15 +181,15 @@ def test_others_have_a_turn_while_a_folder_is_encoded(
 ) -> None:
     monkeypatch.setenv("QUERYBRIDGE_CACHE", str(tmp_path))  # no index yet
     monkeypatch.setattr("serve.page.tabs.search._TOGETHER", 1)
-    pendings: list[PendingAnswer] = []
+    pending_answers: list[PendingAnswer] = []
     answered: list[bool] = []
     embed_images = Retriever.embed_images
 
     def embed(retriever: Retriever, refs: Sequence[ImageRef]) -> Tensor:
-        if not pendings:
+        if not pending_answers:
             turn = Turn("user", "what?", (picture_ref(red),))
-            pendings.append(engine.chat([turn], adapter="plain", decoding=Decoding(max_new_tokens=2)))
-        answered.append(pendings[0].done)
+            pending_answers.append(engine.chat([turn], adapter="plain", decoding=Decoding(max_new_tokens=2)))
+        answered.append(pending_answers[0].done)
         return embed_images(retriever, refs)
 
     monkeypatch.setattr(Retriever, "embed_images", embed)
