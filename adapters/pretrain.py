@@ -10,40 +10,25 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from adapters.artefact.artefact import find_artefact, save_artefact
-from adapters.artefact.facts import Facts
-from adapters.data.caption_batches import Batch, CaptionedPicture, draw_batch, group_captions
-from adapters.data.views import all_views
+from adapters.data.caption_batches import Batch, CaptionedPicture, draw_batch
 from adapters.evaluation.retrieval import recalls
 from adapters.inference.retrieval import Retriever
-from adapters.loading.assembly import chosen_dtype
-from adapters.loading.vision_side import VisionSide, check_device, default_device, load_vision_side
+from adapters.loading.vision_side import VisionSide
 from adapters.recipe import Recipe
-from adapters.training.checkpoint import RunState, generators_of_all, load_state, read_run_state, save_state, trainable
+from adapters.training.checkpoint import RunState, trainable
 from adapters.training.interrupt import interruptible
-from adapters.training.optimiser import build_optimiser, learning_rate
+from adapters.training.keeping import RunKeeper
+from adapters.training.optimiser import Schedule
+from adapters.training.pretraining_setup import set_up_pretraining
 from adapters.training.reporting import Reporter
-from adapters.training.run_data import (
-    Result,
-    broadcast_from_main,
-    fill_caches,
-    note_validation,
-    read_split,
-    report_skipped,
-    report_terms,
-    sample_evenly,
-)
-from adapters.training.run_folder import check_finite, check_run_folder, open_run_folder
-from adapters.training.start import start_from_artefact
+from adapters.training.run_data import Result, report_skipped
+from adapters.training.run_folder import check_finite
+from adapters.training.setup import RunOptions, open_run
 from adapters.training.text_side import model_inputs
-from qformer.errors import UserError
-from qformer.precision import default_compute_dtype
 
 
 def pretrain(
@@ -73,124 +58,50 @@ def pretrain(
     Raises:
         UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full.
     """
-    out = Path(out)
-    if not recipe.bridge.text_branch or recipe.bridge.start is None:
-        raise UserError(
-            "the first stage reads captions: set bridge.text_branch=true and bridge.start to a BERT's source"
-        )
-    for name in ("compile", "label_smoothing", "self_critical", "align_steps", "text_side_every"):
-        if value := getattr(recipe.train, name):
-            raise UserError(
-                f"train.{name}={value}: it is for training with an LLM, which the first stage has none of; leave it out"
-            )
-    on_cpu = (device or default_device()) == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, device_placement=False, mixed_precision="no")
-    main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
-    state = check_run_folder(out, resume, recipe)
-    train = recipe.train
-    train_data, val_data = read_split(recipe, offline=offline)
-    pictures, held_out = group_captions(train_data.examples), group_captions(val_data.examples)
-    if min(train.batch_size, len(pictures)) < 2 * world:
-        raise UserError(
-            f"telling pictures apart needs two a step and process: {train_data.name} has {len(pictures)} with English"
-            f" captions, train.batch_size is {train.batch_size}"
-        )
-    if not held_out:
-        raise UserError(f"{val_data.name} holds no pictures with English captions; name others with --set data.val")
-    starting = start_from if state is None else None
-    inherited: tuple[str, ...] = ()
-    if starting is not None:
-        find_artefact(starting)  # a mistake here is told before anything is loaded
-    place = device or str(accelerator.device)
-    check_device(place)
-    compute_dtype = chosen_dtype(dtype or (read_run_state(state).dtype if state is not None else None))
-    compute_dtype = compute_dtype or broadcast_from_main(default_compute_dtype(place, four_bit=False))
-    vision_side = load_vision_side(recipe, device=place, offline=offline)
-    images = all_views((picture.image for picture in pictures), recipe.data.views)
-    images += [picture.image for picture in held_out]
-    fill_caches(vision_side.caches, images, rank=rank, world=world, quiet=quiet or not main)
-    accelerator.wait_for_everyone()
-    fill_caches(vision_side.caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
-    if starting is not None:
-        start = start_from_artefact(vision_side, starting)
-        inherited = start.terms
-        if main and not quiet:
-            print(start, file=sys.stderr)
-    if state is None and main and not quiet:
-        report_terms(term for term in vision_side.terms if term not in inherited)
-    if state is None and starting is None:
-        vision_side.feature_norm.standardise(
-            vision_side.features([picture.image for picture in sample_evenly(pictures, 256)])
-        )
-    model = vision_side.representation(compute_dtype)
-    optimiser = build_optimiser(model, train)
-    position = RunState(
-        data=train_data.fingerprint,
-        dtype=str(compute_dtype).removeprefix("torch."),
-        terms=[*([train_data.terms] if train_data.terms else []), *vision_side.terms, *inherited],
-        started_from=starting,
-    )
-    if state is not None:
-        position = load_state(state, model, optimiser, rank=rank)
-        if position.data != train_data.fingerprint:
-            raise UserError(
-                f"{out}: the run was trained on other data than {recipe.data.train} is now; name another --out"
-            )
-    elif rank:  # the same weights on every process, but chances of its own
-        torch.manual_seed(train.seed + 1000 * rank)
-    prepared = accelerator.prepare(model)
-    steps_an_epoch = max(1, len(pictures) // train.batch_size)
-    total = train.max_steps or max(1, round(train.epochs * steps_an_epoch))
-    if main and not quiet and total <= train.contrastive_steps:
+    options = RunOptions(Path(out), resume, start_from, device, dtype, offline, quiet)
+    run = set_up_pretraining(open_run(recipe, options, stage=1))
+    train, position, vision_side, optimiser = recipe.train, run.position, run.vision_side, run.optimiser
+    accelerator, model = run.opened.accelerator, run.model
+    world, rank = accelerator.num_processes, accelerator.process_index
+    total = train.max_steps or max(1, round(train.epochs * max(1, len(run.pictures) // train.batch_size)))
+    if not run.opened.quiet and total <= train.contrastive_steps:
         print(
             f"all {total} steps are ITC's alone (train.contrastive_steps={train.contrastive_steps}): ITM and ITG"
             f" learn nothing; for all three set it to {total * 2 // 3} or less",
             file=sys.stderr,
         )
-    facts = Facts(
-        fingerprints=vision_side.fingerprints,
-        data={
-            "train": train_data.name,
-            "pictures": len(pictures),
-            "captions": sum(len(picture.captions) for picture in pictures),
-            "fingerprint": train_data.fingerprint,
-            "bad rows left out": len(train_data.skipped),
-        },
-        terms=tuple(dict.fromkeys(position.terms)),
-        started_from=position.started_from,
-    )
-    if main:
-        open_run_folder(out, recipe)
-    began = time.monotonic() - position.seconds
+    schedule = Schedule(total, train.warmup_steps, train.min_learning_rate)
+    keeper = RunKeeper(run.opened, vision_side, model, optimiser, position, run.facts)
+    folder = options.out if accelerator.is_main_process else None
     with (
-        Reporter(
-            out if main else None, total, device=accelerator.device, start=position.step, quiet=quiet or not main
-        ) as report,
+        Reporter(folder, total, device=accelerator.device, start=position.step, quiet=run.opened.quiet) as report,
         interruptible() as stop,
     ):
-        report.say(_describe(vision_side, compute_dtype, len(pictures), len(held_out)))
-        report_skipped(report, train_data, val_data)
+        report.say(_describe(vision_side, run.compute_dtype, len(run.pictures), len(run.held_out)))
+        if shortened := schedule.shortened():
+            report.say(shortened)
+        report_skipped(report, run.opened.train, run.opened.val)
         if position.step == 0:  # a broken evaluation fails now, not after an hour
-            evaluate_recall(vision_side, held_out[:2], compute_dtype)
+            evaluate_recall(vision_side, run.held_out[:2], run.compute_dtype)
         sums: dict[str, float] = {}
         counted, timer = 0, time.monotonic()
-        for batch in _batches_from(position, pictures, recipe):
+        for batch in _batches_from(position, run.pictures, recipe):
             pressed = accelerator.reduce(torch.tensor(len(stop), device=accelerator.device))
             if position.step >= total or position.stopped_early or pressed:
                 break
             model.train()
-            rate = learning_rate(position.step, total, train)
+            rate = schedule.share(position.step)
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * rate
             mine = batch[rank::world][: len(batch) // world]  # as many on every process
             paired = max(1, round(train.pair_share * len(mine))) if position.step >= train.contrastive_steps else 0
-            losses = prepared(*model_inputs(vision_side, mine), paired=paired)
+            losses = run.prepared(*model_inputs(vision_side, mine), paired=paired)
             accelerator.backward(losses.total)
-            said = torch.stack([losses.total, losses.contrastive, losses.matching, losses.generation]).detach()
-            values = dict(zip(("loss", "itc", "itm", "itg"), accelerator.reduce(said, "mean").tolist(), strict=True))
-            check_finite(values["loss"], position.step + 1, recipe)
+            means = torch.stack([losses.total, losses.contrastive, losses.matching, losses.generation]).detach()
+            values = dict(zip(("loss", "itc", "itm", "itg"), accelerator.reduce(means, "mean").tolist(), strict=True))
+            check_finite(values["loss"], position.step + 1, train.learning_rate)
             norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm))
-            check_finite(norm, position.step + 1, recipe, what="the gradient's norm")
+            check_finite(norm, position.step + 1, train.learning_rate, what="the gradient's norm")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             model.heads.clamp_temperature()
@@ -213,28 +124,10 @@ def pretrain(
                 )
                 sums, counted, timer = {}, 0, time.monotonic()
             if position.step % train.validate_every == 0 or position.step == total:
-                metrics = evaluate_recall(vision_side, held_out, compute_dtype)
-                report.validation(position.step, metrics)
-                position.seconds = time.monotonic() - began
-                generators = generators_of_all()
-                improved = note_validation(position, metrics["mean_recall"], metrics, train.patience)
-                if main:
-                    measured = replace(facts, metrics=metrics, steps=position.step)
-                    save_artefact(out / "last", vision_side, measured)
-                    if improved:
-                        save_artefact(out / "best", vision_side, measured)
-                    save_state(out / "state", model, optimiser, position, generators)
-                    report.draw()
-                accelerator.wait_for_everyone()
+                metrics = evaluate_recall(vision_side, run.held_out, run.compute_dtype)
+                keeper.validated(report, metrics, metrics["mean_recall"])
                 sums, counted, timer = {}, 0, time.monotonic()
-        finished = position.step >= total or position.stopped_early
-        generators = generators_of_all()
-        if not finished and main:
-            position.seconds = time.monotonic() - began
-            save_state(out / "state", model, optimiser, position, generators)
-            report.say(f"stopped at step {position.step} of {total}; --resume goes on from there")
-        peak = report.memory.peak_gib
-        return Result(out, out / "best", position.step, {**position.metrics, "peak_memory_gib": peak}, finished)
+        return keeper.result(report, total)
 
 
 def _batches_from(position: RunState, pictures: Sequence[CaptionedPicture], recipe: Recipe) -> Iterator[Batch]:

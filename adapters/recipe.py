@@ -6,15 +6,18 @@ Recipes are YAML files. Unknown keys, wrong types and impossible values are one-
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from importlib.resources import files
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from adapters.catalogue import shipped_recipes
+from adapters.tasks import Mixed, Stage, Task
 from qformer.errors import UserError
+
+_NOT_TRAINED = {"description", "summary", "command", "stage", "needs", "decoding"}  # keys that change no weight
 
 
 class _Section(BaseModel):
@@ -25,7 +28,7 @@ class SourceSection(_Section):
     """One of several data files, where one is not enough to say it all."""
 
     file: str
-    task: Literal["vqa", "caption", "reason"] | None = Field(default=None, description="left out, told from the rows")
+    task: Task | None = Field(default=None, description="left out, told from the rows")
     limit: int | None = Field(default=None, ge=1, description="only the first so many rows")
     repeat: int = Field(default=1, ge=1, description="passes over it in an epoch, where other files need but one")
 
@@ -124,7 +127,7 @@ class PromptSection(_Section):
 class ReasonSection(_Section):
     """Rows with reasons: what is learned from them, and how long a thought may be."""
 
-    stages: tuple[Literal["rationale", "answer", "direct"], ...] = Field(
+    stages: tuple[Stage, ...] = Field(
         default=("rationale", "answer"),
         min_length=1,
         description="rationale: give the reasons; answer: from given reasons; direct: without any",
@@ -165,7 +168,7 @@ class TrainSection(_Section):
     min_learning_rate: float = Field(
         default=0.0, ge=0, description="where the cosine ends, as a share of the peak", le=1
     )
-    warmup_steps: int = Field(default=50, ge=0, description="from zero to the peak")
+    warmup_steps: int = Field(default=50, ge=0, description="from zero to the peak; at most a quarter of all steps")
     weight_decay: float = Field(default=0.05, ge=0, description="of matrices; AdamW")
     betas: tuple[float, float] = Field(default=(0.9, 0.98), description="of AdamW")
     clip_norm: float = Field(default=1.0, gt=0, description="the largest norm of a step's gradient")
@@ -178,10 +181,18 @@ class TrainSection(_Section):
 class Recipe(_Section):
     """Everything a run depends on."""
 
-    task: Literal["vqa", "caption", "reason", "mixed"] = Field(
+    task: Literal[Task, Mixed] = Field(
         default="vqa", description="vqa, caption, reason, or mixed where the files or rows say it"
     )
     description: str = Field(default="", description="one sentence for lists and pages")
+    summary: str = Field(
+        default="", description="one sentence for lists on the recipe itself; left out, description, on its adapters"
+    )
+    command: Literal["finetune", "pretrain"] = Field(default="finetune", description="what runs it, for lists")
+    stage: Literal[1, 2] | None = Field(
+        default=None, validate_default=True, description="of pretrain, for lists; left out with finetune"
+    )
+    needs: str = Field(default="", description="the machine that it is made for, for lists")
     decoding: Literal["greedy", "paper-vqa", "likeliest"] = Field(
         default="greedy",
         description="how ask, batch, evaluate and the page's VQA tab answer questions (not captions nor reasons)",
@@ -193,6 +204,21 @@ class Recipe(_Section):
     prompt: PromptSection = PromptSection()
     reason: ReasonSection = ReasonSection()
     train: TrainSection = TrainSection()
+
+    @field_validator("stage")
+    @classmethod
+    def _stage_of_command(cls, stage: int | None, info: ValidationInfo) -> int | None:
+        if (info.data.get("command") == "pretrain") != (stage is not None):
+            raise ValueError("'command: pretrain' has a stage, 1 or 2, and finetune has none")
+        return stage
+
+    def naming_weight_deltas(self, names: Mapping[int, str]) -> Recipe:
+        """The same recipe with other names for the differences of some towers, by the tower's place."""
+        towers = tuple(
+            tower.model_copy(update={"difference": names.get(place, tower.difference)})
+            for place, tower in enumerate(self.vision.towers)
+        )
+        return self.model_copy(update={"vision": VisionSection(towers=towers)})
 
     def dump(self) -> str:
         """The recipe as YAML, every value written out."""
@@ -237,14 +263,8 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
             return [found for key in keys for found in walk(left.get(key), right.get(key), f"{name}.{key}")]
         return [] if left == right else [name[1:]]
 
-    left, right = (recipe.model_dump(mode="json", exclude={"decoding"}) for recipe in (one, other))  # not trained
+    left, right = (recipe.model_dump(mode="json", exclude=_NOT_TRAINED) for recipe in (one, other))
     return walk(left, right, "")
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Recipes that come with the package, by name."""
-    folder = Path(str(files("adapters"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:

@@ -26,7 +26,7 @@ class AttentionOutput(NamedTuple):
 
     Attributes:
         hidden: [B, N, D].
-        weights: [B, H, N, M] before dropout, where they were asked for.
+        weights: [B, H, N, M] before dropout, if they were asked for.
         keys_values: of this call's `source` alone, without the past.
     """
 

@@ -23,13 +23,13 @@ INIT_STD = 0.02
 
 @dataclass
 class QFormerOutput:
-    """What a pass gives; None for what it had not.
+    """What a pass gives; None for a part that it did not have.
 
     Attributes:
         queries: [B, Q, D].
         text: [B, T, D].
-        cross_attentions: for each layer that looks at the image, [B, H, Q, P]; where asked for.
-        keys_values: for each layer, the self-attention's over [queries; text]; where asked for.
+        cross_attentions: for each layer that looks at the image, [B, H, Q, P]; if asked for.
+        keys_values: for each layer, the self-attention's over [queries; text]; if asked for.
     """
 
     queries: Tensor | None = None
@@ -47,7 +47,7 @@ class TextEmbeddings(nn.Module):
         self.positions = nn.Embedding(config.max_text_positions, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embed `ids` [B, T] as [B, T, D]; ValueError where T is over the table of positions."""
+        """Embed `ids` [B, T] as [B, T, D]; ValueError if T is over the table of positions."""
         length, longest = ids.shape[1], self.positions.num_embeddings
         if length > longest:
             raise ValueError(f"a text of {length} tokens is longer than max_text_positions ({longest})")
@@ -95,7 +95,7 @@ class FeedForward(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """One layer; `cross_attention` is None where the layer does not look at the image."""
+    """One layer; `cross_attention` is None if the layer does not look at the image."""
 
     def __init__(self, config: BridgeConfig, index: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class QFormerLayer(nn.Module):
         Args:
             hidden: [B, N, D], of which the first `num_queries` rows are queries and the rest text.
             num_queries: Q, or 0 in a text-only pass.
-            image: keys and values of the picture, [B, H, P, D/H]; needed where there are queries and the layer looks.
+            image: keys and values of the picture, [B, H, P, D/H]; needed if there are queries and the layer looks.
             self_mask: bool, broadcastable to [B, 1, N, past + N].
             image_mask: bool [B, 1, 1, P].
             past: keys and values in front of this pass's.
@@ -147,7 +147,7 @@ class QFormer(nn.Module):
     """The bridge. Queries come out as [B, Q, D] whatever the number of image features.
 
     Fresh weights are drawn from N(0, 0.02), biases are 0 and norms 1, as in BERT. `torch.manual_seed` governs
-    the draw, or `generator` where one is given.
+    the draw, or `generator` if one is given.
 
     Args:
         config: the sizes.
@@ -182,10 +182,10 @@ class QFormer(nn.Module):
         Args:
             image_features: [B, P, encoder_width].
             image_keys_values: what `image_keys_values` made of the features, in their place.
-            image_mask: [B, P], true where a row has a feature; all true where left out. It does not go together with
+            image_mask: [B, P], true where a row has a feature; all true if left out. It does not go together with
                 `patch_dropout` in training.
-            text_ids: [B, T] token ids: the caption in stage 1, the instruction where `instruction_aware`.
-            text_mask: [B, T], true for a token, false for padding; all true where left out.
+            text_ids: [B, T] token ids: the caption in stage 1, the instruction if `instruction_aware`.
+            text_mask: [B, T], true for a token, false for padding; all true if left out.
             self_mask: bool, broadcastable to [B, 1, N, N] over [queries; text], True = may attend. Given, it
                 alone decides (`qformer.attention` has stage 1's three); else everything but padding is seen.
             past: `keys_values` of a queries-only pass, for a text-only pass to look at in front of itself

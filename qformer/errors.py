@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake the user can mend.
+    """A mistake that the user can correct.
 
     The message is one line that names the flag, file or row, the value found and the fix. The command
     prints it without a traceback and exits with code 2.

@@ -26,7 +26,7 @@ class FeatureNorm(nn.Module):
     """BLIP-2's `ln_vision` (arXiv 2301.12597), for one tower or several set side by side as tokens.
 
     Each tower's features pass an fp32 LayerNorm of their own, for the towers themselves end without one. A tower
-    narrower than the widest gets a linear layer up to its width. A tower that does not tell places apart gets fixed
+    narrower than the widest gets a linear layer up to its width. A tower that does not distinguish places gets fixed
     2-D sine-cosine positions added. `eps` is that of BLIP-2's vision tower.
 
     Attributes:
@@ -50,8 +50,8 @@ class FeatureNorm(nn.Module):
                 continue
             if encoder.grid is None:
                 raise ValueError(f"encoder {index} has neither positions nor a grid to make them from")
-            # fixed, so made anew rather than saved
-            self.register_buffer(f"positions_{index}", grid_positions(encoder.grid, self.width), persistent=False)
+            # fixed, so made again rather than saved
+            self.register_buffer(f"positions_{index}", _grid_positions(encoder.grid, self.width), persistent=False)
             self.positions.append(f"positions_{index}")
 
     @torch.no_grad()
@@ -59,7 +59,7 @@ class FeatureNorm(nn.Module):
         """Set weight and bias so that over these features every channel has mean 0 and variance 1.
 
         A fresh bridge looks at all patches alike. What all pictures have in common, such as the mean of channels that
-        end in a ReLU, would drown what tells them apart; started like this, it does not.
+        end in a ReLU, would drown what distinguishes them; started like this, it does not.
 
         Args:
             features: of some hundred pictures, one [B, P_i, D_i] a tower.
@@ -80,11 +80,11 @@ class FeatureNorm(nn.Module):
         return torch.cat(towers, dim=1)
 
 
-def grid_positions(grid: tuple[int, int], width: int) -> Tensor:
+def _grid_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Fixed 2-D sine-cosine positions [rows x columns, width]: half of the channels say the row, half the column.
 
     Frequencies fall from 1 to 1/10000 as in arXiv 1706.03762, section 3.5, used per axis as in arXiv 2104.02057.
-    Channels that are left over where `width` is no multiple of 4 stay zero.
+    Channels that are left over if `width` is no multiple of 4 stay zero.
     """
     rows, columns = grid
     count = width // 4

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """How many processes train together; 1 where none were started."""
+    """How many processes train together; 1 if none were started."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

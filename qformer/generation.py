@@ -10,7 +10,16 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from qformer.decoding import Decoding
 from qformer.language import LanguageModel
@@ -46,7 +55,7 @@ class Generated:
     """What was generated.
 
     Attributes:
-        ids: [B, N] new tokens, padded on the right with the padding token; an end token that was written is there.
+        ids: [B, N] new tokens, padded on the right with the padding token; an end token that was written is kept.
         log_probs: [B, N] of each token under the model, before penalties and temperature.
     """
 
@@ -55,11 +64,11 @@ class Generated:
 
 
 class TokenObserver(StoppingCriteria):
-    """Looks on while transformers generates: the probability of each token, and a caller that may end rows.
+    """Observes transformers' generation: keeps each token's probability, and lets a caller end rows.
 
     Args:
         on_step: as `generate` takes it.
-        skip: tokens that stand before the first new one.
+        skip: tokens before the first new one.
     """
 
     def __init__(self, on_step: OnStep | None, *, skip: int) -> None:
@@ -91,7 +100,7 @@ class TokenObserver(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device) if ended is None else ended
 
 
-class StopWhenAsked(StoppingCriteria):
+class _StopWhenAsked(StoppingCriteria):
     """Ends all rows once the caller says so.
 
     Args:
@@ -106,13 +115,42 @@ class StopWhenAsked(StoppingCriteria):
         return torch.full((len(input_ids),), self.stopped(), dtype=torch.bool, device=input_ids.device)
 
 
+class _SeededSampling(LogitsProcessor):
+    """Draws each row's token from a random generator of its own, so that it does not depend on the rows beside it.
+
+    What it draws is the only token that it leaves, so that greedy search takes it.
+
+    Args:
+        decoding: with a temperature above 0 and a seed, which every row's generator starts from.
+    """
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self._warpers: Any = LogitsProcessorList([TemperatureLogitsWarper(decoding.temperature)])
+        if decoding.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(decoding.top_p))
+        self._generators: list[torch.Generator] = []  # one a row
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Called by transformers before each token, with the scores [B, V] of all."""
+        if not self._generators:
+            seed = cast(int, self.decoding.seed)
+            self._generators = [torch.Generator(scores.device).manual_seed(seed) for _ in scores]
+        shares = self._warpers(input_ids, scores).softmax(dim=-1)
+        drawn = [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(shares, self._generators, strict=True)
+        ]
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(drawn), 0.0)
+
+
 def generation_options(decoding: Decoding, *, pad_id: int, stop_ids: list[int]) -> dict[str, Any]:
-    """What transformers' `generate` is told of a decoding."""
+    """The options of transformers' `generate` that express a decoding."""
     sampling = decoding.temperature > 0 and decoding.num_beams == 1
     options: dict[str, Any] = {
         "max_new_tokens": decoding.max_new_tokens,
         "num_beams": decoding.num_beams,
-        "do_sample": sampling,
+        "do_sample": sampling and decoding.seed is None,
         "repetition_penalty": decoding.repetition_penalty,
         "pad_token_id": pad_id,
         "eos_token_id": stop_ids,
@@ -120,12 +158,14 @@ def generation_options(decoding: Decoding, *, pad_id: int, stop_ids: list[int]) 
     }
     if decoding.num_beams > 1:
         options["length_penalty"] = decoding.length_penalty
-    if sampling:
+    if sampling and decoding.seed is not None:
+        options["logits_processor"] = LogitsProcessorList([_SeededSampling(decoding)])
+    elif sampling:
         options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     return options
 
 
-def stack_prefixes(prefixes: Sequence[PrefixCache | None], config: PretrainedConfig) -> tuple[DynamicCache, Tensor]:
+def _stack_prefixes(prefixes: Sequence[PrefixCache | None], config: PretrainedConfig) -> tuple[DynamicCache, Tensor]:
     """Prefixes as one cache, shorter ones padded on the left, and their mask [B, T] long.
 
     Args:
@@ -161,7 +201,7 @@ class PartlyRead:
     Attributes:
         embeds: [B, T, D_l], what is still to be read.
         mask: [B, R + T], of what has been read too.
-        cache: keys and values of the R positions that have been read; None where none have.
+        cache: keys and values of the R positions that have been read; None if none have.
     """
 
     def __init__(
@@ -170,7 +210,7 @@ class PartlyRead:
         self.language, self.embeds, self.mask = language, embeds.to(language.compute_dtype), mask
         self.cache: DynamicCache | None = None
         if prefixes is not None and any(prefixes):
-            self.cache, read = stack_prefixes(prefixes, language.config)
+            self.cache, read = _stack_prefixes(prefixes, language.config)
             self.mask = torch.cat([read, mask], dim=1)
 
     def read_on(self) -> None:
@@ -211,7 +251,7 @@ class PartlyRead:
                 ).logits
         else:
             written = ids
-            # what stands behind an end token is seen by none before it, so that it needs no mask
+            # what comes after an end token is seen by none before it, so that it needs no mask
             embeds = torch.cat([embeds, self.language.embed(ids[:, :-1]).to(embeds.dtype)], dim=1)
             mask = F.pad(mask, (0, ids.shape[1] - 1), value=1)
             cache = None if self.cache is None else self._rows_of_cache(rows)
@@ -274,7 +314,7 @@ def generate(
     if observer is not None:
         options["stopping_criteria"] = StoppingCriteriaList([observer])
     elif stopped is not None:
-        options["stopping_criteria"] = StoppingCriteriaList([StopWhenAsked(stopped)])
+        options["stopping_criteria"] = StoppingCriteriaList([_StopWhenAsked(stopped)])
     with language.evaluating():
         prompts = PartlyRead(language, inputs_embeds, attention_mask, prefixes)
         if observer is None and language.can_reuse_prefix:

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from qformer.efficientnet import MODEL_TYPE, EfficientNetLite, EfficientNetLiteConfig
 from qformer.errors import UserError
 from qformer.quiet import quiet_transformers
-from qformer.transform import describe_transform, square_side
+from qformer.transform import IMAGENET_STATISTICS, describe_transform, square_side
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers.image_processing_backends import PilBackend
 
-IDENTITY_VERSION = 1  # raised when the same weights and settings would give other features
-_CLIP_STATS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-_IMAGENET_STATS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_IDENTITY_VERSION = 1  # raised when the same weights and settings would give other features
+_CLIP_STATISTICS = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 
 
 class ImageEncoder(nn.Module):
@@ -36,16 +38,16 @@ class ImageEncoder(nn.Module):
 
     Attributes:
         width: channels D of a feature.
-        num_tokens: tokens P a picture, the class token included where it is kept.
+        num_tokens: tokens P a picture, the class token included if it is kept.
         image_size: side in pixels of the square that the tower sees.
-        grid: (rows, columns) where the tokens are just a grid in reading order, else None.
-        has_positions: whether the tower itself tells places apart.
+        grid: (rows, columns) if the tokens are just a grid in reading order, else None.
+        has_positions: whether the tower itself distinguishes places.
         layer: the chosen hidden state, counted from the front.
     """
 
     architecture: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]  # in config.json
-    preprocessing: ClassVar[Mapping[str, Any]]  # where the folder has none
+    preprocessing: ClassVar[Mapping[str, Any]]  # used if the folder has none
     has_positions: ClassVar[bool] = True
     has_class_token: ClassVar[bool] = True
     missing_blocks: ClassVar[int] = 0  # last blocks that checkpoints leave out; they count all the same
@@ -65,12 +67,12 @@ class ImageEncoder(nn.Module):
 
     @classmethod
     def read_config(cls, folder: Path) -> Any:
-        """The tower's config, with `image_size` and, where it has patches, `patch_size`."""
+        """The tower's config, with `image_size` and, if it has patches, `patch_size`."""
         raise NotImplementedError
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """The whole tower with the folder's weights. Raises UserError where they do not fit."""
+        """The whole tower with the folder's weights. Raises UserError if they do not fit."""
         raise NotImplementedError
 
     @classmethod
@@ -92,7 +94,7 @@ class ImageEncoder(nn.Module):
         raise NotImplementedError
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] → [B, tokens, width], the class token first where there is one."""
+        """[B, 3, S, S] → [B, tokens, width], the class token first if there is one."""
         raise NotImplementedError
 
     def centres(self) -> Tensor:
@@ -124,7 +126,7 @@ class ImageEncoder(nn.Module):
     def identity(self) -> dict[str, object]:
         """All that the features depend on, ready for JSON: the key under which they may be kept."""
         return {
-            "version": IDENTITY_VERSION,
+            "version": _IDENTITY_VERSION,
             "fingerprint": self.weights,
             "architecture": self.architecture,
             "layer": self.layer,
@@ -193,7 +195,7 @@ class ClipEncoder(_TransformersEncoder):
     architecture = "clip"
     model_types = ("clip", "clip_vision_model")
     class_name = "CLIPVisionModel"
-    preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "CLIPImageProcessor", **_CLIP_STATS}
+    preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "CLIPImageProcessor", **_CLIP_STATISTICS}
 
 
 class SiglipEncoder(_TransformersEncoder):
@@ -220,7 +222,7 @@ class Dinov2Encoder(_TransformersEncoder):
     class_name = "Dinov2Model"
     blocks = "layer"
     final_norm = "layernorm"
-    preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "BitImageProcessor", **_IMAGENET_STATS}
+    preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "BitImageProcessor", **IMAGENET_STATISTICS}
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] → [B, 1 + patches, width]."""
@@ -231,14 +233,14 @@ class Blip2Encoder(_TransformersEncoder):
     """BLIP-2's ViT-g. Its checkpoints leave out the last block, as BLIP-2 reads the second-last layer.
 
     Layers count as in the tower before that cut: -2, the default, is the output of all blocks that are there, and -1 is
-    not to be had. `post_layernorm` is BLIP-2's trainable norm after the tower, so it belongs to the bridge, not here.
+    not available. `post_layernorm` is BLIP-2's trainable norm after the tower, so it belongs to the bridge, not here.
     """
 
     architecture = "blip2"
     model_types = ("blip-2", "blip_2_vision_model")
     class_name = "Blip2VisionModel"
     missing_blocks = 1
-    preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "BlipImageProcessor", **_CLIP_STATS}
+    preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "BlipImageProcessor", **_CLIP_STATISTICS}
 
 
 class EfficientNetLiteEncoder(ImageEncoder):
@@ -252,7 +254,7 @@ class EfficientNetLiteEncoder(ImageEncoder):
     model_types = (MODEL_TYPE,)
     has_positions = False
     has_class_token = False
-    preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "ViTImageProcessor", **_IMAGENET_STATS}
+    preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "ViTImageProcessor", **IMAGENET_STATISTICS}
 
     @classmethod
     def read_config(cls, folder: Path) -> EfficientNetLiteConfig:
@@ -325,7 +327,7 @@ def _from_front(layer: int, states: int, missing: int, architecture: str) -> int
 
 
 def _load_strictly(class_name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model with the folder's weights; a tensor it lacks is an error, where the library would draw noise."""
+    """The model with the folder's weights; a tensor it lacks is an error; the library would draw noise."""
     import transformers
     from safetensors import SafetensorError
 

@@ -1,13 +1,13 @@
 """The bridge's weights in and out of transformers' format, and its start from a BERT.
 
 Only the bridge is handled here: queries, Q-Former, and its text embeddings. The other trained parts of a
-transformers model are plain modules, whose names stand in `LANGUAGE_PROJECTION`, `IMAGE_NORM` and
+transformers model are plain modules, whose names are in `LANGUAGE_PROJECTION`, `IMAGE_NORM` and
 `RETRIEVAL_HEADS`; `module_part` takes them out of a whole model's state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from qformer.bridge import QFormer
 from qformer.config import BridgeConfig
 from qformer.errors import UserError
+from qformer.tensor_names import describe_differences
 
 if TYPE_CHECKING:
     from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
@@ -149,7 +150,7 @@ def bridge_from_transformers(state: Mapping[str, Tensor], config: BridgeConfig, 
         kind: which class the weights are of.
 
     Raises:
-        UserError: missing, unknown or wrongly shaped tensors (three of each are named); an unknown kind; a
+        UserError: missing, unexpected or wrongly shaped tensors (three of each are named); an unknown kind; a
             kind that does not go with `config`.
     """
     names = _names(config, kind)
@@ -157,8 +158,8 @@ def bridge_from_transformers(state: Mapping[str, Tensor], config: BridgeConfig, 
         raise UserError("kind 'blip2' holds no text branch: use 'blip2-retrieval', or a config without one")
     with torch.device("meta"):  # no time or memory for weights that are replaced at once
         bridge = QFormer(config)
-    shapes = {names[ours]: tensor.shape for ours, tensor in bridge.state_dict().items()}
-    _compare(state, shapes, f"not the weights of a {kind!r} bridge of this configuration")
+    expected = {names[ours]: tensor for ours, tensor in bridge.state_dict().items()}
+    _check_fit(state, expected, f"not the weights of a {kind!r} bridge of this configuration")
     copies = {ours: state[theirs].detach().to(torch.float32, copy=True) for ours, theirs in names.items()}
     bridge.load_state_dict(copies, assign=True)
     return bridge
@@ -168,15 +169,15 @@ def bridge_from_transformers(state: Mapping[str, Tensor], config: BridgeConfig, 
 def start_from_bert(bridge: QFormer, bert_state: Mapping[str, Tensor]) -> StartReport:
     """Copy a BERT's weights into a fresh bridge, as BLIP-2 starts (section 3.1).
 
-    Copied: self-attention, feed-forward (into the query block and, where there is one, the text block), their
+    Copied: self-attention, feed-forward (into the query block and, if there is one, the text block), their
     norms, and the norm of the embeddings; with a text branch also words and positions. BERT adds its first
     token type to every token of a single sentence, so that row is added to every position and nothing is
-    lost: text alone gives BERT's own last hidden state where the layers are as many. Of a deeper BERT the
-    first layers are taken. Fresh stay queries, cross-attention, layers beyond BERT's, and words or positions
-    beyond BERT's, such as `[DEC]`: as `QFormer` drew them.
+    lost: text alone gives BERT's own last hidden state if the layers are as many. Of a deeper BERT the
+    first layers are taken. Queries, cross-attention, layers beyond BERT's, and words or positions beyond BERT's,
+    such as `[DEC]`, stay as `QFormer` drew them.
 
     Args:
-        bridge: changed in place, on its own device and in its own type; untouched where an error is raised.
+        bridge: changed in place, on its own device and in its own type; untouched if an error is raised.
         bert_state: of `BertModel`, or of a class around it (`bert.` in front of the names); heads, pooler and
             the like are ignored. The head count is not in the weights: `num_heads` must be BERT's (12 for
             BERT-base and MiniLM). RoBERTa, which counts positions from 2, is not a BERT here.
@@ -198,12 +199,12 @@ def start_from_bert(bridge: QFormer, bert_state: Mapping[str, Tensor]) -> StartR
 
     own = bridge.state_dict()  # shares memory with the bridge
     sources = _bert_sources(config, min(layers, config.num_layers))
-    expected = {theirs: own[ours].shape for ours, theirs in sources.items()}
+    expected = {theirs: own[ours] for ours, theirs in sources.items()}
     if config.has_text:  # their rows may be fewer or more than ours, their width may not
         for table in (_POSITIONS, _TOKEN_TYPES):
-            expected[table] = torch.Size((len(bert.get(table, ())), config.hidden_size))
+            expected[table] = torch.empty(len(bert.get(table, ())), config.hidden_size, device="meta")
     found = {name: tensor for name, tensor in bert.items() if name in expected}
-    _compare(found, expected, "this BERT does not fit the bridge")
+    _check_fit(found, expected, "this BERT does not fit the bridge")
 
     copied = 0
     for ours, theirs in sources.items():
@@ -254,7 +255,7 @@ def _names(config: BridgeConfig, kind: str) -> dict[str, str]:
 
 
 def _bert_sources(config: BridgeConfig, layers: int) -> dict[str, str]:
-    """Our tensor names and BERT's, for what is copied as it is; one of BERT's may stand for two of ours."""
+    """Our tensor names and BERT's, for what is copied as it is; one of BERT's may be the source of two of ours."""
     modules = {"norm": "embeddings.LayerNorm"}
     blocks = ("query_feed_forward", "text_feed_forward") if config.has_text else ("query_feed_forward",)
     for index in range(layers):
@@ -301,24 +302,7 @@ def _bert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _compare(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], problem: str) -> None:
-    """Raise a UserError that names what differs between `state` and the expected `shapes`."""
-    missing = [name for name in shapes if name not in state]
-    unknown = [name for name in state if name not in shapes]
-    reshaped = [
-        f"{name} is {_size(state[name].shape)}, not {_size(shape)}"
-        for name, shape in shapes.items()
-        if name in state and state[name].shape != shape
-    ]
-    differences = [("missing", missing), ("unknown", unknown), ("of another shape", reshaped)]
-    said = [f"{len(names)} {what} ({_some(names)})" for what, names in differences if names]
-    if said:
-        raise UserError(f"{problem}: {'; '.join(said)}; check the configuration and where the weights come from")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _size(shape: Iterable[int]) -> str:
-    return "x".join(str(size) for size in shape)
+def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], problem: str) -> None:
+    """Raise a UserError if names or shapes of the tensors `found` are not those `expected`."""
+    if differences := describe_differences(found, expected):
+        raise UserError(f"{problem}: {differences}; check the configuration and where the weights come from")

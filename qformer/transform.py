@@ -1,7 +1,7 @@
 """What happens to a picture before an image encoder: transformers' image processors on their Pillow backend.
 
 torchvision is not needed. The folder's own preprocessing file says how pixels are scaled; how a picture becomes a
-square is ours to say.
+square is decided here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from qformer.errors import UserError
 if TYPE_CHECKING:
     from transformers.image_processing_backends import PilBackend
 
+# of ImageNet's pictures, scaled to 0…1: mean and deviation of red, green and blue
+IMAGENET_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _FILES = ("preprocessor_config.json", "processor_config.json")
 # what decides about pixels; the rest of a processor's settings never reaches them
 _SETTINGS = (
@@ -34,14 +36,14 @@ _SETTINGS = (
 def image_processor(
     folder: Path | None, default: Mapping[str, Any], image_size: int | None, *, whole_image: bool
 ) -> PilBackend:
-    """The processor of `folder` (of `default` where it has no file for it) that makes squares of one size.
+    """The processor of `folder` (of `default` if it has no file for it) that makes squares of one size.
 
     Args:
         folder: a model's folder, or None.
         default: `image_processor_type`, `size` and statistics of the architecture.
         image_size: the square's side in pixels; None for the published one.
-        whole_image: squash the whole picture to the square, as BLIP-2 does, even where the published way
-            crops its centre: a question may be about what stands at the edge. False follows the file to the letter.
+        whole_image: squash the whole picture to the square, as BLIP-2 does, even if the published way
+            crops its centre: a question may be about what is at the edge. False follows the file exactly.
 
     Raises:
         UserError: the folder's file cannot be used here.
@@ -85,7 +87,7 @@ def square_side(processor: PilBackend) -> int:
 def seen_box(processor: PilBackend, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The part of a picture that comes out of `processor`: left, top, right and bottom in the picture's own pixels.
 
-    Beyond the picture's borders where less is resized than is cropped: there the tower sees black.
+    It reaches beyond the picture's borders if less is resized than is cropped: there the tower sees black.
 
     Args:
         processor: makes the square.

@@ -1,7 +1,7 @@
-"""Load frozen image encoders, whichever the architecture, and the trainable norm that follows them.
+"""Load frozen image encoders, whichever the architecture.
 
-The walk of a picture: `ImageEncoder.preprocess` → `ImageEncoder` → `FeatureNorm`, which sets the tokens of one or
-several towers side by side → the bridge.
+The path of a picture: `ImageEncoder.preprocess` → `ImageEncoder` → `qformer.feature_norm.FeatureNorm`, which sets the
+tokens of one or several towers side by side → the bridge.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qformer.errors import UserError
-from qformer.feature_norm import FeatureNorm
 from qformer.image_encoders import ENCODERS, ImageEncoder
 from qformer.sources import fingerprint, resolve
 from qformer.transform import image_processor
@@ -22,8 +21,6 @@ from qformer.weight_delta import apply_weight_delta
 if TYPE_CHECKING:
     from transformers.image_processing_backends import PilBackend
 
-__all__ = ["FeatureNorm", "ImageEncoder", "build_image_encoder", "load_image_encoder"]
-
 
 def load_image_encoder(
     source: str,
@@ -31,7 +28,7 @@ def load_image_encoder(
     layer: int = -2,
     class_token: bool = True,
     image_size: int | None = None,
-    difference: Path | None = None,
+    weight_delta: Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
@@ -42,13 +39,13 @@ def load_image_encoder(
     Args:
         source: see `qformer.sources.resolve`.
         layer: which hidden state to give; see `ImageEncoder`.
-        class_token: keep the class token, where the tower has one.
+        class_token: keep the class token, if the tower has one.
         image_size: side in pixels of the square picture; None for the published one.
-        difference: a folder with a small difference that is added to the published weights (`qformer.weight_delta`).
+        weight_delta: a folder with a small difference that is added to the published weights (`qformer.weight_delta`).
         device: where the weights go.
         dtype: of weights and features.
         offline: fetch nothing.
-        whole_image: squash the whole picture to the square even where the published way crops its centre.
+        whole_image: squash the whole picture to the square even if the published way crops its centre.
 
     Raises:
         UserError: no such source, an unknown architecture, weights that do not fit, a layer or size that cannot be.
@@ -56,9 +53,9 @@ def load_image_encoder(
     folder = resolve(source, offline=offline)
     kind = _encoder_class(_model_type(folder), source)
     processor = _processor(kind, kind.read_config(folder), folder, image_size, whole_image)
-    model, weights = kind.load(folder, torch.float32 if difference else dtype), fingerprint(folder)
-    if difference is not None:
-        weights = apply_weight_delta(model, difference, base=weights)
+    model, weights = kind.load(folder, torch.float32 if weight_delta is not None else dtype), fingerprint(folder)
+    if weight_delta is not None:
+        weights = apply_weight_delta(model, weight_delta, base=weights)
         model = model.to(dtype)
     encoder = kind(model, processor, weights, layer, class_token)
     return encoder.to(device)
@@ -79,7 +76,7 @@ def build_image_encoder(
         config: `CLIPVisionConfig`, `SiglipVisionConfig`, `Dinov2Config`, `Blip2VisionConfig` of transformers, or our
             `EfficientNetLiteConfig`.
         layer: which hidden state to give; see `ImageEncoder`.
-        class_token: keep the class token, where the tower has one.
+        class_token: keep the class token, if the tower has one.
         image_size: side in pixels of the square picture; None for the config's.
         device: "meta" holds shapes only.
         dtype: of weights and features.

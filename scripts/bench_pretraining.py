@@ -37,7 +37,8 @@ def main() -> int:
     from adapters.loading.vision_side import load_vision_side
     from adapters.recipe import load_recipe
     from adapters.training.optimiser import build_optimiser
-    from adapters.training.run_data import fill_caches, read_split
+    from adapters.training.run_data import fill_caches
+    from adapters.training.setup import read_split
     from adapters.training.text_side import model_inputs
     from qformer.precision import default_compute_dtype
 
@@ -52,7 +53,7 @@ def main() -> int:
     ]
     fill_caches(vision_side.caches, [picture.image for batch in batches for picture, _ in batch])
     model = vision_side.representation(dtype).train()
-    optimiser = build_optimiser(model, train)
+    optimiser = build_optimiser(model, learning_rate=train.learning_rate)
     square = torch.randn(2048, 2048, dtype=dtype)
 
     def measure(paired: int) -> dict[str, float]:

@@ -50,7 +50,7 @@ def main() -> int:
     print("  .venv/bin/querybridge finetune YOUR_DATA.jsonl --out runs/mine")
     print(f"  .venv/bin/querybridge demo --adapter {RUN}", flush=True)
     if not options.no_demo:
-        from adapters.artefact.artefact import shipped_adapters
+        from adapters.catalogue import shipped_adapters
         from serve.engine import Engine
         from serve.page.app import launch
 

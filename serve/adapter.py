@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from adapters.artefact.artefact import adapter_fingerprint, find_artefact, load_artefact, shipped_adapters
+from adapters.artefact.artefact import adapter_fingerprint, find_artefact, load_artefact
 from adapters.artefact.facts import Facts
+from adapters.catalogue import shipped_adapters
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef, image_ref
 from adapters.data.images import open_image
@@ -62,20 +63,19 @@ class LoadedAdapter:
         Args:
             pictures: one, or a list; `<image>` marks in the question say where each belongs, else they come first.
             question: in words.
-            decoding: how tokens are chosen; where left out, as its recipe says.
+            decoding: how tokens are chosen; as its recipe says if left out.
 
         Raises:
             UserError: a picture cannot be read, or the question is empty.
         """
-        return self.say(pictures, question, decoding=decoding).text
+        return self.complete(pictures, question, decoding=decoding).text
 
-    def say(
+    def complete(
         self, pictures: ImageInput | Sequence[ImageInput], question: str, *, decoding: Decoding | None = None
     ) -> Completion:
         """As `ask`, with the answer's confidence."""
-        return self.generator([self.asked([user_turn(pictures, question)])], decoding or self.default_decoding("vqa"))[
-            0
-        ]
+        request = self.chat_request([user_turn(pictures, question)])
+        return self.generator([request], decoding or self.default_decoding("vqa"))[0]
 
     def choose(
         self, pictures: ImageInput | Sequence[ImageInput], question: str, choices: Sequence[str]
@@ -86,7 +86,8 @@ class LoadedAdapter:
             UserError: a picture cannot be read, the question is empty, or there are fewer than two choices.
         """
         named = checked_choices(choices)
-        (shares,) = self.generator.choose([self.asked([user_turn(pictures, question)])], [named])
+        request = self.chat_request([user_turn(pictures, question)])
+        (shares,) = self.generator.choose([request], [named])
         return ranked(named, shares)
 
     def caption(self, picture: ImageInput, *, language: str = "en", decoding: Decoding | None = None) -> str:
@@ -95,9 +96,8 @@ class LoadedAdapter:
         Raises:
             UserError: the picture cannot be read, or the language is not known.
         """
-        return self.generator([self.asked_caption(picture, language)], decoding or self.default_decoding("caption"))[
-            0
-        ].text
+        request = self.caption_request(picture, language)
+        return self.generator([request], decoding or self.default_decoding("caption"))[0].text
 
     def answer(
         self,
@@ -132,10 +132,10 @@ class LoadedAdapter:
         )
 
     def default_decoding(self, task: str) -> Decoding:
-        """How tokens are chosen where nothing else is asked for: of "vqa" the recipe says, of "caption" the preset."""
-        return Decoding.preset("caption" if task == "caption" else self.assembly.recipe.decoding)
+        """How tokens are chosen unless a caller says otherwise: the preset for "caption", else as the recipe says."""
+        return Decoding.preset("caption") if task == "caption" else self.assembly.default_decoding
 
-    def asked(self, turns: Sequence[Turn]) -> Request:
+    def chat_request(self, turns: Sequence[Turn]) -> Request:
         """A conversation as a prompt.
 
         Raises:
@@ -143,43 +143,43 @@ class LoadedAdapter:
         """
         prompt = self.assembly.prompts.chat(turns)
         images = tuple(image for turn in turns for image in turn.images)
-        return self.checked(Request(prompt, images))
+        return self.check_length(Request(prompt, images))
 
-    def asked_caption(self, picture: ImageInput, language: str = "en") -> Request:
+    def caption_request(self, picture: ImageInput, language: str = "en") -> Request:
         """The request for a caption as a prompt."""
         return Request(self.assembly.prompts.caption(language), (picture_ref(picture),))
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that a prompt and its answer may have together; None where the language model sets no bound."""
+        """Tokens that a prompt and its answer may have together; None if the language model sets no bound."""
         language = self.assembly.model.language
         longest = getattr(language.config, "max_position_embeddings", None)
         return None if longest is None or language.is_encoder_decoder else int(longest)
 
-    def fitting(self, asked: Request, decoding: Decoding) -> Decoding:
-        """The decoding, with no longer an answer than there is room for behind the prompt."""
+    def fit_decoding(self, request: Request, decoding: Decoding) -> Decoding:
+        """The decoding, with its longest answer cut to the room that the context has after the prompt."""
         if self.context_length is None:
             return decoding
-        room = self.context_length - len(asked.prompt.ids)
+        room = self.context_length - len(request.prompt.ids)
         return replace(decoding, max_new_tokens=max(1, min(decoding.max_new_tokens, room)))
 
-    def checked(self, asked: Request, *, room: int = 0) -> Request:
-        """The prompt, which leaves room for an answer.
+    def check_length(self, request: Request, *, room: int = 0) -> Request:
+        """Return the request if its prompt leaves room for an answer.
 
         Args:
-            asked: the prompt.
-            room: tokens that will be added to it.
+            request: the prompt, with its pictures.
+            room: tokens that will be added to the prompt.
 
         Raises:
-            UserError: it leaves none.
+            UserError: the prompt leaves none.
         """
-        length = len(asked.prompt.ids) + room
+        length = len(request.prompt.ids) + room
         if self.context_length is not None and length >= self.context_length:
             raise UserError(
                 f"what is asked is {length} tokens, and this language model reads {self.context_length}: shorten it, or"
                 " begin anew"
             )
-        return asked
+        return request
 
 
 def user_turn(pictures: ImageInput | Sequence[ImageInput], text: str) -> Turn:
@@ -204,7 +204,7 @@ def checked_choices(choices: Sequence[str], *, where: str = "choices") -> tuple[
     if len(names) < 2:
         raise UserError(f"{where}: {len(names)} given; name at least two")
     if len(set(names)) < len(names):
-        raise UserError(f"{where}: one stands there twice; name each once")
+        raise UserError(f"{where}: one is there twice; name each once")
     return names
 
 
@@ -248,14 +248,14 @@ def load_adapter(
     offline: bool = False,
     frozen: FrozenModels | None = None,
 ) -> LoadedAdapter:
-    """Load an adapter with the frozen models it stands on.
+    """Load an adapter with its frozen models.
 
     Args:
         name: a run's folder, an artefact's folder, or a shipped adapter's name; left out, the default adapter.
-        device: "cpu", "cuda", …; a GPU where there is one.
+        device: "cpu", "cuda", …; a GPU if there is one.
         dtype: "float32" or "bfloat16" for the LLM's computation.
         offline: take frozen weights from the cache only.
-        frozen: models that are loaded already, for adapters that stand on the same ones.
+        frozen: models that are loaded already, for adapters that share them.
 
     Raises:
         UserError: there is no such adapter, or it does not fit its frozen models.
@@ -269,13 +269,13 @@ def load_adapter(
 
 
 def ready_to_answer(language: LanguageModel) -> None:
-    """Unpack the 4-bit layers of an LLM on a CPU, where they take no more than `DEQUANTIZED_AT_MOST` bytes."""
+    """Unpack the 4-bit layers of an LLM on a CPU if they take no more than `DEQUANTIZED_AT_MOST` bytes."""
     if language.device.type == "cpu":
         dequantize_four_bit(language.model, language.compute_dtype, at_most=DEQUANTIZED_AT_MOST)
 
 
 def default_adapter() -> str:
-    """The adapter that is used where none is named: the shipped one.
+    """The adapter that is used if none is named: the shipped one.
 
     Raises:
         UserError: none ships yet.

@@ -116,7 +116,7 @@ class Attention:
         return heat * len(weights) / sum(len(tower.rows) ** 2 for tower in self.towers)
 
     def shares(self, query: int = 0, layer: int = 0) -> dict[str, float]:
-        """How much of the attention rests on each tower's places, and on class tokens, where there are such."""
+        """How much of the attention rests on each tower's places, and on class tokens, if there are any."""
         weights = self.chosen(query, layer)
         found: dict[str, float] = {}
         start, classes = 0, 0.0
@@ -159,7 +159,7 @@ def look(vision_side: VisionSide, image: ImageRef, question: str = "") -> Attent
     device = bridge.query_tokens.device
     features = [tower.to(device=device, dtype=torch.float32) for tower in vision_side.features([image])]
     instruction: dict[str, Tensor] = {}
-    if vision_side.recipe.bridge.instruction_aware and vision_side.tokenizer is not None:
+    if vision_side.reads_instructions and vision_side.tokenizer is not None:
         ids, mask = vision_side.tokenizer([question], longest=MAX_INSTRUCTION)
         instruction = {"text_ids": ids.to(device), "text_mask": mask.to(device)}
     bridge.eval()
@@ -215,12 +215,12 @@ def describe(attention: Attention, query: int = 0, layer: int = 0) -> str:
 def _places(vision_side: VisionSide, size: tuple[int, int]) -> tuple[Places, ...]:
     return tuple(
         Places(
-            Path(tower.source).name,
+            Path(source).name,
             tuple(encoder.centres().tolist()),
             seen_box(encoder.processor, size),
             encoder.class_token,
         )
-        for tower, encoder in zip(vision_side.recipe.vision.towers, vision_side.encoders, strict=True)
+        for source, encoder in zip(vision_side.encoder_sources, vision_side.encoders, strict=True)
     )
 
 

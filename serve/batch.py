@@ -109,8 +109,8 @@ def run_batch(
     """Answer every row of a file into a JSONL file; a job that was stopped goes on where it stopped.
 
     Each line of `out` has "row" (the row's number in the input, from 1; neither a header nor blank lines count), "id",
-    "image" (or "images", a list, where the row has several), "question", "answer" and its "confidence";
-    "reference" where the row held an answer. With `skip_bad_rows` a bad row's line has "row" and "error", and
+    "image" (or "images", a list, if the row has several), "question", "answer" and its "confidence";
+    "reference" if the row held an answer. With `skip_bad_rows` a bad row's line has "row" and "error", and
     what could be read of the rest. Beside `out` a small `.job.json` file says what the answers were made by; the input
     may grow at its end between sittings.
 
@@ -118,7 +118,7 @@ def run_batch(
         source: JSONL, JSON or CSV with "image" and "question" columns, or a packaged set.
         out: the JSONL file to write.
         predictor: what answers.
-        task: "vqa" or "caption"; told from the rows where left out.
+        task: "vqa" or "caption"; inferred from the rows if left out.
         limit: only the first so many good rows, with the bad ones among them.
         skip_bad_rows: write an error for a bad row and go on, instead of stopping there.
         offline: do not fetch a packaged set.
@@ -126,7 +126,7 @@ def run_batch(
         on_progress: called with (rows done, rows in all).
 
     Raises:
-        UserError: the input or a row is bad; what was answered before it is kept in `out`. Or what stands in `out`
+        UserError: the input or a row is bad; what was answered before it is kept in `out`. Or what is in `out`
             already was made by another adapter, with another decoding, for another task or from other rows.
     """
     out = Path(out)

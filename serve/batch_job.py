@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qformer.atomic import whole_file
 from qformer.errors import UserError
 
-FORMAT = 1
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def digest_of(row_digests: Sequence[str]) -> str:
 
 
 def read_job(out: Path) -> BatchJob | None:
-    """The job that the answers in `out` belong to; None where there are none yet.
+    """The job that the answers in `out` belong to; None if there are none yet.
 
     Raises:
         UserError: there are answers, but what made them is not written or cannot be read; or `out` is a folder.
@@ -64,7 +64,7 @@ def read_job(out: Path) -> BatchJob | None:
         if not out.exists() or out.stat().st_size == 0:
             return None  # a job file that is left alone says nothing about answers to come
         values = json.loads(job_file(out).read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
+        if values.pop("format") != _FORMAT:
             raise UserError(f"--out {out}: {job_file(out).name} is of another version of querybridge; {_way_out(out)}")
         job = BatchJob(**values)
         if not (isinstance(job.rows, int) and isinstance(job.decoding, dict)):
@@ -86,14 +86,12 @@ def read_job(out: Path) -> BatchJob | None:
 
 def write_job(out: Path, job: BatchJob) -> None:
     """Write the job beside its answers, whole or not at all."""
-    target = job_file(out)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps({"format": FORMAT, **asdict(job)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    with whole_file(job_file(out)) as partial:
+        partial.write_text(json.dumps({"format": _FORMAT, **asdict(job)}, indent=1) + "\n", encoding="utf-8")
 
 
 def check_same_job(out: Path, before: BatchJob, now: BatchJob, row_digests: Sequence[str]) -> None:
-    """See that answers to come go with those that stand in `out`; the input may have grown at its end.
+    """See that answers to come go with those that are in `out`; the input may have grown at its end.
 
     Args:
         out: the file of answers, for the message.

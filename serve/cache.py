@@ -109,7 +109,7 @@ def _indexes(root: Path) -> list[Path]:
 
 
 def _name(folder: Path) -> str:
-    """The name users know a converted wheel by; with the folder's where another version is in use now."""
+    """The name users know a converted wheel by; with the folder's if another version is in use now."""
     for name, source in PYPI_SOURCES.items():
         if folder.name == source.folder_name:
             return name if source.kind == "data" else f"pypi:{name}"

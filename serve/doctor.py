@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from adapters.recipe import Recipe, load_recipe, shipped_recipes
+from adapters.catalogue import shipped_adapters, shipped_recipes
+from adapters.recipe import Recipe, load_recipe
 from qformer.errors import UserError
 from qformer.sources import cache_root
 
@@ -28,7 +29,7 @@ def examine(
     Args:
         target: a recipe (file or shipped name) or an adapter (run, artefact or shipped name). Left out, nothing is
             loaded and nothing fetched.
-        device: where to load it; a GPU where there is one.
+        device: where to load it; a GPU if there is one.
         dtype: "float32" or "bfloat16" for the LLM's computation.
         offline: take frozen weights from the cache only.
 
@@ -36,7 +37,7 @@ def examine(
         JSON-able: `python`, `platform`, `libraries`, `cpu` (name, cores, threads, compute_dtype, memory in GiB),
         `gpus` (name, memory, bf16), `four_bit` by device ("works" or what went wrong), `cache` (folder, free space),
         and of a target `model`: target, device, compute_dtype, `modules`, parameters and bytes in all, and
-        `serving_bytes`, what its weights take where it answers (`serve.adapter.load_adapter`).
+        `serving_bytes`, what its weights take when it answers (`serve.adapter.load_adapter`).
 
     Raises:
         UserError: there is no such target, or it cannot be loaded.
@@ -99,7 +100,7 @@ def describe(found: Mapping[str, Any]) -> str:
         )
         if model["serving_bytes"] != model["bytes"]:
             lines.append(
-                f"where it answers on a CPU, its 4-bit layers are unpacked: {model['serving_bytes'] / 2**20:,.1f} MiB"
+                f"when it answers on a CPU, its 4-bit layers are unpacked: {model['serving_bytes'] / 2**20:,.1f} MiB"
             )
     return "\n".join(lines)
 
@@ -132,9 +133,7 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
 
 
 def _recipe(target: str) -> Recipe | None:
-    """The recipe of that name or file, or None where the target is an adapter's."""
-    from adapters.artefact.artefact import shipped_adapters
-
+    """The recipe of that name or file, or None if the target is an adapter's."""
     path = Path(target)
     if path.is_dir() or target in shipped_adapters():
         return None
@@ -181,7 +180,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _memory() -> dict[str, float | None]:
-    """Memory of the machine and what of it is available, GiB; None where the system does not say."""
+    """Memory of the machine and what of it is available, GiB; None if the system does not say."""
     total: float | None = None
     available: float | None = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

@@ -36,7 +36,7 @@ class Engine:
 
     Args:
         adapters: loaded ones, or names as `load_adapter` takes them; the default first. None is the shipped default.
-        device: "cpu", "cuda", …; a GPU where there is one.
+        device: "cpu", "cuda", …; a GPU if there is one.
         dtype: "float32" or "bfloat16" for the LLM's computation.
         offline: take frozen weights from the cache only.
         max_batch: requests answered together.
@@ -87,7 +87,7 @@ class Engine:
         return len(self._waiting)
 
     def adapter(self, name: str | None = None) -> LoadedAdapter:
-        """A loaded adapter; the default where no name is given.
+        """A loaded adapter; the default if no name is given.
 
         Raises:
             UserError: none of that name is loaded.
@@ -110,8 +110,8 @@ class Engine:
 
         Args:
             turns: the last is the user's; pictures belong to the turns they were shown in.
-            adapter: which one answers; the default where left out.
-            decoding: how tokens are chosen; greedy where left out.
+            adapter: which one answers; the default if left out.
+            decoding: how tokens are chosen; greedy if left out.
             stops: the answer ends before any of these strings.
 
         Raises:
@@ -119,7 +119,7 @@ class Engine:
             Busy: too many wait.
         """
         loaded = self.adapter(adapter)
-        pending = _pending_answer(loaded, loaded.asked(turns), decoding or Decoding())
+        pending = _pending_answer(loaded, loaded.chat_request(turns), decoding or Decoding())
         pending.stops = tuple(stops)
         return self._submit(pending)
 
@@ -134,13 +134,13 @@ class Engine:
         """Describe a picture; raises as `chat`."""
         loaded = self.adapter(adapter)
         return self._submit(
-            _pending_answer(loaded, loaded.asked_caption(picture, language), decoding or Decoding.preset("caption"))
+            _pending_answer(loaded, loaded.caption_request(picture, language), decoding or Decoding.preset("caption"))
         )
 
     def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> PendingAnswer:
-        """Answer with one of the choices; raises as `chat`, and where there are fewer than two choices."""
+        """Answer with one of the choices; raises as `chat`, and if there are fewer than two choices."""
         loaded = self.adapter(adapter)
-        return self._submit(PendingAnswer(loaded, loaded.asked(turns), Decoding(), checked_choices(choices)))
+        return self._submit(PendingAnswer(loaded, loaded.chat_request(turns), Decoding(), checked_choices(choices)))
 
     def submit(
         self,
@@ -155,8 +155,8 @@ class Engine:
 
         Args:
             asked: the prompt, with its pictures.
-            adapter: which one answers; the default where left out.
-            decoding: how tokens are chosen; greedy where left out.
+            adapter: which one answers; the default if left out.
+            decoding: how tokens are chosen; greedy if left out.
             choices: one of these is the answer, which the prompt lists; none leaves it open.
             admitted: it goes on with what was let in before, and is not refused half way, however many wait.
         """
@@ -164,9 +164,9 @@ class Engine:
         if choices:
             worded = tuple(loaded.assembly.prompts.choice(choice, choices) for choice in choices)
             return self._submit(
-                PendingAnswer(loaded, loaded.checked(asked), Decoding(), tuple(choices), worded), admitted
+                PendingAnswer(loaded, loaded.check_length(asked), Decoding(), tuple(choices), worded), admitted
             )
-        return self._submit(_pending_answer(loaded, loaded.checked(asked), decoding or Decoding()), admitted)
+        return self._submit(_pending_answer(loaded, loaded.check_length(asked), decoding or Decoding()), admitted)
 
     def run(
         self, job: Callable[[LoadedAdapter], T], *, adapter: str | None = None, admitted: bool = False
@@ -175,7 +175,7 @@ class Engine:
 
         Args:
             job: what is done.
-            adapter: with which models; the default's where left out.
+            adapter: with which models; the default's if left out.
             admitted: as in `submit`.
 
         Raises:
@@ -232,7 +232,7 @@ class Engine:
                     request._fail(error)
 
     def _next(self) -> _Job | list[PendingAnswer]:
-        """The oldest request and those answered with it, taken off the queue; none where all were stopped."""
+        """The oldest request and those answered with it, taken off the queue; none if all were stopped."""
         self._drop_stopped()
         if not self._waiting:
             return []
@@ -277,7 +277,7 @@ _Request = TypeVar("_Request", PendingAnswer, _Job)
 
 
 def _pending_answer(adapter: LoadedAdapter, asked: Request, decoding: Decoding) -> PendingAnswer:
-    return PendingAnswer(adapter, asked, adapter.fitting(asked, decoding))
+    return PendingAnswer(adapter, asked, adapter.fit_decoding(asked, decoding))
 
 
 def _batch_key(pending: PendingAnswer) -> tuple[object, ...]:
@@ -344,7 +344,7 @@ def _those_that_can_be_read(pending_answers: Sequence[PendingAnswer]) -> list[Pe
 
 
 def _pass_on(pending: PendingAnswer, said: Completion) -> bool:
-    """Tell a request what was written; whether that is enough."""
+    """Pass on to a request what was written; whether that is enough."""
     if pending.done:
         return True
     cut = _cut(said.text, pending.stops)
@@ -352,7 +352,7 @@ def _pass_on(pending: PendingAnswer, said: Completion) -> bool:
     if enough:
         _finish(pending, said)
     else:
-        pending._told(said.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may want more tokens
+        pending._update(said.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may want more tokens
     return enough
 
 
@@ -367,6 +367,6 @@ def _finish(pending: PendingAnswer, said: Completion) -> None:
 
 
 def _cut(text: str, stops: Sequence[str]) -> str | None:
-    """The text before the first of the stops; None where none is in it."""
+    """The text before the first of the stops; None if none is in it."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)].rstrip() if places else None

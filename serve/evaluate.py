@@ -45,16 +45,16 @@ def evaluate(
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
-        decoding: how tokens are chosen; where left out, as the adapter usually does.
+        decoding: how tokens are chosen; as the adapter usually does if left out.
         on_progress: called with (done, total) distinct questions or pictures.
         tell: called with a line for each score of captions that is left out, and why.
 
     Returns:
         Of answers "n", "pictures", "exact_match" and "vqa_accuracy" as fractions, "exact_match_low" and
-        "exact_match_high" where there are two pictures or more (the 95 % interval by picture), "skipped", and
+        "exact_match_high" if there are two pictures or more (the 95 % interval by picture), "skipped", and
         "commonest_answer": exact match of giving each question the answer it most often has in this very set, which
         needs no picture and no model. Of captions "n" pictures, "BLEU-1" to "BLEU-4" and "ROUGE-L" as fractions,
-        "CIDEr", "skipped", and "METEOR" and "SPICE" where Java can compute them.
+        "CIDEr", "skipped", and "METEOR" and "SPICE" if Java can compute them.
 
     Raises:
         UserError: the data cannot be read, or the task has no scores here.
@@ -86,12 +86,12 @@ def evaluate(
                 tell(reason)
         return {**score_captions(said, answers, language=language), **by_java, "skipped": len(rows.skipped)}
     pictures = [_digests(example) for example in examples]
-    told = {"n": len(examples), "pictures": len(set(pictures)), **score(said, answers)}
-    if told["pictures"] > 1:
+    scores = {"n": len(examples), "pictures": len(set(pictures)), **score(said, answers)}
+    if scores["pictures"] > 1:
         hits = [exact_match(*pair) for pair in zip(said, answers, strict=True)]
-        told["exact_match_low"], told["exact_match_high"] = interval_by_picture(hits, pictures)
+        scores["exact_match_low"], scores["exact_match_high"] = interval_by_picture(hits, pictures)
     return {
-        **told,
+        **scores,
         "commonest_answer": commonest_answer_score([example.question for example in examples], answers),
         "skipped": len(rows.skipped),
     }
@@ -117,7 +117,7 @@ def evaluate_retrieval(
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
         offline: do not fetch a packaged set.
-        rerank: let ITM rank the best 16 by ITC anew; "i2t_R@1" and the like are then its, and "itc_i2t_R@1" ITC's own.
+        rerank: let ITM rank the best 16 by ITC again; "i2t_R@1" and the like are then its, and "itc_i2t_R@1" ITC's own.
         on_progress: called with (pairs done, pairs in all) of ITM.
 
     Returns:
@@ -151,7 +151,7 @@ def _digests(example: Example) -> tuple[str, ...]:
 
 
 def _captions_by_picture(rows: DataSet) -> dict[tuple[str, ...], tuple[int, tuple[str, ...]]]:
-    """For each distinct picture, or several shown together: the row it first stands in, and all its rows' captions."""
+    """For each distinct picture, or several shown together: the row it first appears in, and all its rows' captions."""
     grouped: dict[tuple[str, ...], tuple[int, tuple[str, ...]]] = {}
     for number, example in enumerate(rows.examples):
         first, texts = grouped.get(_digests(example), (number, ()))

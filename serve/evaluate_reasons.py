@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapters.data.answers import normalise
+from adapters.data.answers import choice_letter, normalise
 from adapters.data.examples import Example
 from adapters.data.readers import read_data
 from adapters.data.scienceqa import read_scienceqa, scienceqa_folder
@@ -38,7 +38,7 @@ def evaluate_reasons(
     """Score answers and the reasons for them, as `adapters.evaluation.rationales.score_reasons` does.
 
     Args:
-        adapter: the one that reasons, and answers too where there is no other; or one that answers directly.
+        adapter: the one that reasons, and answers too if there is no other; or one that answers directly.
         data: a file of rows with reasons, or FOLDER:SPLIT of ScienceQA.
         answer_adapter: another adapter that answers.
         controls: score `adapters.inference.reasoning_controls.reason_controls` too.
@@ -47,14 +47,14 @@ def evaluate_reasons(
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
-        decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens where left out.
-        rationale_tokens: how long the reasons may be; the adapter's recipe says where left out.
-        on_progress: called with (done, total); where there are controls, first of them, and then of the rest.
+        decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens if left out.
+        rationale_tokens: how long the reasons may be; as the adapter's recipe says if left out.
+        on_progress: called with (done, total); if there are controls, first of them, and then of the rest.
 
     Returns:
         "n"; "no_choice", answers that are none of their choices; "accuracy", and with "_single_step", "_multi_step"
-        and "_<kind>" behind it where rows say their steps and kind; "ROUGE-L" of the reasons with the same endings;
-        "commonest_answer", the accuracy of giving each kind of question (all of them, where rows say no kind) its
+        and "_<kind>" behind it if rows say their steps and kind; "ROUGE-L" of the reasons with the same endings;
+        "commonest_answer", the accuracy of giving each kind of question (all of them, if rows say no kind) its
         commonest answer in this very set, which needs no picture and no model; and "skipped". Of controls "accuracy"
         and "ROUGE-L" by steps, with the control's name and "_" before. All these are fractions. Of ScienceQA also
         its leaderboard's columns, in per cent (`adapters.evaluation.scienceqa.score_scienceqa`).
@@ -114,6 +114,6 @@ def _leaderboard(data: str | Path, thoughts: Sequence[ReasonedAnswer], examples:
 
 
 def _letter(answer: str, choices: Sequence[str]) -> str:
-    """The answer as ScienceQA's scores take it, such as "(A)"; "" where it is none of the choices."""
+    """The answer as ScienceQA's scores take it, such as "(A)"; "" if it is none of the choices."""
     said = normalise(answer)
-    return next((f"({chr(ord('A') + n)})" for n, choice in enumerate(choices) if normalise(choice) == said), "")
+    return next((choice_letter(n) for n, choice in enumerate(choices) if normalise(choice) == said), "")

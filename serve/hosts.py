@@ -32,7 +32,7 @@ class OwnNamesOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
         if scope["type"] in ("http", "websocket") and (name := host_name(Headers(scope=scope))) not in LOOPBACK_NAMES:
-            told = f"this page is not called '{name}'; open it by its address, or start it with --auth\n"
-            await PlainTextResponse(told, 403)(scope, receive, send)
+            text = f"this page is not called '{name}'; open it by its address, or start it with --auth\n"
+            await PlainTextResponse(text, 403)(scope, receive, send)
             return
         await self.app(scope, receive, send)

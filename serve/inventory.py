@@ -5,17 +5,14 @@ No model is loaded and torch is not imported, so the list comes at once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from adapters.catalogue import shipped_adapters, shipped_recipes
 from adapters.memory.known_models import KNOWN_MODELS
-from adapters.recipe import load_recipe, shipped_recipes
+from adapters.recipe import load_recipe
 from qformer.sources import PYPI_SOURCES, cache_root, find_cached
-
-_GPU = re.compile(r"a GPU of (\d+) GB")  # as the GPU recipes' headers say
 
 
 def list_models() -> dict[str, Any]:
@@ -30,7 +27,7 @@ def list_models() -> dict[str, Any]:
         "cache": str(cache_root()),
         "frozen": [*map(_packaged, PYPI_SOURCES), *(_on_hub(name) for name in KNOWN_MODELS if ":" not in name)],
         "recipes": [_recipe(name, path) for name, path in shipped_recipes().items()],
-        "adapters": _shipped_adapters(),
+        "adapters": list(shipped_adapters()),
     }
 
 
@@ -60,7 +57,7 @@ def list_of_keys(keys: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _as_set(value: object) -> str:
-    """A default as `--set` takes it; nothing where there is none."""
+    """A default as `--set` takes it; nothing if there is none."""
     if value is None:
         return ""
     return f"[{', '.join(map(str, value))}]" if isinstance(value, (tuple, list)) else str(value)
@@ -104,40 +101,16 @@ def _count(parameters: int) -> str:
 
 def _recipe(name: str, path: Path) -> dict[str, Any]:
     recipe = load_recipe(path)
-    comments = [line.lstrip("# ").rstrip() for line in _header(path)]
-    gpu = _GPU.search(" ".join(comments))
     return {
         "name": name,
-        "command": _command(name, comments),
+        "command": recipe.command if recipe.stage is None else f"{recipe.command} --stage {recipe.stage}",
         "task": recipe.task,
-        "description": recipe.description or (comments[0] if comments else ""),
+        "description": recipe.summary or recipe.description,
         "image_encoders": [tower.source for tower in recipe.vision.towers],
         "language": recipe.language.source,
-        "needs": f"a {gpu[1]} GB GPU" if gpu else "a CPU",
+        "needs": recipe.needs,
         "path": str(path),
     }
-
-
-def _command(name: str, comments: Sequence[str]) -> str:
-    """How a recipe is run, from the command that its header gives; "finetune" where that names it otherwise."""
-    for line in comments:
-        words = line.split()
-        if words[:1] == ["querybridge"] and name in words and "--stage" in words:
-            return f"{words[1]} --stage {words[words.index('--stage') + 1]}"
-    return "finetune"
-
-
-def _header(path: Path) -> list[str]:
-    """The comment lines a recipe opens with."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    end = next((index for index, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return lines[:end]
-
-
-def _shipped_adapters() -> list[str]:
-    # the same folders as adapters.artefact.artefact.shipped_adapters, whose module imports torch
-    folder = Path(str(files("adapters"))) / "shipped"
-    return sorted(path.parent.name for path in folder.glob("*/artefact.json"))
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -21,10 +21,10 @@ class Answer:
         adapter: the name of the adapter that answered.
         finish: "stop" came to its end; "length" reached its longest; "stopped" was stopped by the one who asked.
         confidence: the geometric mean of its tokens' probabilities or, of a choice, its probability among the choices;
-            None where nothing was written.
+            None if nothing was written.
         tokens: written, the end token included.
         prompt_tokens: read, the pictures' included.
-        choices: each choice's probability, the likeliest first, where there were any.
+        choices: each choice's probability, the likeliest first, if there were any.
         rationale: the reasons that it was made from, in an answer of two stages; its tokens are then those of both.
     """
 
@@ -49,7 +49,7 @@ class PendingAnswer:
         adapter: which one answers.
         asked: the prompt.
         decoding: how tokens are chosen.
-        choices: what the answer must be one of, where it must.
+        choices: what the answer must be one of; () leaves it open.
         worded: what the model would write for each of them, such as its letter; None for the choices themselves.
     """
 
@@ -94,7 +94,7 @@ class PendingAnswer:
         self._stopped = True
 
     def watch(self, on_change: Callable[[], None]) -> None:
-        """Call something each time there is more text or an end, for who must not wait; at once where it is done.
+        """Call something each time there is more text or an end, for callers that must not wait; at once if it is done.
 
         Args:
             on_change: called in the engine's thread, so it returns at once and raises nothing.
@@ -134,7 +134,7 @@ class PendingAnswer:
         return self.texts()
 
     def texts(self, every: float | None = None) -> Iterator[str]:
-        """As iterating; where it has not grown for so many seconds the text comes again, even an empty one."""
+        """As iterating; if the text has not grown for so many seconds, it comes again, even if it is empty."""
         seen: str | None = None
         while True:
             with self._changed:
@@ -151,23 +151,23 @@ class PendingAnswer:
             if done:
                 return
 
-    def _told(self, text: str) -> None:
+    def _update(self, text: str) -> None:
         with self._changed:
             self._text = text
-            self._tell()
+            self._notify()
 
     def _finish(self, answer: Answer) -> None:
         with self._changed:
             self._text, self._answer = answer.text, answer
-            self._tell()
+            self._notify()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             if not self.done:  # one that was answered before its batch failed keeps its answer
                 self._error = error
-                self._tell()
+                self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.notify_all()
         if self._on_change is not None:
             self._on_change()

@@ -34,15 +34,15 @@ def reason(
     """Reason about pictures, and answer from the reasons.
 
     Args:
-        adapter: the one that reasons, and answers too where there is no other.
+        adapter: the one that reasons, and answers too if there is no other.
         pictures: one, or a list; `<image>` marks in the question say where each belongs, else they come first.
         question: in words.
-        context: what is told beside the pictures.
-        choices: what may be answered, the likeliest being the answer; none where anything may.
+        context: text that goes with the pictures.
+        choices: what may be answered, the likeliest being the answer; none if anything may.
         answer_adapter: another adapter that answers.
         decoding: how tokens are chosen, and how long an answer may be that is none of choices; greedy and 32 tokens
-            where left out.
-        rationale_tokens: how long the reasons may be; the adapter's recipe says where left out.
+            if left out.
+        rationale_tokens: how long the reasons may be; as the adapter's recipe says if left out.
 
     Returns:
         The reasons and the answer; an adapter that was taught to answer directly gives no reasons.
@@ -57,13 +57,13 @@ def reason(
     decoding = decoding or Decoding()
     rationale = None
     if way == "two-stage":
-        longest = rationale_tokens or adapter.assembly.recipe.reason.rationale_tokens
+        longest = rationale_tokens or adapter.assembly.rationale_tokens
         first = asked_rationale(adapter, example, longest=longest, answer_adapter=second)
-        thinking = adapter.fitting(first, replace(decoding, max_new_tokens=longest))
+        thinking = adapter.fit_decoding(first, replace(decoding, max_new_tokens=longest))
         rationale = adapter.generator([first], thinking)[0].text
     asked = asked_answer(second, example, rationale or "")
     if not example.choices:
-        (said,) = second.generator([asked], second.fitting(asked, decoding))
+        (said,) = second.generator([asked], second.fit_decoding(asked, decoding))
         return ReasonedAnswer(rationale, said.text, said.confidence)
     worded = [second.assembly.prompts.choice(choice, example.choices) for choice in example.choices]
     (shares,) = second.generator.choose([asked], [worded])
@@ -90,14 +90,14 @@ def asked_rationale(
         adapter: the one that reasons.
         example: what is asked.
         longest: tokens that the reasons may have.
-        answer_adapter: the one that answers from them, where it is another.
+        answer_adapter: the one that answers from them, if it is another.
 
     Raises:
         UserError: it, or that of the second stage with such reasons in it, is longer than the language model reads.
     """
     second = answer_adapter or adapter
-    second.checked(_asked(second, replace(example, rationale=""), "answer"), room=longest)
-    return adapter.checked(_asked(adapter, example, "rationale"))
+    second.check_length(_asked(second, replace(example, rationale=""), "answer"), room=longest)
+    return adapter.check_length(_asked(adapter, example, "rationale"))
 
 
 def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> Request:
@@ -106,7 +106,7 @@ def asked_answer(adapter: LoadedAdapter, example: Example, rationale: str) -> Re
     Raises:
         UserError: it is longer than the language model reads.
     """
-    return adapter.checked(_asked(adapter, replace(example, rationale=rationale), "answer"))
+    return adapter.check_length(_asked(adapter, replace(example, rationale=rationale), "answer"))
 
 
 def _asked(adapter: LoadedAdapter, example: Example, stage: str) -> Request:
@@ -121,7 +121,7 @@ def load_pair(
     dtype: str | None = None,
     offline: bool = False,
 ) -> tuple[LoadedAdapter, LoadedAdapter | None]:
-    """Load the adapter that reasons and, where one is named, the one that answers; what they share is loaded once.
+    """Load the adapter that reasons and, if one is named, the one that answers; what they share is loaded once.
 
     Raises:
         UserError: as `serve.adapter.load_adapter`, or one was not taught its stage.
@@ -130,7 +130,8 @@ def load_pair(
         adapter if adapter is not None else default_adapter(),
         *([] if answer_adapter is None else [answer_adapter]),
     ]
-    reasoning_mode(*(read_recipe(find_artefact(name)) for name in names))  # a mistake is told before anything is loaded
+    # mistakes are reported before anything is loaded
+    reasoning_mode(*(read_recipe(find_artefact(name)) for name in names))
     frozen = FrozenModels()
     loaded = [load_adapter(name, device=device, dtype=dtype, offline=offline, frozen=frozen) for name in names]
     return loaded[0], loaded[1] if len(loaded) > 1 else None

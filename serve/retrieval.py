@@ -25,6 +25,7 @@ from adapters.data.images import open_image
 from adapters.inference.retrieval import RERANKED, Retriever
 from adapters.loading.assembly import chosen_dtype
 from adapters.loading.vision_side import default_device
+from qformer.atomic import whole_file
 from qformer.errors import UserError
 from qformer.sources import cache_root
 from serve.adapter import ImageInput, default_adapter, picture_ref
@@ -38,7 +39,7 @@ _KEEP_EVERY = 30  # seconds between two writes while pictures are encoded
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found: `score` is the cosine of ITC, `match` ITM's probability where it was asked."""
+    """A picture that was found: `score` is the cosine of ITC, `match` ITM's probability if it was asked."""
 
     path: str
     score: float
@@ -101,7 +102,7 @@ class PictureIndex:
 
         Args:
             on_progress: called with (done, files to encode).
-            embed: N pictures to their vectors [N, Q, E]; the retriever's own where left out.
+            embed: N pictures to their vectors [N, Q, E]; the retriever's own if left out.
 
         Raises:
             UserError: the folder cannot be read, or the index not written.
@@ -166,7 +167,7 @@ class PictureIndex:
         Args:
             query: words, or a picture whose likes are wanted.
             most: how many.
-            rerank: let ITM rank the best 16 (or `most`) for words anew.
+            rerank: let ITM rank the best 16 (or `most`) for words again.
 
         Raises:
             UserError: the words are empty, or the index is.
@@ -188,7 +189,7 @@ class PictureIndex:
         return sorted(path for path in found if path.is_file())
 
     def _read(self) -> dict[str, tuple[_Entry, Tensor]]:
-        """What an earlier update left; a damaged index is made anew."""
+        """What an earlier update left; a damaged index is made again."""
         try:
             tensors = load_file(self._file)
             listed = json.loads(tensors["entries"].numpy().tobytes())
@@ -198,14 +199,12 @@ class PictureIndex:
             return {}
 
     def _write(self, kept: Sequence[tuple[_Entry, Tensor]]) -> None:
-        partial = self._file.with_suffix(f".{os.getpid()}.partial")
         text = bytearray(json.dumps([asdict(entry) for entry, _ in kept]).encode())  # never empty: "[]" at the least
         vectors = torch.stack([vector for _, vector in kept]) if kept else torch.empty(0)
         try:
-            save_file({"entries": torch.frombuffer(text, dtype=torch.uint8), "embeddings": vectors}, partial)
-            os.replace(partial, self._file)
+            with whole_file(self._file) as partial:
+                save_file({"entries": torch.frombuffer(text, dtype=torch.uint8), "embeddings": vectors}, partial)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise UserError(f"{self._file}: the index cannot be written ({error}); free space, then go on") from error
 
 
@@ -247,7 +246,7 @@ def rank(
 
 
 def _refuse(error: OSError) -> None:
-    """A folder that cannot be listed is told: its pictures would count as removed."""
+    """Raise the error of a folder that cannot be listed: its pictures would count as removed."""
     raise error
 
 
@@ -274,8 +273,8 @@ def load_retriever(
 
     Args:
         name: a run's folder, an artefact's folder or a shipped adapter's name; left out, the default adapter.
-        device: "cpu", "cuda", …; a GPU where there is one.
-        dtype: "float32" or "bfloat16" for the computation; float32 where left out.
+        device: "cpu", "cuda", …; a GPU if there is one.
+        dtype: "float32" or "bfloat16" for the computation; float32 if left out.
         offline: take frozen weights from the cache only.
 
     Raises:
@@ -306,7 +305,7 @@ def classify(
     if len(names) < 2:
         raise UserError(f"--labels: {len(names)} given; name at least two, with commas between them")
     if len(set(names)) < len(names):
-        raise UserError("--labels: one stands there twice; name each once")
+        raise UserError("--labels: one is there twice; name each once")
     for template in templates:
         if "{label}" not in template:
             raise UserError(f"--template '{template}': put {{label}} where the label goes")

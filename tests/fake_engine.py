@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tiny import make_tokenizer
@@ -16,6 +15,8 @@ from adapters.artefact.facts import Facts
 from adapters.data.images import open_image
 from adapters.data.prompts import Prompt, PromptBuilder, PromptStyle, Turn
 from adapters.inference.answering import Request
+from adapters.loading.assembly import Assembly
+from adapters.loading.vision_side import VisionSide
 from adapters.recipe import Recipe, parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -37,7 +38,9 @@ class FakeAdapter:
     def __init__(self, recipe: Recipe, name: str, vision_side: Any = None) -> None:
         self.name = name
         prompts = PromptBuilder(make_tokenizer(chat=True), 1, style=PromptStyle(**recipe.prompt.model_dump()))
-        self.assembly = SimpleNamespace(recipe=recipe, prompts=prompts, vision_side=vision_side)
+        nothing: Any = None  # no weights are loaded
+        vision_side = vision_side or VisionSide(recipe, [], [], nothing, nothing, None, None, {}, {})
+        self.assembly = Assembly(recipe, nothing, prompts, vision_side, {})
         self.facts = Facts(
             fingerprints={},
             data={"train": "shapes.jsonl", "answers": 1234, "pictures": 321},
@@ -46,11 +49,11 @@ class FakeAdapter:
             steps=600,
         )
 
-    def checked(self, asked: Request, *, room: int = 0) -> Request:
+    def check_length(self, asked: Request, *, room: int = 0) -> Request:
         return asked
 
     def default_decoding(self, task: str) -> Decoding:
-        return Decoding.preset("caption" if task == "caption" else self.assembly.recipe.decoding)
+        return Decoding.preset("caption") if task == "caption" else self.assembly.default_decoding
 
 
 class FakeEngine:
@@ -155,7 +158,7 @@ class FakeEngine:
                 break
             written.append(word)
             if pending.decoding.num_beams == 1:
-                pending._told(" ".join(written))
+                pending._update(" ".join(written))
             time.sleep(self.pause)
         share = 0.7 if choices else 0.87
         finish: Any = "stopped" if pending.stopped else "stop"

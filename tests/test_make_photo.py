@@ -13,7 +13,7 @@ from scripts_as_modules import load_script
 from adapters.artefact.artefact import read_recipe
 from adapters.data.readers import read_data
 from adapters.loading.weight_deltas import read_weight_delta
-from adapters.recipe import load_recipe
+from adapters.recipe import differing_keys, load_recipe
 
 
 @pytest.fixture
@@ -76,4 +76,4 @@ def test_every_run_has_a_recipe_and_starts_from_the_one_before(make_photo: Modul
         recipes[run.out / "last"] = recipe
     shipped, recipe = read_recipe(make_photo.SHIPPED), recipes[next(iter(make_photo.SHARES))]
     assert set(make_photo.SHARES) == set(list(recipes)[-2:]) and recipe.data.views == shipped.data.views
-    assert recipe == shipped.model_copy(update={"data": recipe.data})
+    assert differing_keys(recipe, shipped.model_copy(update={"data": recipe.data})) == []

@@ -80,8 +80,8 @@ def test_nothing_else_is_in_the_wheel(wheel: Path) -> None:
 
 def test_an_environment_gets_the_modules_and_their_data(environment: Path) -> None:
     code = (
-        "import querybridge, adapters.recipe as r, adapters.artefact.artefact as a;"
-        "print(querybridge.__file__); print(*r.shipped_recipes()); print(*a.shipped_adapters())"
+        "import querybridge, adapters.catalogue as c;"
+        "print(querybridge.__file__); print(*c.shipped_recipes()); print(*c.shipped_adapters())"
     )
     where, recipes, shipped = run_in(environment, "python", "-c", code).splitlines()
     assert Path(where).is_relative_to(environment)

@@ -28,17 +28,18 @@ from torch import Tensor, nn
 
 from adapters.artefact.card import write_card
 from adapters.artefact.facts import FACTS, Facts, read_facts, save_facts
+from adapters.catalogue import shipped_adapters
 from adapters.loading.assembly import Assembly, assemble
 from adapters.loading.vision_side import FrozenModels, VisionSide, load_vision_side
 from adapters.loading.weight_deltas import keep_weight_deltas
 from adapters.recipe import Recipe, load_recipe, parse_recipe
+from qformer.atomic import earlier_folder, whole_folder
 from qformer.errors import UserError
 from qformer.tensor_names import describe_differences
 
 _BRIDGE = "bridge.safetensors"
 _LORA = "lora"
 _RECIPE = "recipe.yaml"
-_SHIPPED = Path(__file__).parents[1] / "shipped"
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -88,31 +89,29 @@ def _fingerprint_of(described: object, state: Mapping[str, Tensor]) -> str:
 def save_artefact(folder: Path, assembly: Assembly | VisionSide, facts: Facts) -> None:
     """Write an artefact, replacing the one that stands there in a single step.
 
-    A VisionSide is saved as the first stage's.
+    A VisionSide is saved as the first stage's. It has no compute dtype, so that one stays as `facts` says; an
+    Assembly's is its LLM's.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-
-    building = folder.with_name(folder.name + ".partial")
+    trained = trained_state(assembly.parts())
+    state = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in trained.items()}
+    kind: Literal["representation", "language"] = "language" if isinstance(assembly, Assembly) else "representation"
+    facts = replace(facts, versions={name: version(name) for name in _LIBRARIES}, kind=kind)
+    if isinstance(assembly, Assembly):
+        facts = replace(facts, compute_dtype=str(assembly.model.language.compute_dtype).removeprefix("torch."))
+    vision_side = assembly.vision_side if isinstance(assembly, Assembly) else assembly
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        trained = trained_state(assembly.parts())
-        state = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in trained.items()}
-        save_file(state, building / _BRIDGE, metadata={"format": "pt"})
-        if isinstance(assembly, Assembly) and assembly.model.language.has_lora:
-            _save_lora(building / _LORA, assembly)
-        kind: Literal["representation", "language"] = "language" if isinstance(assembly, Assembly) else "representation"
-        facts = replace(facts, versions={name: version(name) for name in _LIBRARIES}, kind=kind)
-        vision_side = assembly.vision_side if isinstance(assembly, Assembly) else assembly
-        recipe = keep_weight_deltas(assembly.recipe, vision_side.differences, building)
-        (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
-        save_facts(building, facts)
-        (building / "README.md").write_text(write_card(recipe, facts, folder.name), encoding="utf-8")
-        replace_folder(building, folder)
+        with whole_folder(folder) as building:
+            save_file(state, building / _BRIDGE, metadata={"format": "pt"})
+            if isinstance(assembly, Assembly) and assembly.model.language.has_lora:
+                _save_lora(building / _LORA, assembly)
+            recipe = assembly.recipe.naming_weight_deltas(keep_weight_deltas(vision_side.differences, building))
+            (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
+            save_facts(building, facts)
+            (building / "README.md").write_text(write_card(recipe, facts, folder.name), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise UserError(
             f"{folder}: the artefact cannot be written ({error}); free space or name another --out"
         ) from error
@@ -129,19 +128,14 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
     Raises:
         UserError: it cannot be read or written.
     """
-
     facts, recipe = replace(read_facts(source), metrics=dict(metrics)), _without_folders(read_recipe(source))
-    building = target.with_name(target.name + ".partial")
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, building)
-        (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
-        save_facts(building, facts)
-        (building / "README.md").write_text(write_card(recipe, facts, target.name), encoding="utf-8")
-        replace_folder(building, target)
+        with whole_folder(target) as building:
+            shutil.copytree(source, building, dirs_exist_ok=True)
+            (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
+            save_facts(building, facts)
+            (building / "README.md").write_text(write_card(recipe, facts, target.name), encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise UserError(f"{target}: the adapter cannot be written ({error}); free space") from error
     return facts
 
@@ -174,16 +168,6 @@ def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Put a finished folder in the place of another; at every moment one of the two stands there whole."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def find_artefact(name: str | Path) -> Path:
     """The artefact's folder for a run folder (its `best`), an artefact folder or a shipped adapter's name.
 
@@ -191,10 +175,12 @@ def find_artefact(name: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(name).resolve()
-    for candidate in (path, path / "best", path / "last", _SHIPPED / str(name)):
+    shipped = shipped_adapters()
+    ships = [shipped[str(name)]] if str(name) in shipped else []
+    for candidate in (path, path / "best", path / "last", *ships):
         if (candidate / FACTS).is_file():
             return candidate
-        old = candidate.with_name(candidate.name + ".old")  # a run was stopped between two renames
+        old = earlier_folder(candidate)  # a run was stopped between two renames
         if (old / FACTS).is_file():
             return old
     if not path.exists():
@@ -202,11 +188,6 @@ def find_artefact(name: str | Path) -> Path:
     raise UserError(
         f"--adapter {name}: this folder holds no artefact ({FACTS} is missing); name a finished run's folder"
     )
-
-
-def shipped_adapters() -> list[str]:
-    """Names of the adapters that come with the package."""
-    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{FACTS}"))
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -227,7 +208,8 @@ def load_artefact(
     Args:
         name: as `find_artefact` takes it.
         device: where the model runs.
-        dtype: "float32" or "bfloat16" for the LLM's computation.
+        dtype: "float32" or "bfloat16" for the LLM's computation; left out, the one that it was trained in or, if its
+            facts do not hold that, what suits the device.
         offline: take frozen weights from the cache only.
         frozen: what is loaded already; what this adapter shares with others is taken from there.
 
@@ -242,6 +224,7 @@ def load_artefact(
             f"--adapter {name}: this is the first stage, which can search and classify; no language model can read it"
             f" yet: querybridge pretrain RECIPE --stage 2 --start-from {name}"
         )
+    dtype = dtype or facts.compute_dtype
     assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False, frozen=frozen, artefact=folder)
     _check_fingerprints(folder, recipe, facts.fingerprints, assembly.fingerprints)
     load_trained(assembly, folder)

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters.artefact.artefact import read_recipe, replace_folder
+from adapters.artefact.artefact import read_recipe
 from adapters.artefact.card import write_card
 from adapters.artefact.facts import read_facts, save_facts
+from qformer.atomic import whole_folder
 from qformer.errors import UserError
 
 _WEIGHTS = ("bridge.safetensors", "lora/adapter_model.safetensors")
@@ -49,17 +50,14 @@ def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
     averaged = {str(folder): share for folder, share in parts.items()}
     mean = replace(facts[first], terms=terms, metrics={}, averaged=averaged)
     means = {name: _mean(name, parts) for name in _WEIGHTS if (first / name).is_file()}
-    building = out.with_name(out.name + ".partial")
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.copytree(first, building)
-        for name, tensors in means.items():
-            save_file(tensors, building / name, metadata={"format": "pt"})
-        save_facts(building, mean)
-        (building / "README.md").write_text(write_card(read_recipe(first), mean, out.name), encoding="utf-8")
-        replace_folder(building, out)
+        with whole_folder(out) as building:
+            shutil.copytree(first, building, dirs_exist_ok=True)
+            for name, tensors in means.items():
+                save_file(tensors, building / name, metadata={"format": "pt"})
+            save_facts(building, mean)
+            (building / "README.md").write_text(write_card(read_recipe(first), mean, out.name), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise UserError(f"{out}: the average cannot be written ({error}); free space") from error
 
 

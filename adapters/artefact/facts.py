@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qformer.errors import UserError
 
-FORMAT_VERSION = 3  # 2 has the kind, 3 averages and the recipe's decoding
+_FORMAT_VERSION = 4  # 2 has the kind, 3 averages and the recipe's decoding, 4 the compute dtype
 FACTS = "artefact.json"
 
 
@@ -29,6 +29,7 @@ class Facts:
         versions: of the libraries.
         format_version: of this folder's layout.
         kind: "representation" is BLIP-2's first stage (norm, bridge, heads); "language" has an LLM that reads them.
+        compute_dtype: "float32" or "bfloat16", in which it was trained; None if that is not known (before format 4).
     """
 
     fingerprints: Mapping[str, str]
@@ -39,8 +40,9 @@ class Facts:
     started_from: str | None = None
     averaged: Mapping[str, float] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = _FORMAT_VERSION
     kind: Literal["representation", "language"] = "language"
+    compute_dtype: str | None = None
 
 
 def read_facts(folder: Path) -> Facts:
@@ -51,7 +53,7 @@ def read_facts(folder: Path) -> Facts:
     """
     try:
         values = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        if values["format_version"] > FORMAT_VERSION:
+        if values["format_version"] > _FORMAT_VERSION:
             raise UserError(
                 f"{folder}: format {values['format_version']} is newer than this querybridge reads; update it"
             )
@@ -63,5 +65,5 @@ def read_facts(folder: Path) -> Facts:
 
 def save_facts(folder: Path, facts: Facts) -> None:
     """Write the facts of an artefact that is being made, in today's format."""
-    values = asdict(facts) | {"format_version": FORMAT_VERSION}
+    values = asdict(facts) | {"format_version": _FORMAT_VERSION}
     (folder / FACTS).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,6 +1,17 @@
-"""The form in which short answers are compared."""
+"""The form in which short answers are compared, and the letters of choices."""
 
 from __future__ import annotations
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def choice_letter(place: int) -> str:
+    """The letter of a choice as it is written, "(A)" for place 0.
+
+    Raises:
+        IndexError: there are fewer letters.
+    """
+    return f"({LETTERS[place]})"
 
 
 def normalise(answer: str) -> str:

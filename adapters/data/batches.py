@@ -1,6 +1,6 @@
 """The order in which a run sees its answers: rows by picture, micro-batches by tokens, steps by answers.
 
-The plan of an epoch hangs on the rows, the recipe and the number of processes alone, so a resumed run goes on exactly
+The plan of an epoch depends on the rows, the recipe and the number of processes alone, so a resumed run goes on exactly
 where it stopped and every process of a distributed run knows its share without asking.
 """
 
@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.data.collate import PackedAnswer, PackedSequence, padded_length
-from adapters.data.examples import DataSet, Example, Stage
+from adapters.data.examples import DataSet, Example
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt, PromptBuilder
 from adapters.data.views import draw_view, names_a_side
+from adapters.tasks import Stage
 from qformer.errors import UserError
 
 
@@ -25,11 +26,11 @@ class TokenisedQuestion:
 
     Attributes:
         own: the prompt after its last image.
-        answers: with their end tokens; an answer stands there as often as people gave it.
+        answers: with their end tokens; an answer is there as often as people gave it.
         instruction: what an instruction-aware bridge reads: the question, or the request for a caption.
         prefix_end: None; or, for a caption to an encoder-decoder, how many of `own`'s last tokens close the prompt:
             each epoch a chance prefix of the caption goes in front of them, to the encoder; the rest is learned.
-        caption: the language of the answers, where they are captions.
+        caption: the language of the answers, if they are captions.
     """
 
     own: tuple[int, ...]
@@ -159,9 +160,9 @@ def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
     """The prompt of an example: its question, or the request for a caption in its language.
 
     Args:
-        example: what is asked; its own task counts where it has one.
+        example: what is asked; its own task counts if it has one.
         task: of the examples that have none: "vqa" or "caption"; or a stage of reasoning, "rationale" (which "reason"
-            begins with) or "answer", for which the example's rationale is given where it has one.
+            begins with) or "answer", for which the example's rationale is given if it has one.
         prompts: words and tokenises.
     """
     task = example.task or task

@@ -1,7 +1,7 @@
 """Short questions about a picture, made from its captions and answered by what they say.
 
 After COCO-QA (Ren et al. 2015, arXiv 1505.02074, section 4.2), which asks for object, number, colour and place: an
-adapter that learned captions alone has nothing to answer with. Rules over small lists of words stand in for its parser,
+adapter that learned captions alone has nothing to answer with. Rules over small lists of words replace its parser,
 and look at all captions of a picture: what two of them tell differently is not asked. Of "is there a …?" half are
 to be denied, of things that no caption names and that are as often there.
 """
@@ -34,7 +34,7 @@ COLOURED = WORN | _words("""
     ball collar toy frisbee car slide bike bicycle motorcycle horse bird surfboard backpack kayak umbrella boat
     building bench fence sled tent raft rope dog flower
 """)
-# what a caption hardly leaves out where it is there
+# what a caption hardly leaves out if it is there
 THINGS = _words("""
     dog cat horse bird ball frisbee bike motorcycle surfboard kayak boat bench beach pool snow skateboard swing
     guitar umbrella trampoline tent truck train car water
@@ -113,7 +113,7 @@ def choose_questions(pictures: Sequence[Sequence[str]], *, most: int, seed: int 
         seed: decides between equals.
 
     Returns:
-        A list for each picture, in their order; empty where its captions answer nothing.
+        A list for each picture, in their order; empty if its captions answer nothing.
     """
     rng = random.Random(seed)
     given: Counter[tuple[str, str]] = Counter()

@@ -19,14 +19,14 @@ class DataCheck:
 
     Args:
         name: the file's name, or the packaged set's.
-        task: what the good rows are for; None where no row is good.
+        task: what the good rows are for; None if no row is good.
         rows: all of them, good and bad; blank lines are none.
         pictures: files and data URIs that rows name, each counted once.
-        distinct_pictures: the same told apart by their bytes, those that cannot be decoded left out.
+        distinct_pictures: the same, distinguished by their bytes, without those that cannot be decoded.
         answers: of the good rows; a caption is an answer.
         languages: good rows by language.
-        longest_question: in characters; 0 where there is none.
-        longest_question_row: the row that asks it; 0 where there is none.
+        longest_question: in characters; 0 if there is none.
+        longest_question_row: the row that asks it; 0 if there is none.
         faults: every bad row, in the order of the file.
     """
 
@@ -54,7 +54,7 @@ def check_data(
 
     Args:
         source: as `adapters.data.readers.read_data` takes it.
-        task: "vqa", "caption" or "reason"; told from the rows where left out.
+        task: "vqa", "caption" or "reason"; if left out, inferred from the rows.
         need_answers: False for rows that are to be answered, as batch jobs take them.
         offline: do not fetch a packaged set.
         on_progress: called with (pictures opened, pictures in all), ten times or fewer.

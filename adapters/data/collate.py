@@ -1,6 +1,6 @@
 """From tokenised prompts and answers to batches of tensors.
 
-Several answers about one picture share a sequence: the prompt's part up to the last image stands once, and so does what
+Several answers about one picture share a sequence: the prompt's part up to the last image is there once, and so is what
 all their questions begin with, since captions are asked for alike. Each question with its answer sees that and itself.
 Positions and masks make it equal to as many separate sequences (tested), at a fraction of the work.
 """
@@ -31,7 +31,7 @@ class PackedAnswer:
         own: the question.
         answer: the answer, with its end token.
         instruction: what an instruction-aware bridge reads: the question, or the request for a caption.
-        caption: the language, where the answer is a caption.
+        caption: the language, if the answer is a caption.
         weight: what the answer's loss counts; below zero, it is unlearned.
     """
 
@@ -55,9 +55,9 @@ class PackedSequence:
 
     @cached_property
     def common(self) -> int:
-        """How many tokens the answers begin with alike; they stand once.
+        """How many tokens the answers begin with alike; they are there once.
 
-        The last token of each prompt is never among them: from it the first of the answer is told.
+        The last token of each prompt is never among them: the first of the answer is predicted from it.
         """
         if len(self.packed_answers) == 1:
             return 0

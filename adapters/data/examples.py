@@ -5,15 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from adapters.data.image_ref import ImageRef
+from adapters.tasks import Mixed, Task
 from qformer.errors import UserError
-
-Task = Literal["vqa", "caption", "reason"]
-Mixed = Literal["mixed"]
-Stage = Literal["rationale", "answer", "direct"]
-"""What a row with reasons is asked: for them; for the answer, with them; for the answer without them."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +18,17 @@ class Example:
     Args:
         images: the pictures that the row is about, in order.
         question: the question; "" for a caption row, whose prompt is put in later.
-        answers: all answers (VQAv2 has ten) or captions; empty where none were asked for.
+        answers: all answers (VQAv2 has ten) or captions; empty if none were asked for.
         where: file and row, for messages.
         id: the row's own id, or its number counted from 1.
-        language: the language of the answers ("en" where the row does not say).
-        row: the row's number in its file, counted from 1; 0 where it comes from none.
-        task: set where rows of several tasks are learned from together; else the data set's.
-        context: of a row with reasons: what is told beside the picture; "" where nothing is.
-        choices: of such a row: what may be answered; empty where anything may.
-        rationale: of such a row: the reasons for the answer; "" where there are none.
-        kind: of such a row: what kind of question it is, where it says so.
-        steps: of such a row: how many steps its reasoning has, where it says so.
+        language: the language of the answers ("en" if the row does not say).
+        row: the row's number in its file, counted from 1; 0 if it comes from none.
+        task: set if rows of several tasks are learned from together; else the data set's.
+        context: of a row with reasons: text that is given besides the picture; "" if there is none.
+        choices: of such a row: what may be answered; empty if anything may.
+        rationale: of such a row: the reasons for the answer; "" if there are none.
+        kind: of such a row: what kind of question it is, if it says so.
+        steps: of such a row: how many steps its reasoning has, if it says so.
         turn: which of an epoch's passes over its file this is, counted from 0.
     """
 
@@ -54,7 +49,7 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The first answer; "" where there is none."""
+        """The first answer; "" if there is none."""
         return self.answers[0] if self.answers else ""
 
 
@@ -66,7 +61,7 @@ class Fault:
         row: its number in the file, counted from 1.
         where: file and row, for messages.
         message: one line: what was found and how to mend it.
-        missing: the picture it names that is not there, where that is what is wrong.
+        missing: the picture it names that is not there, if that is what is wrong.
     """
 
     row: int
@@ -84,7 +79,7 @@ class DataSet:
 
     Args:
         name: the file's name, or the packaged set's.
-        task: "vqa", "caption" or "reason"; "mixed" where each example says its own.
+        task: "vqa", "caption" or "reason"; "mixed" if each example says its own.
         examples: the good rows in the order of the file.
         fingerprint: "sha256:…" over the rows and their pictures' names and sizes.
         terms: the licence of a packaged set; None for a user's file.
@@ -141,7 +136,7 @@ def repeat(data: DataSet, times: int) -> DataSet:
 def split_by_image(dataset: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSet]:
     """Hold out whole pictures: no picture of the second part is in the first.
 
-    Pictures are told apart by their bytes, so a copy under another name stays with its twin; each file is
+    Pictures are distinguished by their bytes, so a copy under another name stays with its twin; each file is
     read once for that. The choice depends on `seed` and the pictures only, not on the order of the rows.
 
     Args:

@@ -56,7 +56,7 @@ def open_image(source: ImageRef | Path | str | bytes | Image.Image, *, where: st
 
     An animation gives its first frame, EXIF rotation is applied, transparency lies on white, 16 bits a
     channel are scaled to 8, and CMYK is converted by Pillow's plain formula (its colour profile is not used).
-    A JPEG of more than `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its size where it can be; any other
+    A JPEG of more than `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its size if it can be; any other
     picture of more is refused before a pixel is decoded.
 
     Args:

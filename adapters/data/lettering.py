@@ -71,7 +71,7 @@ class Lettering:
         return "".join(letter if self._font_of(letter) else letter.encode("unicode_escape").decode() for letter in flat)
 
     def wrap(self, text: str, width: int, most: int) -> list[str]:
-        """Cut drawable text into at most `most` lines of at most `width` pixels, at spaces where there are any."""
+        """Cut drawable text into at most `most` lines of at most `width` pixels, at spaces if there are any."""
         lines = [""]
         for word in text.split(" "):
             joined = f"{lines[-1]} {word}" if lines[-1] else word
@@ -102,13 +102,13 @@ class Lettering:
     def draw(self, canvas: ImageDraw.ImageDraw, place: tuple[float, float], text: str, colour: str) -> None:
         """Draw one line of drawable text with its upper left corner at `place`."""
         x, y = place
-        base = y + self.size  # lines of different fonts stand on one base line
+        base = y + self.size  # lines of different fonts share one base line
         for font, part in self._parts(text):
             canvas.text((x, base), part, fill=colour, font=font, anchor="ls")
             x += font.getlength(part)
 
     def _parts(self, text: str) -> list[tuple[Font, str]]:
-        """One font for the whole where one has all its letters, else a font for each run of letters."""
+        """One font for the whole if one has all its letters, else a font for each run of letters."""
         for font in self._fonts_in_use(text):
             if all(letter.isspace() or _has(font, letter) for letter in text):
                 return [(font, text)]

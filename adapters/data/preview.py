@@ -23,7 +23,7 @@ CELL = 320  # pixels, in width
 PICTURE = 240  # pixels, in height
 GAP = 16
 TEXT_LINES = 8  # of a question, and of its answers
-_MAKER = "querybridge data preview"  # stands in the file, so that no other picture is written over
+_MAKER = "querybridge data preview"  # written into the file, so that no other picture is overwritten
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Preview:
         out: the PNG.
         rows: numbers of the rows on it.
         bad_rows: rows that could not be read, which are not on it.
-        bad_pictures: rows on it with a picture that could not be decoded; what is wrong stands in its place.
+        bad_pictures: rows on it with a picture that could not be decoded; what is wrong is written in its place.
         escaped: whether some letters are written as escapes, such as \\u4e2d, because no font here has them.
     """
 
@@ -60,8 +60,8 @@ def preview_data(
         source: as `adapters.data.readers.read_data` takes it; answers may be absent.
         out: the PNG to write. An earlier sheet is replaced, any other file is not.
         rows: how many, the first of the file.
-        sample: draw them by lot instead, with this seed; the whole file is read.
-        task: "vqa", "caption" or "reason"; told from the rows where left out.
+        sample: draw them at random instead, with this seed; the whole file is read.
+        task: "vqa", "caption" or "reason"; if left out, inferred from the rows.
         offline: do not fetch a packaged set.
 
     Raises:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from adapters.data.answers import LETTERS, choice_letter
 from adapters.data.image_ref import ImageRef
 from qformer.errors import UserError
 
 IMAGE_MARK = "<image>"
-IMAGE_SLOT = -1  # stands in a list of token ids where one vector of an image goes
+IMAGE_SLOT = -1  # in a list of token ids, the place of one vector of an image
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 REASON_REQUEST = "Think step by step."
 ANSWER_REQUEST = "So what is the answer?"
 CAPTION_REQUEST = {"en": "Describe the picture.", "zh": "用中文描述这张图片。"}
@@ -78,7 +78,7 @@ class PromptStyle:
 
 
 def check_language(language: str) -> None:
-    """Raise UserError where captions cannot be asked for in a language."""
+    """Raise UserError if captions cannot be asked for in a language."""
     if language not in CAPTION_REQUEST:
         raise UserError(f"--language: '{language}' is not known; take one of {', '.join(CAPTION_REQUEST)}")
 
@@ -187,10 +187,10 @@ class PromptBuilder:
         return self._encode(f"Question: {asked} Reasoning: {reasons} {closing}", num_images, where, question)
 
     def choice(self, answer: str, choices: Sequence[str]) -> str:
-        """The words in which an answer is given: itself, or its letter where choices have letters."""
+        """The words in which an answer is given: itself, or its letter if choices have letters."""
         if not self.style.letters or answer not in choices:
             return answer
-        return f"({LETTERS[choices.index(answer)]})"
+        return choice_letter(choices.index(answer))
 
     def caption(self, language: str = "en", num_images: int = 1, *, where: str = "caption") -> Prompt:
         """The prompt that asks for a caption, in English ("en") or Chinese ("zh")."""
@@ -223,14 +223,14 @@ class PromptBuilder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def _asked(self, question: str, context: str, choices: Sequence[str], where: str) -> str:
-        """A question with what belongs to it, a line each where there is a chat template."""
+        """A question with what belongs to it, a line each if there is a chat template."""
         if self.style.letters and len(choices) > len(LETTERS):
             raise UserError(f"{where}: {len(choices)} choices and {len(LETTERS)} letters; set prompt.letters to false")
         parts = [question.strip()]
         if context.strip():
             parts.append(f"Context: {context.strip()}")
         if self.style.letters and choices:
-            parts.append("Choices: " + " ".join(f"({LETTERS[n]}) {choice}" for n, choice in enumerate(choices)))
+            parts.append("Choices: " + " ".join(f"{choice_letter(n)} {choice}" for n, choice in enumerate(choices)))
         elif choices:
             parts.append(f"Choices: {', '.join(choices)}")
         return ("\n" if self.has_template else " ").join(parts)

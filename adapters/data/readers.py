@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from adapters.data.examples import DataSet, Example, Fault, Task
+from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.formats import RawRow, csv_rows, json_rows, jsonl_rows, shorten
 from adapters.data.picture_scan import scan_pictures
 from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, has_captions, read_row, tasks_of
 from adapters.data.scienceqa import TERMS as SCIENCEQA_TERMS
 from adapters.data.scienceqa import is_scienceqa, scienceqa_folder, scienceqa_rows
+from adapters.tasks import Task
 from qformer.errors import UserError
 
 EASY_VQA = ("easy-vqa:train", "easy-vqa:test")
@@ -43,7 +44,7 @@ class ReadRows:
 
     Args:
         name: the file's name, or the packaged set's.
-        task: what the first good row was read as; None where there is none.
+        task: what the first good row was read as; None if there is none.
         examples: the good rows in the order of the file.
         faults: the bad rows in the order of the file.
         digests: a short hash of each row in the order of the file.
@@ -77,7 +78,7 @@ def read_data(
             of a folder of ScienceQA. Rows are {"image", "question", "answer"} or {"image", "caption"}; an answer may
             be a list, which is kept whole, and so may "captions". A row with "rationale" is one of reasons, and
             "context" and "choices" belong to its question, "kind" (a text) and "steps" (a whole number) to its
-            scores. "file_name" stands for "image", and "images" is a list of several, which `<image>` marks in the
+            scores. "file_name" is read as "image" is, and "images" is a list of several, which `<image>` marks in the
             question may place; "id" or "question_id" is kept, and "language"; other fields are ignored. A picture is
             a path, absolute or relative to the data file, or a base64 data URI.
         task: "vqa", "caption" or "reason"; None takes what the first good row's fields say. "vqa" reads rows of
@@ -85,7 +86,7 @@ def read_data(
         need_answers: False reads rows to be answered: answers may be absent, and a picture alone is a row
             that asks for its caption.
         skip_bad_rows: leave bad rows out and list them in `faults`.
-        broken_pictures_too: a row whose picture cannot be decoded is a bad row too; where bad rows are left out,
+        broken_pictures_too: a row whose picture cannot be decoded is a bad row too; if bad rows are left out,
             every picture is opened to know. For callers that cannot leave one out later.
         limit: take the first so many good rows; the file is not read further.
         offline: take a packaged set from the cache folder or not at all.
@@ -134,7 +135,7 @@ def read_rows(
     limit: int | None = None,
     offline: bool = False,
 ) -> ReadRows:
-    """Read and check rows as `read_data` does, and hand over the bad ones too, even where no row is good.
+    """Read and check rows as `read_data` does, and hand over the bad ones too, even if no row is good.
 
     Raises:
         UserError: what is wrong with the file as a whole, or with the task.
@@ -221,7 +222,7 @@ def _complaint(faults: Sequence[Fault], good: int, skipping: bool) -> str:
 
 
 def _digest(row: RawRow) -> str:
-    """What tells a row from another, 16 hex digits: what stands in the file, whatever became of its pictures."""
+    """What distinguishes a row from another, 16 hex digits: what the file holds, whatever became of its pictures."""
     return hashlib.sha256(json.dumps([row.fields, row.problem]).encode()).hexdigest()[:16]
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters.data.answers import normalise
-from adapters.data.examples import Example, Task
+from adapters.data.examples import Example
 from adapters.data.formats import RawRow, kind_of, shorten
 from adapters.data.image_ref import ImageRef, image_ref
 from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK
+from adapters.tasks import Task
 from qformer.errors import UserError
 
 IMAGE_FIELDS = ("image", "file_name", "images")  # the second as in an imagefolder's metadata
@@ -23,7 +24,7 @@ ANSWER_FIELDS = ("answer", "answers")
 CAPTION_FIELDS = ("caption", "captions")
 ID_FIELDS = ("id", "question_id")
 RATIONALE_FIELD = "rationale"
-_APART = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")  # punctuation that stands apart, as a word of its own
+_APART = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")  # punctuation apart from the words, as a word of its own
 # Formats that are known but not read yet: taking half of such a row would lose the rest in silence.
 _OTHER_FORMATS = {
     "messages": "a conversation",
@@ -57,7 +58,7 @@ class Pictures:
         self._marks: dict[str, str] = {}
 
     def find(self, text: str, where: str) -> ImageRef:
-        """Return the reference; BadRow where nothing can be there, MissingImage where the file is not."""
+        """Return the reference; BadRow if nothing can be there, MissingImage if the file is not."""
         if text.startswith("data:"):
             return _reference(text, self._base)
         found = self._found.get(text)
@@ -99,7 +100,7 @@ def _cause(error: Exception) -> str:
 
 
 def tasks_of(fields: Mapping[str, Any], *, need_answers: bool) -> tuple[Task, ...]:
-    """Tell from a row's fields what it can be read as, what it is first; BadRow where it is neither VQA nor captions.
+    """Infer from a row's fields what it can be read as, what it is first; BadRow if it is neither VQA nor captions.
 
     A row with a rationale is one to reason about, and can be read as VQA, without it; so can one without, if it is to
     be answered.
@@ -222,7 +223,7 @@ def _images(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _present(fields: Mapping[str, Any], names: tuple[str, ...], *, required: bool = True) -> str:
-    """Return the first of the names that the row has, else the first name where the field may be absent."""
+    """Return the first of the names that the row has, else the first name if the field may be absent."""
     for name in names:
         if name in fields:
             return name

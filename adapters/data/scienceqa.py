@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters.data.answers import choice_letter
 from adapters.data.formats import RawRow, kind_of, shorten
 from adapters.data.image_ref import blank_image
 from qformer.errors import UserError
@@ -22,7 +23,7 @@ TERMS = "ScienceQA (Lu et al. 2022) - CC BY-NC-SA 4.0"
 SUBJECTS = ("natural science", "social science", "language science")
 GRADES = tuple(f"grade{number}" for number in range(1, 13))
 _FOLDERS = ("train", "val", "test")  # of pictures; `minival` and the like have theirs among these
-_LETTERS = "ABCDEFGHIJ"
+_MOST_CHOICES = 10
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class ScienceProblem:
     Args:
         id: its key in `problems.json`.
         question: what is asked.
-        context: the hint, as it stands; "" where there is none.
+        context: the hint, unchanged; "" if there is none.
         choices: what may be answered.
-        rationale: the lecture and the solution, parted by a space; "" where there is neither.
+        rationale: the lecture and the solution, parted by a space; "" if there is neither.
         answer_index: the place of the right choice, from 0.
         answer: the right choice.
-        image: its picture; None where it has none.
+        image: its picture; None if it has none.
         subject: one of `SUBJECTS`.
         grade: "grade1" to "grade12".
         split: "train", "val" or "test".
@@ -60,7 +61,7 @@ class ScienceProblem:
     @property
     def letter(self) -> str:
         """The right answer as it is given: "(A)" for the first choice."""
-        return f"({_LETTERS[self.answer_index]})"
+        return choice_letter(self.answer_index)
 
 
 def read_scienceqa(
@@ -106,7 +107,7 @@ def is_scienceqa(folder: str | Path) -> bool:
 
 
 def scienceqa_folder(source: str | Path) -> tuple[Path, str] | None:
-    """Folder and split of a source that is written FOLDER:SPLIT; None where it is no folder of ScienceQA."""
+    """Folder and split of a source that is written FOLDER:SPLIT; None if it is no folder of ScienceQA."""
     name, _, split = str(source).rpartition(":")
     folder = Path(name).expanduser()
     return (folder, split) if name and is_scienceqa(folder) else None
@@ -149,7 +150,7 @@ class _Fields:
         choices = self._choices()
         index = self._index(len(choices))
         split = self._one_of("split", _FOLDERS)
-        picture = self._fields.get("image")  # null where there is none
+        picture = self._fields.get("image")  # null if there is none
         reasons = [self._text("lecture"), self._text("solution")]
         return ScienceProblem(
             id=name,
@@ -189,8 +190,8 @@ class _Fields:
         value = self._get("choices")
         if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
             raise UserError(f"{self._where}: 'choices' is {kind_of(value)} ({shorten(value)}): write a list of texts")
-        if not 2 <= len(value) <= len(_LETTERS):
-            raise UserError(f"{self._where}: {len(value)} 'choices': give from 2 to {len(_LETTERS)}")
+        if not 2 <= len(value) <= _MOST_CHOICES:
+            raise UserError(f"{self._where}: {len(value)} 'choices': give from 2 to {_MOST_CHOICES}")
         return tuple(value)
 
     def _index(self, choices: int) -> int:

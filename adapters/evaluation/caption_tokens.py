@@ -7,7 +7,7 @@ upper-case names only, after lower-casing), and so do `!!`, `&`, `$` and `#`.
 
 Known differences. The official tokenizer reads all captions as one text, so the full stop after a single letter or
 after "no" at a caption's end depends on the next caption, and a contraction at the end of the last one stays whole;
-here each caption stands alone. A curly apostrophe within a word ("o'clock") stays curly there, so that two spellings
+here each is tokenised alone. A curly apostrophe within a word ("o'clock") stays curly there, so that two spellings
 differ; here it becomes straight. "4 1/2" is one token there and two here. Rarities (HTML with attributes, some
 emoticons, three full stops in a web address, several slashes in a word) may differ too.
 """

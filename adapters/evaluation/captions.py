@@ -1,6 +1,6 @@
 """Scores of captions: CIDEr-D, BLEU-1 to BLEU-4 and ROUGE-L, as the official COCO caption scorer computes them.
 
-`score_captions` takes text; `bleu`, `rouge_l` and `cider` take tokens, so that another tokenizer can stand before them.
+`score_captions` takes text; `bleu`, `rouge_l` and `cider` take tokens, so that another tokenizer can come before them.
 METEOR and SPICE need Java and are in `adapters.evaluation.java_scores`.
 """
 
@@ -89,7 +89,7 @@ def rouge_l(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]
 
 
 def _rouge_l(said: Tokens, captions: Sequence[Tokens]) -> float:
-    if not said:  # the COCO scorer's convention: nothing said is right where a reference, too, is empty
+    if not said:  # the COCO scorer's convention: nothing said is right if a reference, too, is empty
         return float(any(not caption for caption in captions))
     common = [_common_subsequence(said, caption) for caption in captions]
     precision = max(common) / len(said)

@@ -1,11 +1,11 @@
-"""METEOR and SPICE, by the Java programs of the official COCO caption scorer, where they can run.
+"""METEOR and SPICE, by the Java programs of the official COCO caption scorer, if they can run.
 
 They need `java` on the PATH and the package `pycocoevalcap` (the extra `caption-java`), which ships `meteor-1.5.jar`
 and `spice-1.0.jar`. What can't run is left out, and a line says why.
 
 METEOR runs as it comes (tried with Java 17). SPICE doesn't: its parser is Stanford CoreNLP 3.6.0, which no package
 ships and which `python -m pycocoevalcap.spice.get_stanford_models` downloads from nlp.stanford.edu. The call below has
-been tried as far as the missing parser only. SPICE is older than Java 9: where Java 17 refuses it, try Java 8 or 11.
+been tried as far as the missing parser only. SPICE is older than Java 9: if Java 17 refuses it, try Java 8 or 11.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapters.evaluation.caption_tokens import caption_tokens
-
-METRICS = ("METEOR", "SPICE")
 
 
 def java_scores(
@@ -59,7 +57,7 @@ class JavaError(Exception):
 
 
 def why_not(metric: str, *, language: str = "en") -> str | None:
-    """Why a metric can't run here, in one line, or None where nothing that it needs is missing."""
+    """Why a metric can't run here, in one line, or None if nothing that it needs is missing."""
     if language != "en":
         return f'{metric} is left out: it is made for English, and these captions are "{language}"'
     if shutil.which("java") is None:

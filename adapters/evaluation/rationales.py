@@ -1,7 +1,7 @@
 """Scores of answers that were reasoned to: accuracy over choices, ROUGE-L of the reasons, and what language alone does.
 
 As in multimodal chain of thought (Zhang et al. 2023, arXiv 2302.00923, section 5): the answer's accuracy, and ROUGE-L
-of the rationale with the given one. A fluent rationale can be false: its ROUGE-L never stands alone.
+of the rationale with the given one. A fluent rationale can be false: its ROUGE-L is never reported alone.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ class Reasoned(Protocol):
 
     @property
     def answer(self) -> str:
-        """The right answer; one of the choices where there are any."""
+        """The right answer; one of the choices if there are any."""
 
     @property
     def rationale(self) -> str:
-        """The given reasons; "" where there are none."""
+        """The given reasons; "" if there are none."""
 
     @property
     def choices(self) -> Sequence[str]:
-        """What may be answered; empty where anything may."""
+        """What may be answered; empty if anything may."""
 
     @property
     def kind(self) -> str | None:
-        """What kind of question it is; None where the row does not say."""
+        """What kind of question it is; None if the row does not say."""
 
     @property
     def steps(self) -> int | None:
-        """Steps of the reasoning; None where the row does not say."""
+        """Steps of the reasoning; None if the row does not say."""
 
 
 def score_reasons(
@@ -58,7 +58,7 @@ def score_reasons(
 
     Args:
         answers: the model's answer to each example.
-        rationales: the model's rationale for each; None where it was not asked for any.
+        rationales: the model's rationale for each; None if it was not asked for any.
         examples: the rows.
         language: of the rationales, "en" or "zh".
 
@@ -96,7 +96,7 @@ def language_control(examples: Sequence[Reasoned], learned_from: Sequence[Reason
         examples: the rows to answer.
         learned_from: the rows to know answers from, such as those of training. A question whose words are not among
             them gets the choice that is the commonest answer to its kind. None learns from the very rows it answers,
-            which is more than any model could know, and says little where most questions occur once.
+            which is more than any model could know, and says little if most questions occur once.
 
     Returns:
         As `score_reasons` without rationales.

@@ -15,9 +15,9 @@ CUTS = (1, 5, 10)
 def recalls(scores: Tensor, image_of_text: Sequence[int]) -> dict[str, float]:
     """`i2t_R@1`, `i2t_R@5`, `i2t_R@10`, `t2i_R@1`, … as fractions of the pictures and of the texts.
 
-    A picture is a hit at k where any of its own texts is among the k best for it; a text is one where its picture is
+    A picture is a hit at k if any of its own texts is among the k best for it; a text is one if its picture is
     among the k best. Karpathy & Fei-Fei 2015 (arXiv 1412.2306), section 4.1. A tie counts against us: whatever scores
-    as high as the right one stands before it, and so does NaN. A model that gives one score to all pairs finds nothing.
+    as high as the right one comes before it, and so does NaN. A model that gives one score to all pairs finds nothing.
 
     Args:
         scores: [I, T], the higher the better; floating point.

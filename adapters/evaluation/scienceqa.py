@@ -2,7 +2,7 @@
 
 The categories are those of the authors' evaluation script (lupantech/ScienceQA, tools/evaluate_acc.py): TXT has a hint,
 with or without a picture, IMG a picture, with or without a hint, and NO neither. One thing differs: what names no
-choice is wrong here, where the authors, and those of multimodal chain of thought after them, draw a choice by lot,
+choice is wrong here, where the authors, and those of multimodal chain of thought after them, draw a choice at random,
 which is worth some right answers.
 """
 
@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from adapters.data.answers import LETTERS
 from adapters.data.scienceqa import GRADES, SUBJECTS, ScienceProblem
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
@@ -48,7 +49,7 @@ def score_scienceqa(answers: Sequence[str], problems: Sequence[ScienceProblem]) 
 
 
 def choice_of(answer: str, choices: int) -> int | None:
-    """The place of the choice that an answer names by its letter; None where it names none, or several.
+    """The place of the choice that an answer names by its letter; None if it names none, or several.
 
     Args:
         answer: a text with one letter in brackets, "(A)", or a letter alone, "A" or "The answer is A."
@@ -59,7 +60,7 @@ def choice_of(answer: str, choices: int) -> int | None:
         letters = {alone[1].upper()}
     if len(letters) != 1:
         return None
-    place = ord(letters.pop()) - ord("A")
+    place = LETTERS.index(letters.pop())
     return place if place < choices else None
 
 

@@ -17,7 +17,24 @@ _NUMBERS = {
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     )
 } | {"none": "0"}
-_SPACE_FOR = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`?!]")
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")  # but for a decimal point
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+"""
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word  # each apostrophe that may be missing
+    for word in _CONTRACTED.split()
+    for place, character in enumerate(word)
+    if character == "'"
+} | {"somebody'd": "somebodyd"}  # as the official table has it
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
@@ -29,10 +46,12 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQAv2's accuracy: the mean over leave-one-out sets of min(matching answers / 3, 1).
 
-    Antol et al. 2015 (arXiv 1505.00468), section 5. With a single answer it is exact match.
+    Antol et al. 2015 (arXiv 1505.00468), section 5. With a single answer it is exact match. Answers are compared in
+    the form that the official evaluation (github.com/GT-Vision-Lab/VQA) brings them to. That leaves them as they are if
+    all ten are equal; here they have the form then too, so that a capital letter does not make "yes" wrong.
     """
-    said = _vqa_form(prediction)
-    given = [_vqa_form(answer) for answer in answers]
+    said = vqa_form(prediction)
+    given = [vqa_form(answer) for answer in answers]
     if len(given) == 1:
         return float(said == given[0])
     scores = []
@@ -42,12 +61,18 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
-def _vqa_form(answer: str) -> str:
-    """The form VQAv2 compares in: lower case, punctuation and articles out, number words as digits."""
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", _SPACE_FOR.sub(" ", answer.lower().strip()))
-    text = re.sub(r"(?<=\d),(?=\d)", "", text).replace(",", " ")
-    words = (_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)
-    return " ".join(words)
+def vqa_form(answer: str) -> str:
+    """The form VQAv2 compares in: lower case, no punctuation and articles, digits for number words, apostrophes.
+
+    A mark that is beside a space anywhere in the answer is left out everywhere, and so are all marks if there is a
+    comma between digits; other marks become spaces. A full stop is left out unless a digit follows it.
+    """
+    said = answer.replace("\n", " ").replace("\t", " ").strip()
+    text, close = said, _COMMA_IN_NUMBER.search(said) is not None
+    for mark in _PUNCTUATION:
+        text = text.replace(mark, "" if close or f"{mark} " in said or f" {mark}" in said else " ")
+    words = (_NUMBERS.get(word, word) for word in _PERIOD.sub("", text).lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -63,7 +88,7 @@ def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[
 def interval_by_picture(
     hits: Sequence[float], pictures: Sequence[Hashable], *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % interval of a mean score, by drawing whole pictures anew, with all that was asked of each.
+    """The 95 % interval of a mean score, by drawing whole pictures with replacement, with all that was asked of each.
 
     Questions on one picture tend to be right or wrong together, so an interval that took them for independent would be
     too narrow. This is the percentile bootstrap over clusters (Davison and Hinkley 1997, Bootstrap Methods and their

@@ -32,27 +32,27 @@ from adapters.features.files import EncoderFiles
 from adapters.features.prefetch import decoded_batches
 from qformer.errors import UserError
 
-LIMIT_VARIABLE = "QUERYBRIDGE_FEATURES_GIB"
-DEFAULT_LIMIT = 20  # GiB
+_LIMIT_VARIABLE = "QUERYBRIDGE_FEATURES_GIB"
+_DEFAULT_LIMIT = 20  # GiB
 
 # Part of every key: raise it when pictures are decoded otherwise or the files' format changes.
 _VERSION = 1
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 
 
-def configured_bytes() -> int:
+def _configured_bytes() -> int:
     """The bound on the features of all encoders: `$QUERYBRIDGE_FEATURES_GIB`, or 20 GiB.
 
     Raises:
         UserError: the variable is not a number above 0.
     """
-    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
+    text = os.environ.get(_LIMIT_VARIABLE, str(_DEFAULT_LIMIT))
     try:
         gib = float(text)
     except ValueError:
         gib = 0.0
     if not 0 < gib < math.inf:
-        raise UserError(f"{LIMIT_VARIABLE}={text}: give a number of GiB above 0, such as 100")
+        raise UserError(f"{_LIMIT_VARIABLE}={text}: give a number of GiB above 0, such as 100")
     return int(gib * 2**30)
 
 
@@ -79,7 +79,7 @@ class FeatureCache:
         encoder: frozen; asked only for pictures that the cache does not have.
         root: the cache folder; None takes `$QUERYBRIDGE_CACHE` or the user's cache folder.
         max_bytes: the most that the features of all encoders under `root` may take together; None takes
-            `configured_bytes()`. Beyond it the least
+            `_configured_bytes()`. Beyond it the least
             recently used go, but never those that a live cache of this process was asked to `fill`.
     """
 
@@ -91,7 +91,7 @@ class FeatureCache:
         self.identity = dict(encoder.identity())
         self.key = encoder_key(self.identity)
         self.folder = self.root / self.key
-        self.max_bytes = max_bytes if max_bytes is not None else configured_bytes()
+        self.max_bytes = max_bytes if max_bytes is not None else _configured_bytes()
         self._filled: set[Path] = set()  # what `fill` was asked for: this run's data
         self._file_bytes = 0  # the size of one file, once known
         self._total: int | None = None  # bytes under root when last counted
@@ -275,7 +275,7 @@ class FeatureCache:
         if need > self.max_bytes:
             raise UserError(
                 f"the features of this data take {need:,} bytes, but the cache is held to {self.max_bytes:,}: "
-                f"set {LIMIT_VARIABLE} to more GiB, take fewer pictures, or a smaller encoder"
+                f"set {_LIMIT_VARIABLE} to more GiB, take fewer pictures, or a smaller encoder"
             )
         if missing * self._file_bytes > shutil.disk_usage(self.folder).free:
             raise UserError(self._no_room(missing))

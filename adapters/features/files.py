@@ -14,7 +14,6 @@ import json
 import mmap
 import os
 import re
-import secrets
 import shutil
 import time
 import zlib
@@ -24,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qformer.atomic import PARTIAL, whole_file
 from qformer.sources import cache_root
 
 SUFFIX = ".npy"
 _IDENTITY = "identity.json"
-_PARTIAL = ".partial"
 _CHECKSUM_BYTES = 4
 _ENCODER_FOLDER = re.compile(r"[0-9a-f]{32}")
 # A file's last use is noted once in so many seconds.
@@ -46,7 +45,7 @@ def write(path: Path, array: np.ndarray) -> int:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     content = buffer.getvalue()
-    write_whole(path, content + zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little"))
+    _write_whole(path, content + zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little"))
     return len(content) + _CHECKSUM_BYTES
 
 
@@ -55,16 +54,10 @@ def size_on_disk(array: np.ndarray) -> int:
     return array.nbytes + 128 + _CHECKSUM_BYTES
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write bytes under another name in the same folder, then rename: an interruption leaves no half file."""
+def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
-    try:
+    with whole_file(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:  # Ctrl-C too
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read(path: Path) -> np.ndarray:
@@ -130,7 +123,7 @@ def bound(root: Path, max_bytes: int, keep: Collection[Path]) -> int:
             status = entry.stat()
             if entry.name.endswith(SUFFIX):
                 files.append((status.st_atime, status.st_size, entry.path))
-            elif entry.name.endswith(_PARTIAL) and time.time() - status.st_mtime > _ABANDONED_AFTER:
+            elif entry.name.endswith(PARTIAL) and time.time() - status.st_mtime > _ABANDONED_AFTER:
                 os.unlink(entry.path)
     total = sum(size for _, size, _ in files)
     if total <= max_bytes:
@@ -149,7 +142,7 @@ def write_identity(folder: Path, identity: Mapping[str, object]) -> None:
     """Lay the encoder's identity into its folder, for people and for `inventory`; nothing depends on it."""
     path = folder / _IDENTITY
     if not path.exists():
-        write_whole(path, json.dumps(identity, indent=2, sort_keys=True).encode() + b"\n")
+        _write_whole(path, json.dumps(identity, indent=2, sort_keys=True).encode() + b"\n")
 
 
 @dataclass(frozen=True)

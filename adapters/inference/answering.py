@@ -49,7 +49,7 @@ class Completion:
     Attributes:
         text: in words.
         tokens: how many tokens were written, the end token included.
-        ended: it came to its end; False where it was cut off.
+        ended: it came to its end; False if it was cut off.
         log_prob: mean log-probability of its tokens, so that long and short answers compare.
     """
 
@@ -69,7 +69,7 @@ class Generator:
 
     Args:
         assembly: the loaded adapter.
-        keep_bytes: memory for kept pictures: their vectors and, where the LLM can continue, its keys and values over
+        keep_bytes: memory for kept pictures: their vectors and, if the LLM can continue, its keys and values over
             them. The ones not asked about for longest go first; what one batch needs always stays.
     """
 
@@ -105,7 +105,7 @@ class Generator:
 
     @torch.no_grad()
     def write(self, asked: Sequence[Request], decoding: Decoding) -> list[tuple[int, ...]]:
-        """Answer a batch in token ids, each up to and with its end token, where it came to one."""
+        """Answer a batch in token ids, each up to and with its end token, if it came to one."""
         stops = set(self.assembly.model.language.stop_ids)
         written = []
         for tokens in self._generate(asked, decoding).ids.tolist():
@@ -146,7 +146,7 @@ class Generator:
         stops = set(self.assembly.model.language.stop_ids)
         said = []
         for tokens, chance in zip(ids.tolist(), log_probs.tolist(), strict=True):  # one wait for the device for all
-            # What stands behind a stop is filling, and its kind depends on the rows beside it
+            # What comes after a stop is filling, and its kind depends on the rows beside it
             written = list(takewhile(lambda token: token not in stops, tokens))
             ended = len(written) < len(tokens)
             count = len(written) + ended
@@ -165,12 +165,12 @@ class Generator:
         """The probability of each choice, if one of them must be the answer, for a batch of questions.
 
         A choice weighs by its whole probability as an answer, its end token included: a softmax over the sums of
-        log-probabilities. A prompt is read once for all its choices, where the LLM can pack.
+        log-probabilities. A prompt is read once for all its choices, if the LLM can pack.
 
         Args:
             asked: at least one prompt; an answer does not depend on the others.
             choices: of each prompt.
-            stopped: looked at between passes; where nobody waits any more, the rest is left undone, with even shares.
+            stopped: looked at between passes; if nobody waits any more, the rest is left undone, with even shares.
         """
         assembly, language = self.assembly, self.assembly.model.language
         assembly.model.eval()

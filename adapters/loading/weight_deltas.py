@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.recipe import Recipe, VisionSection
+from adapters.catalogue import shipped_weight_deltas
 from qformer.errors import UserError
+from qformer.weight_delta import FACTS
 
-_SHIPPED = Path(__file__).parents[1] / "shipped" / "towers"
-_FACTS = "difference.json"
 _IN_ARTEFACT = "towers"
 
 
@@ -31,7 +30,7 @@ class WeightDelta:
     @property
     def ships(self) -> bool:
         """Whether it comes with the package, so that an artefact names it and holds no copy."""
-        return self.folder.parent == _SHIPPED
+        return self.folder in shipped_weight_deltas().values()
 
     @property
     def terms(self) -> str | None:
@@ -45,7 +44,7 @@ class WeightDelta:
 
     def _fact(self, name: str) -> str | None:
         try:
-            fact = json.loads(self.files[_FACTS]).get(name)
+            fact = json.loads(self.files[FACTS]).get(name)
         except (ValueError, AttributeError):
             return None
         return fact if isinstance(fact, str) and fact else None
@@ -64,23 +63,24 @@ def read_weight_delta(name: str, artefact: Path | None = None) -> WeightDelta:
     Raises:
         UserError: there is none.
     """
-    for folder in (*([artefact / name] if artefact is not None else []), _SHIPPED / name, Path(name).expanduser()):
-        if (folder / _FACTS).is_file():
+    shipped = shipped_weight_deltas()
+    kept = [artefact / name] if artefact is not None else []
+    ships = [shipped[name]] if name in shipped else []
+    for folder in (*kept, *ships, Path(name).expanduser()):
+        if (folder / FACTS).is_file():
             return WeightDelta(folder, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
-    shipped = sorted(path.parent.name for path in _SHIPPED.glob(f"*/{_FACTS}"))
     raise UserError(f"vision.towers.difference: no folder '{name}', and none of that name ships ({', '.join(shipped)})")
 
 
-def keep_weight_deltas(recipe: Recipe, differences: Mapping[int, WeightDelta], artefact: Path) -> Recipe:
+def keep_weight_deltas(differences: Mapping[int, WeightDelta], artefact: Path) -> dict[int, str]:
     """Copy differences that do not ship into an artefact.
 
     Args:
-        recipe: of the artefact.
         differences: by the tower's place.
         artefact: its folder.
 
     Returns:
-        The recipe, which names them as they lie in there.
+        For each tower whose difference was copied, the name that it has in there.
 
     Raises:
         OSError: they cannot be written.
@@ -92,8 +92,4 @@ def keep_weight_deltas(recipe: Recipe, differences: Mapping[int, WeightDelta], a
             (artefact / names[place]).mkdir(parents=True)
             for name, content in difference.files.items():
                 (artefact / names[place] / name).write_bytes(content)
-    towers = [
-        tower.model_copy(update={"difference": names.get(place, tower.difference)})
-        for place, tower in enumerate(recipe.vision.towers)
-    ]
-    return recipe.model_copy(update={"vision": VisionSection(towers=tuple(towers))})
+    return names

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qformer.image_encoders import ImageEncoder
 from qformer.model import TokenBatch, VisionLanguageModel
-from qformer.vision_loading import ImageEncoder
 
 TEXT_TOKENS = 48  # of a short question in a chat template, with its answer
 ANSWER_TOKENS = 8  # of these the loss is on
@@ -162,7 +162,7 @@ def _make_fake(model: nn.Module) -> None:
 
 
 def _loss(model: VisionLanguageModel, shape: MicroBatch, features: Sequence[Tensor]) -> Tensor:
-    """What `VisionLanguageModel.forward` computes, where it does not depend on the values of labels and masks."""
+    """What `VisionLanguageModel.forward` computes, as far as it does not depend on the values of labels and masks."""
     language = model.language
     instruction: tuple[Tensor, ...] = ()
     if model.bridge.config.instruction_aware:

@@ -20,9 +20,9 @@ from adapters.memory.activations import MicroBatch, measure_activations
 from adapters.memory.meta_model import build_meta_model
 from adapters.memory.summary import ModuleSummary, summarise_modules
 from adapters.recipe import Recipe
+from qformer.image_encoders import ImageEncoder
 from qformer.lora import undo_speed_up
 from qformer.precision import default_compute_dtype
-from qformer.vision_loading import ImageEncoder
 
 GIB = 2**30
 HEADROOM = 1.1
@@ -47,7 +47,7 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
 
     Args:
         recipe: any recipe whose frozen models are on this machine, or are those of a shipped recipe.
-        device: "cuda" or "cpu", to calculate for; left out, "cpu" where every model comes in a packaged wheel.
+        device: "cuda" or "cpu", to calculate for; left out, "cpu" if every model comes in a packaged wheel.
 
     Returns:
         JSON-able: `device`, `compute_dtype`, `micro_batch` (shape), `modules` (as `doctor` lists them), `parameters`

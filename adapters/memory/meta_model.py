@@ -20,13 +20,14 @@ from adapters.memory.known_models import find_config
 from adapters.recipe import LanguageSection, Recipe, TowerSection
 from qformer.efficientnet import MODEL_TYPE, EfficientNetLiteConfig
 from qformer.errors import UserError, first_line
-from qformer.image_encoders import ENCODERS
+from qformer.feature_norm import FeatureNorm
+from qformer.image_encoders import ENCODERS, ImageEncoder
 from qformer.language import LanguageModel
 from qformer.language_loading import without_dropout
 from qformer.model import VisionLanguageModel
 from qformer.objectives import Heads
 from qformer.precision import nf4_config
-from qformer.vision_loading import FeatureNorm, ImageEncoder, build_image_encoder
+from qformer.vision_loading import build_image_encoder
 
 
 def build_meta_model(
@@ -41,7 +42,7 @@ def build_meta_model(
 
     Args:
         recipe: what to build.
-        compute_dtype: of the LLM's computation, and of its weights where they are not in 4-bit.
+        compute_dtype: of the LLM's computation, and of its weights if they are not in 4-bit.
         tower_dtype: of the image encoders.
         quantized: False leaves 4-bit layers as plain ones, which can be run on fake tensors.
         attention: of the LLM, as transformers names it; `load_language_model` takes "eager" on the CPU.
@@ -60,7 +61,7 @@ def build_meta_model(
         projection = nn.Linear(bridge.config.hidden_size, language.width)
         heads = Heads(bridge.config) if recipe.bridge.text_branch else None
     if bridge.embeddings is not None and recipe.bridge.start is not None:
-        bridge.embeddings.words.requires_grad_(False)  # as where they are loaded
+        bridge.embeddings.words.requires_grad_(False)  # as when they are loaded
     return VisionLanguageModel(encoders, feature_norm, bridge, projection, language, heads=heads)
 
 
@@ -121,7 +122,7 @@ def _language_model(
         # what from_pretrained does before it loads weights, the choice of layers left alone included
         AutoHfQuantizer.from_config(nf4_config(compute_dtype)).preprocess_model(model=model, device_map=None)
         for module in model.modules():
-            if getattr(module, "bias", None) is not None:  # made in float32 here, cast where weights are loaded
+            if getattr(module, "bias", None) is not None:  # made in float32 here, cast when weights are loaded
                 module.bias = nn.Parameter(module.bias.to(compute_dtype), requires_grad=False)
     # no text passes through here, so the tokenizer is its special tokens
     language = LanguageModel(model, SimpleNamespace(pad_token_id=0, eos_token_id=1), compute_dtype)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ class ModuleSummary:
     """Weights of one kind.
 
     Attributes:
-        name: of the group; it comes more than once where its weights differ in what follows.
+        name: of the group; it comes more than once if its weights differ in what follows.
         dtype: as torch calls it, or "nf4".
         quantized: whether they are held in 4-bit.
         trainable: whether training changes them.

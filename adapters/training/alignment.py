@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from adapters.data.batches import TokenisedPicture
 from adapters.loading.assembly import Assembly
 
-TEMPERATURE = 0.07  # where CLIP and BLIP-2 start theirs
+TEMPERATURE = 0.07  # fixed; that of ITC is learned, and starts here as well (`qformer.objectives`)
 COMMON = 0.5  # a word in the answers of more than this share of the pictures tells nothing about any of them
 RARE = 0.01  # two words that stand together with fewer of the pictures are no name
 

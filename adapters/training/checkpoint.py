@@ -9,7 +9,6 @@ state/position.json           step, epoch, place in the epoch, what the validati
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapters.artefact.artefact import replace_folder
+from qformer.atomic import earlier_folder, whole_folder
 from qformer.errors import UserError
 from qformer.tensor_names import describe_differences
 
@@ -87,29 +86,25 @@ def save_state(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    building = folder.with_name(folder.name + ".partial")
     parameters = trainable(model)
     moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimiser.state.get(parameter, {}).items():
             moments[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-        save_file(weights, building / "weights.safetensors")
-        save_file(moments, building / "optimiser.safetensors")
-        save_file(dict(generators), building / "rng.safetensors")
-        (building / "position.json").write_text(json.dumps(asdict(position), indent=2), encoding="utf-8")
-        replace_folder(building, folder)
+        with whole_folder(folder) as building:
+            save_file(weights, building / "weights.safetensors")
+            save_file(moments, building / "optimiser.safetensors")
+            save_file(dict(generators), building / "rng.safetensors")
+            (building / "position.json").write_text(json.dumps(asdict(position), indent=2), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise UserError(f"{folder}: the run's state cannot be written ({error}); free space, then --resume") from error
 
 
 def find_state(folder: Path) -> Path | None:
     """The state to go on from, or None. A run stopped between two renames left the last one under `.old`."""
-    for candidate in (folder, folder.with_name(folder.name + ".old")):
+    for candidate in (folder, earlier_folder(folder)):
         if (candidate / "position.json").is_file():
             return candidate
     return None

@@ -3,41 +3,85 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from adapters.recipe import TrainSection
 from adapters.training.checkpoint import trainable
 
+WARMUP_SHARE = 0.25  # of a run's steps, at most
 
-def build_optimiser(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases and other one-dimensional parameters; LoRA may have a rate of its own."""
+
+def build_optimiser(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    lora_learning_rate: float | None = None,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.98),
+) -> torch.optim.AdamW:
+    """AdamW over a model's trainable parameters; each group has its peak rate under "peak".
+
+    Args:
+        model: LoRA's parameters are the ones below `language`.
+        learning_rate: the peak rate of bridge, norm and projection.
+        lora_learning_rate: LoRA's; None for the same.
+        weight_decay: of matrices; biases, norms and query tokens have none.
+        betas: of AdamW.
+    """
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
         is_lora = name.startswith("language.")
         decays = parameter.dim() > 1 and not name.endswith("query_tokens")
         groups.setdefault((is_lora, decays), []).append(parameter)
-    lora_rate = train.lora_learning_rate or train.learning_rate
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "weight_decay": train.weight_decay if decays else 0.0,
-                "peak": lora_rate if is_lora else train.learning_rate,
+                "weight_decay": weight_decay if decays else 0.0,
+                "peak": (lora_learning_rate or learning_rate) if is_lora else learning_rate,
             }
             for (is_lora, decays), parameters in groups.items()
         ],
-        lr=train.learning_rate,
-        betas=train.betas,
+        lr=learning_rate,
+        betas=betas,
         eps=1e-8,
         fused=True,  # one pass over the weights
     )
 
 
-def learning_rate(step: int, total: int, train: TrainSection) -> float:
-    """The share of the peak rate at a step: linear warm-up, then a cosine down to `min_learning_rate`."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
-    return train.min_learning_rate + (1 - train.min_learning_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then a cosine down to a floor.
+
+    Attributes:
+        total: steps of the whole run.
+        warmup_steps: as the recipe wants them; at most `WARMUP_SHARE` of the run is taken.
+        floor: where the cosine ends, as a share of the peak rate.
+    """
+
+    total: int
+    warmup_steps: int
+    floor: float = 0.0
+
+    @property
+    def warmup(self) -> int:
+        """The steps that warm-up takes."""
+        return min(self.warmup_steps, int(WARMUP_SHARE * self.total))
+
+    def share(self, step: int) -> float:
+        """The share of the peak rate at a step, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.total - self.warmup)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def shortened(self) -> str | None:
+        """One sentence for a run that is too short for its warm-up; None if it is long enough."""
+        if self.warmup == self.warmup_steps:
+            return None
+        return (
+            f"the run has {self.total} steps, so warm-up takes {self.warmup} of them, not {self.warmup_steps}"
+            f" (train.warmup_steps): it takes {WARMUP_SHARE:.0%} of a run at most"
+        )

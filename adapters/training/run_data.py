@@ -5,17 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from adapters.data.examples import DataSet, merge, repeat, split_by_image
+from adapters.data.examples import DataSet
 from adapters.data.image_ref import ImageRef
-from adapters.data.readers import read_data
 from adapters.features.cache import FeatureCache
-from adapters.recipe import Recipe, Sources, SourceSection
 from adapters.training.checkpoint import RunState
 from adapters.training.reporting import Reporter
 
@@ -39,30 +37,6 @@ class Result:
     steps: int
     metrics: dict[str, float]
     finished: bool
-
-
-def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataSet]:
-    """The training and the validation data of a recipe; without a validation set, whole pictures are held out."""
-    data = recipe.data
-
-    def read(sources: Sources, limit: int | None) -> DataSet:
-        task = None if recipe.task == "mixed" else recipe.task
-        listed = (SourceSection(file=sources, limit=limit),) if isinstance(sources, str) else sources
-        options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "broken_pictures_too": True, "offline": offline}
-        read_parts = (
-            (read_data(part.file, task=part.task or task, limit=part.limit or limit, **options), part.repeat)
-            for part in listed
-        )
-        return merge([repeat(rows, times) for rows, times in read_parts])
-
-    train = read(data.train, data.limit)
-    if data.terms:
-        train = replace(train, terms="; ".join(filter(None, (train.terms, data.terms))))
-    if data.val is not None:
-        return train, read(data.val, data.val_limit)
-    train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not hang on the run's seed
-    once = [example for example in val.examples if example.turn == 0]
-    return train, replace(val, examples=sample_evenly(once, data.val_limit))
 
 
 def sample_evenly(items: Sequence[Item], most: int | None) -> tuple[Item, ...]:

@@ -15,7 +15,6 @@ from adapters.data.caption_batches import Batch, draw_batch, group_captions, ima
 from adapters.data.examples import DataSet, Example
 from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import MAX_TEXT, VisionSide
-from adapters.recipe import Recipe
 from qformer.errors import UserError
 from qformer.objectives import Losses
 from qformer.representation import TextBatch
@@ -31,14 +30,14 @@ def model_inputs(vision_side: VisionSide, batch: Batch) -> tuple[object, ...]:
     return vision_side.features([picture.image for picture, _ in batch]), text, image_numbers(batch).to(device)
 
 
-def check_keeping(recipe: Recipe, data: DataSet, *, processes: int) -> None:
-    """Say at once, before anything is loaded, where a recipe's text side cannot be kept.
+def check_keeping(data: DataSet, *, text_branch: bool, processes: int) -> None:
+    """Report before anything is loaded that a text side cannot be kept.
 
     Raises:
         UserError: the bridge has none, there are several processes, or no English captions.
     """
     problem = None
-    if not recipe.bridge.text_branch:
+    if not text_branch:
         problem = "bridge.text_branch is off, so there is no text side to keep"
     elif processes > 1:
         problem = "the text side is kept in a run of one process only"
@@ -54,21 +53,38 @@ class TextSideKeeper:
     Args:
         assembly: with its text side; its modules are the ones that are trained.
         examples: training data; its English captions are learned from.
+        batch_size: pictures a step.
+        captions: drawn of each picture.
+        pair_share: the share of the pictures that ITM and ITG see.
+        views: of each picture, of which one is drawn.
+        seed: of the draws.
     """
 
-    def __init__(self, assembly: Assembly, examples: Sequence[Example]) -> None:
+    def __init__(
+        self,
+        assembly: Assembly,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        captions: int = 2,
+        pair_share: float = 1.0,
+        views: int = 1,
+        seed: int = 0,
+    ) -> None:
         self.pictures = group_captions(examples)
         self.vision_side = assembly.vision_side
-        self.train = assembly.recipe.train  # pictures a step, captions and share of pairs
-        self.views = assembly.recipe.data.views
+        self.batch_size = batch_size
+        self.captions = captions
+        self.pair_share = pair_share
+        self.views = views
+        self.seed = seed
         self.model = assembly.vision_side.representation(assembly.model.language.compute_dtype)
 
     def losses(self, step: int) -> Losses:
         """The objectives on pictures drawn for this step, the same in a resumed run."""
-        rng = random.Random(f"{self.train.seed}:text side:{step}")
-        wanted = self.train.text_side_batch or self.train.batch_size
-        chosen = rng.sample(self.pictures, min(wanted, len(self.pictures)))
-        batch = draw_batch(chosen, self.train.captions, rng, views=self.views)
-        paired = max(1, round(self.train.pair_share * len(batch)))
+        rng = random.Random(f"{self.seed}:text side:{step}")
+        chosen = rng.sample(self.pictures, min(self.batch_size, len(self.pictures)))
+        batch = draw_batch(chosen, self.captions, rng, views=self.views)
+        paired = max(1, round(self.pair_share * len(batch)))
         losses: Losses = self.model(*model_inputs(self.vision_side, batch), paired=paired)
         return losses

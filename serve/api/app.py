@@ -24,7 +24,7 @@ from serve.api.metrics import MEDIA_TYPE, Metrics
 from serve.engine import Engine
 from serve.hosts import LOOPBACK_NAMES, host_name
 
-_GONE = 499  # what other servers write down where a client did not wait for its answer
+_GONE = 499  # what other servers log if a client did not wait for its answer
 
 
 def build_app(
@@ -60,9 +60,9 @@ def build_app(
     app = FastAPI(title="querybridge", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.chat = chat
     app.add_middleware(_Measured, metrics=metrics)
-    app.add_exception_handler(ApiError, _tell)
-    app.add_exception_handler(HTTPException, _tell)
-    app.add_exception_handler(Exception, _tell)
+    app.add_exception_handler(ApiError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
+    app.add_exception_handler(Exception, _error_response)
     guarded: Mapping[str, Any] = {"dependencies": [Depends(allowed)]}
 
     @app.post("/v1/chat/completions", **guarded)
@@ -108,9 +108,9 @@ def _check_key(request: Request, api_key: str) -> None:
     # Headers are bytes that were read as Latin-1.
     same = secrets.compare_digest(given.strip().encode("latin-1"), api_key.encode())
     if scheme.lower() != "bearer" or not same:
-        told = "the API key is wrong" if given else "an API key is needed"
+        problem = "the API key is wrong" if given else "an API key is needed"
         raise ApiError(
-            401, f"{told}; send the header 'Authorization: Bearer KEY'", code="invalid_api_key",
+            401, f"{problem}; send the header 'Authorization: Bearer KEY'", code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )  # fmt: skip
 
@@ -170,12 +170,12 @@ async def _unless_gone(request: Request, answering: Coroutine[Any, Any, Response
         answer.cancel()
 
 
-async def _tell(_: Request, error: Exception) -> Response:
+async def _error_response(_: Request, error: Exception) -> Response:
     """Any error as OpenAI's error object."""
     if isinstance(error, HTTPException):
         error = ApiError(error.status_code, f"{error.detail}: see docs/serving.md", headers=error.headers)
-    told = error if isinstance(error, ApiError) else fault()
-    return JSONResponse(told.body, told.status, headers=told.headers)
+    answer = error if isinstance(error, ApiError) else fault()
+    return JSONResponse(answer.body, answer.status, headers=answer.headers)
 
 
 class _Measured:

@@ -1,4 +1,4 @@
-"""A chat request from its body to its response: pictures read, the engine asked, the answer told whole or in chunks."""
+"""A chat request from its body to its response: pictures read, the engine asked, the answer sent whole or in chunks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from serve.engine import Engine
 from serve.pending import Answer, Busy, PendingAnswer
 
 LOG = logging.getLogger("querybridge.http")
-_PREPARERS = 2  # threads that read bodies and tokenise; more would only stand in the engine's way
+_PREPARERS = 2  # threads that read bodies and tokenise; more would only get in the engine's way
 
 T = TypeVar("T")
 
@@ -185,7 +185,7 @@ class ChatService:
         return await asyncio.get_running_loop().run_in_executor(self._preparers, work)
 
     async def _stream(self, progress: Progress, reply: Reply) -> Response:
-        """A stream; what goes wrong before its first text is told by the status instead."""
+        """A stream; what goes wrong before its first text is reported by the status instead."""
         written = progress.written()
         try:
             first = await anext(written)

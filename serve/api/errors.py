@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: OpenAI's error object, with the status that its clients act upon."""
+"""What a client gets when a request fails: OpenAI's error object, with the status that its clients act upon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request asks of the engine: one request or, where it wants reasons, one for them and one for the answer."""
+"""What a request asks of the engine: one request or, if it wants reasons, one for them and one for the answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Plan:
     """How a request is put to the engine.
 
     Attributes:
-        begin: asks for the answer or, where there is something to conclude, for the reasons.
+        begin: asks for the answer or, if there is something to conclude, for the reasons.
         conclude: asks for the answer from the reasons.
     """
 
@@ -52,6 +52,7 @@ def plan_of(request: ChatRequest, engine: Engine, pictures: Sequence[ImageRef], 
         max_new_tokens=min(request.max_completion_tokens or request.max_tokens or max_tokens, max_tokens),
         temperature=request.temperature or 0.0,
         top_p=request.top_p or 1.0,
+        seed=request.seed if request.temperature else None,  # greedy answers are gathered whatever their seeds
     )
     if request.reason:
         (turn,) = turns
@@ -65,11 +66,10 @@ def plan_of(request: ChatRequest, engine: Engine, pictures: Sequence[ImageRef], 
 def _reasoned(
     engine: Engine, loaded: LoadedAdapter, example: Example, decoding: Decoding, *, model: str, max_tokens: int
 ) -> Plan:
-    """As `serve.reasoning.reason`: in two stages, or directly where that is what the adapter was taught."""
-    recipe = loaded.assembly.recipe
+    """As `serve.reasoning.reason`: in two stages, or directly if that is what the adapter was taught."""
 
     def reasons() -> PendingAnswer:
-        longest = min(recipe.reason.rationale_tokens, max_tokens)
+        longest = min(loaded.assembly.rationale_tokens, max_tokens)
         asked = asked_rationale(loaded, example, longest=longest)
         return engine.submit(asked, adapter=model, decoding=replace(decoding, max_new_tokens=longest))
 
@@ -86,7 +86,7 @@ def _way(loaded: LoadedAdapter, model: str) -> ReasoningMode:
     try:
         return trained_reasoning_mode(loaded.assembly)
     except UserError as error:  # names flags that a client does not have
-        taught = " and ".join(loaded.assembly.recipe.reason.stages)
+        taught = " and ".join(loaded.assembly.reasoning_stages)
         raise ApiError(
             400,
             f"reason: the model '{model}' was taught {taught} alone (reason.stages), and it takes rationale and answer;"

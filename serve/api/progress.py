@@ -18,7 +18,7 @@ class PartialAnswer:
 
     Attributes:
         text: of the answer.
-        rationale: of the reasons; None where there are none.
+        rationale: of the reasons; None if there are none.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Progress:
         pending: what was asked.
         deadline: of all of it, in the loop's time.
         too_late: the error of an answer that is not there by then.
-        conclude: asks for the answer, given what the request was answered: the reasons; None where that is the answer.
+        conclude: asks for the answer, given what the request was answered: the reasons; None if that is the answer.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Progress:
         return self.result()
 
     def result(self) -> Answer:
-        """The answer, of one whose end was told; of two stages, with the reasons and the tokens of both."""
+        """The answer, once its end was passed on; of two stages, with the reasons and the tokens of both."""
         assert self._answer is not None
         return self._answer
 
@@ -92,13 +92,13 @@ class Progress:
         self._pending.stop()
 
     def end(self, error: ApiError) -> None:
-        """Have whoever follows be told of an error; called from the loop."""
+        """Raise an error for whoever follows; called from the loop."""
         self._ended_by = error
         self._changed.set()
 
     def _follow(self, pending: PendingAnswer) -> None:
         self._pending = pending
-        pending.watch(self._told)
+        pending.watch(self._wake)
 
     async def _texts(self) -> AsyncIterator[str]:
         """The request's whole text so far, each time it has grown, until its answer is there."""
@@ -134,7 +134,7 @@ class Progress:
         tokens, read = thought.tokens + answer.tokens, thought.prompt_tokens + answer.prompt_tokens
         return replace(answer, rationale=thought.text, tokens=tokens, prompt_tokens=read)
 
-    def _told(self) -> None:
+    def _wake(self) -> None:
         if self.first is None:
             self.first = time.monotonic()
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody follows any more

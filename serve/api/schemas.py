@@ -1,8 +1,8 @@
 """The shapes of OpenAI's chat completions: what a client sends, checked, and what it gets.
 
-What is not done here is refused where it would change the answer, and ignored where it would not. Beyond OpenAI's
+What is not done here is refused if it would change the answer, and ignored if it would not. Beyond OpenAI's
 fields a request may have `answer_choices`, `reason` and `context`, and a response has `querybridge`, with the answer's
-confidence, and `reasoning_content`, where reasons were asked for.
+confidence, and `reasoning_content`, if reasons were asked for.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Message(_Shape):
 
 
 class StreamOptions(_Shape):
-    """How a stream is told."""
+    """What a stream sends beside the text."""
 
     include_usage: bool | None = None
 
@@ -115,6 +115,7 @@ class ChatRequest(_Shape):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -138,7 +139,7 @@ class ChatRequest(_Shape):
 
     @property
     def image_urls(self) -> list[tuple[str, str]]:
-        """Pictures in reading order: the message each stands in, for people, and its address."""
+        """Pictures in reading order: the message each is in, for people, and its address."""
         return [
             (f"message {number}", part.image_url.url)
             for number, message in enumerate(self.messages, start=1)
@@ -171,8 +172,8 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
         request = ChatRequest.model_validate(values)
     except ValidationError as error:
         raise invalid(error) from None
-    told = sum(len(part.text or "") for message in request.messages for part in message.content)
-    if told + len(request.context or "") > MAX_TEXT:
+    length = sum(len(part.text or "") for message in request.messages for part in message.content)
+    if length + len(request.context or "") > MAX_TEXT:
         raise ApiError(
             400, f"messages: more than {MAX_TEXT:,} characters; shorten them", param="messages",
             code="context_length_exceeded",
@@ -216,7 +217,7 @@ def turns_of(messages: Sequence[Message], pictures: Sequence[ImageRef]) -> list[
 
 
 def _words(parts: Sequence[Part]) -> str:
-    """A message's text, with marks for its pictures only where it has words between them.
+    """A message's text, with marks for its pictures only if it has words between them.
 
     Else pictures come first, wherever the client put them: adapters are taught so, and questions about one picture
     then share its keys and values.
@@ -267,7 +268,7 @@ class Reply:
                 yield self._chunk({field: written[len(sent) :]})
 
     def closing(self, answer: Answer) -> Iterator[dict[str, Any]]:
-        """What ends a stream: why it ended and, where it was asked for, the count of tokens."""
+        """What ends a stream: why it ended and, if it was asked for, the count of tokens."""
         yield self._chunk({}, _finish_reason(answer)) | {"querybridge": extras_of(answer)}
         if self._with_usage:
             yield self._object("chat.completion.chunk", []) | {"usage": usage_of(answer)}

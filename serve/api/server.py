@@ -13,12 +13,12 @@ from fastapi import FastAPI
 
 from qformer.errors import UserError
 
-_GRACE = 5.0  # seconds that requests have to end by themselves once the server is told to
+_GRACE = 5.0  # seconds that requests have to end by themselves once the server is asked to
 _KEEP_ALIVE = 75  # seconds; longer than clients keep a connection, so that none is closed under a request
 
 
 class Listener:
-    """An address, taken before the models are loaded so that a mistake is told at once.
+    """An address, taken before the models are loaded so that a mistake is reported at once.
 
     Args:
         host: a name or address of this machine.

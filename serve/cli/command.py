@@ -80,7 +80,7 @@ def ask(
     if not images:
         raise UserError(f'ask: only "{question}" was given; write querybridge ask IMAGE "QUESTION"')
     check_pictures(images)
-    user_turn(images, question)  # a mistake is told before the models are loaded
+    user_turn(images, question)  # a mistake is reported before the models are loaded
     asked = {"images": images, "question": question}
     if choices is not None:
         if decoding is not None or beams is not None or max_new_tokens is not None:
@@ -92,7 +92,7 @@ def ask(
         return
     over = decoding_over(decoding, beams, max_new_tokens)
     engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    said = engine.say(images, question, decoding=over(engine.default_decoding("vqa")))
+    said = engine.complete(images, question, decoding=over(engine.default_decoding("vqa")))
     report({**asked, "answer": said.text, "confidence": said.confidence}, as_json, said.text)
 
 
@@ -129,7 +129,7 @@ def batch(
     out: Annotated[Path, typer.Option("--out", help="The JSONL file to write; a stopped job goes on where it was.")],
     adapter: AdapterOption = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="vqa or caption; told from the rows where left out.")
+        str | None, typer.Option("--task", help="vqa or caption; inferred from the rows if left out.")
     ] = None,
     limit: LimitOption = None,
     skip_bad_rows: SkipOption = False,
@@ -175,7 +175,7 @@ def evaluate(
         bool, typer.Option("--blank-images", help="The control: every picture is replaced by a grey one.")
     ] = False,
     rerank: Annotated[
-        bool, typer.Option("--rerank/--no-rerank", help="For retrieval: let ITM rank the best 16 anew.")
+        bool, typer.Option("--rerank/--no-rerank", help="For retrieval: let ITM rank the best 16 again.")
     ] = True,
     limit: LimitOption = None,
     skip_bad_rows: SkipOption = False,

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 AdapterOption = Annotated[
     str | None, typer.Option("--adapter", help="A run's folder, an artefact's folder, or a shipped adapter's name.")
 ]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; a GPU where there is one.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one.")]
 DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="float32 or bfloat16 for the LLM's computation; left out, the faster one.")
+    str | None,
+    typer.Option("--dtype", help="float32 or bfloat16 for the computation; left out, the adapter's own or the faster."),
 ]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Take frozen weights from the cache only.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
@@ -45,9 +46,7 @@ SkipOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, count and report them, instead of stopping.")
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="Seed of weights and order; the recipe's where left out.")
-]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of weights and order; the recipe's if left out.")]
 
 
 def progress(verb: str) -> Callable[[int, int], None]:
@@ -85,7 +84,7 @@ def decoding_over(preset: str | None, beams: int | None, max_new_tokens: int | N
 
 
 def check_pictures(names: Sequence[str]) -> None:
-    """Open every picture before the models are loaded: a mistake is told at once."""
+    """Open every picture before the models are loaded: a mistake is reported at once."""
     from adapters.data.image_ref import image_ref
     from adapters.data.images import open_image
 

@@ -23,7 +23,7 @@ app = typer.Typer(
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A data file, or easy-vqa:train or easy-vqa:test.")]
 TaskOption = Annotated[
-    str | None, typer.Option("--task", help="vqa, caption or reason; told from the rows where left out.")
+    str | None, typer.Option("--task", help="vqa, caption or reason; inferred from the rows if left out.")
 ]
 
 
@@ -38,7 +38,7 @@ def check(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every row and open every picture; exit code 2 where one is bad."""
+    """Read every row and open every picture; exit code 2 if one is bad."""
     from adapters.data.check import check_data
 
     found = check_data(
@@ -55,7 +55,7 @@ def preview(
     out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("preview.png"),
     rows: Annotated[int, typer.Option("--rows", min=1, max=200, help="How many rows.")] = 12,
     sample: Annotated[
-        int | None, typer.Option("--sample", metavar="SEED", help="Rows drawn by lot with this seed, not the first.")
+        int | None, typer.Option("--sample", metavar="SEED", help="Rows drawn at random with this seed, not the first.")
     ] = None,
     task: TaskOption = None,
     offline: OfflineOption = False,

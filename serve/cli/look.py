@@ -31,7 +31,7 @@ def look(
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--out {out}: name a .png or .jpg file")
     ref = image_ref(str(image))
-    picture = open_image(ref)  # mistakes are told before anything is loaded
+    picture = open_image(ref)  # mistakes are reported before anything is loaded
     from adapters.artefact.artefact import load_vision_side_artefact
     from adapters.loading.vision_side import default_device
     from serve.adapter import default_adapter

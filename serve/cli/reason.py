@@ -31,7 +31,7 @@ def reason(
         str | None,
         typer.Option("--choices", help="Answers to choose from, with commas between; each gets its probability."),
     ] = None,
-    context: Annotated[str, typer.Option("--context", help="What is told beside the picture.")] = "",
+    context: Annotated[str, typer.Option("--context", help="Text that goes with the picture.")] = "",
     adapter: AdapterOption = None,
     answer_adapter: AnswerAdapterOption = None,
     decoding: PresetOption = None,
@@ -54,7 +54,7 @@ def reason(
         raise UserError(f'reason: only "{question}" was given; write querybridge reason IMAGE "QUESTION"')
     listed = checked_choices(choices.split(","), where="--choices") if choices is not None else ()
     check_pictures(images)
-    user_turn(images, question)  # a mistake is told before the models are loaded
+    user_turn(images, question)  # a mistake is reported before the models are loaded
     if listed and max_new_tokens is not None:
         raise UserError("--max-new-tokens: with --choices the answer is one of them, and not written; leave it out")
     settings = decoding_over(decoding, beams, max_new_tokens)(Decoding())

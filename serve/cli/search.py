@@ -18,7 +18,7 @@ def search(
     image: Annotated[Path | None, typer.Option("--image", help="Look for pictures like this one instead.")] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="How many pictures to show.")] = 5,
     rerank: Annotated[
-        bool, typer.Option("--rerank/--no-rerank", help="Let the matching head rank the best 16 anew.")
+        bool, typer.Option("--rerank/--no-rerank", help="Let the matching head rank the best 16 again.")
     ] = True,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
@@ -36,7 +36,7 @@ def search(
     query: str | ImageRef = text or ""
     if image is not None:
         query = image_ref(str(image))
-        open_image(query)  # mistakes are told before anything is loaded
+        open_image(query)  # mistakes are reported before anything is loaded
     find_folder(folder)
     retriever, key = load_retriever(adapter, device=device, offline=offline)
     index = PictureIndex(folder, retriever, key=key)

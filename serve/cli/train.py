@@ -19,14 +19,14 @@ StartOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe's key, such as train.epochs=2; may be repeated.")
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run that stands in --out.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run in --out.")]
 
 
 def finetune(
     recipe: Annotated[str, typer.Argument(help="A recipe (file or shipped name), or a data file to learn from.")],
     out: OutOption = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="vqa, caption or reason; the recipe's, or told from the data.")
+        str | None, typer.Option("--task", help="vqa, caption or reason; the recipe's, or inferred from the data.")
     ] = None,
     start_from: StartOption = None,
     set_: SetOption = None,
@@ -82,7 +82,7 @@ def pretrain(
         raise UserError("--stage 2 goes on from the first stage: add --start-from RUN (finetune starts without one)")
     task = "caption" if stage == 1 else None
     given = _overrides(set_, task=task, seed=seed)
-    first_recipe = "photo_stage1" if stage == 1 else None
+    first_recipe = "captions_stage1" if stage == 1 else None
     theirs = start_from if stage == 2 else None
     chosen, name = _recipe_for(recipe, given, offline=offline, start_from=theirs, base=first_recipe)
     folder = out or Path("runs") / name
@@ -120,7 +120,7 @@ def _recipe_for(
     """A recipe and the name of its run.
 
     A data file is learned from by the recipe `base`, or the default one of its rows' task, and on the models of the
-    adapter that the run starts from, where there is one. ScienceQA has its own rows to choose on, and is answered by
+    adapter that the run starts from, if there is one. ScienceQA has its own rows to choose on, and is answered by
     letters.
     """
     from adapters.data.readers import read_data

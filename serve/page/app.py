@@ -26,7 +26,7 @@ from serve.page.examples import find_examples
 from serve.page.inputs import MAX_BEAMS, MAX_TOKENS
 from serve.page.notes import about, caption_note, head, look_note, reason_note, search_note, shown_note
 from serve.page.security import fetch_nothing, private_uploads, tidy_ending
-from serve.page.tabs.attention import look_tab
+from serve.page.tabs.attention import attention_tab
 from serve.page.tabs.caption import caption_tab
 from serve.page.tabs.chat import chat_tab
 from serve.page.tabs.reason import reason_tab
@@ -37,7 +37,7 @@ from serve.retrieval import find_folder
 
 HOST = "127.0.0.1"
 MAX_FILE_SIZE = "64mb"
-MAX_WAITING = 32  # events in the queue; the next one is told that the page is busy
+MAX_WAITING = 32  # events in the queue; the next one gets the message that the page is busy
 
 _HOUR = 3600
 
@@ -56,7 +56,10 @@ def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Block
         tempfile.TemporaryDirectory() as drawn,
         gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page,
     ):
-        examples_from, examples = find_examples(adapter.assembly.recipe, Path(drawn))
+        learned = adapter.assembly
+        examples_from, examples = find_examples(
+            Path(drawn), task=learned.task, train=learned.train_sources, val=learned.val_sources
+        )
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=280):
                 top = gr.HTML(head(adapter), elem_id="head")
@@ -72,7 +75,7 @@ def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Block
             captions = caption_tab(context)
             reasons = reason_tab(context)
             searches = search_tab(context, finder)
-            looks, look_question = look_tab(context)
+            looks, look_question = attention_tab(context)
         context.share_pictures()
         context.open_endpoints()
         with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -83,15 +86,15 @@ def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Block
         with gr.Accordion("About this adapter", open=False):
             facts = gr.HTML(about(adapter), elem_classes="about", elem_id="about")
 
-        def tell(name: str) -> list[Any]:
+        def show_adapter(name: str) -> list[Any]:
             chosen = engine.adapter(name)
-            reads = chosen.assembly.recipe.bridge.instruction_aware
+            reads = chosen.assembly.reads_instructions
             notes = [make(chosen) for make in (caption_note, reason_note, search_note, look_note)]
-            shown = [gr.HTML(**shown_note(text)) for text in notes]
-            return [head(chosen), about(chosen), *shown, gr.Textbox(visible=reads)]
+            boxes = [gr.HTML(**shown_note(text)) for text in notes]
+            return [head(chosen), about(chosen), *boxes, gr.Textbox(visible=reads)]
 
-        told = [top, facts, captions, reasons, searches, looks, look_question]
-        chooser.change(tell, chooser, told, **IMMEDIATE)
+        shown = [top, facts, captions, reasons, searches, looks, look_question]
+        chooser.change(show_adapter, chooser, shown, **IMMEDIATE)
     page.queue(max_size=MAX_WAITING)
     return page
 
@@ -144,10 +147,10 @@ def _open(
     """Index the folder, build the page and serve it by a thread."""
     finder = ImageFinder(engine, None if search_folder is None else find_folder(search_folder))
     port = _free_port(port)
-    for name, report in finder.index_folder(lambda name, done, total: _tell(f"{name}: encoded {done}/{total}")).items():
+    for name, report in finder.index_folder(lambda name, done, total: _log(f"{name}: encoded {done}/{total}")).items():
         for line in report.left_out():
-            _tell(line)
-        _tell(f"{name}: {report.pictures} pictures may be searched")
+            _log(line)
+        _log(f"{name}: {report.pictures} pictures may be searched")
     page = build_page(engine, finder=finder)
     _keep_proxies_out()
     fetch_nothing()
@@ -174,7 +177,7 @@ def _open(
         )
     except OSError as error:  # taken since we looked
         raise UserError(_port_taken(port)) from error
-    _tell(f"the page is at {page.local_url} (Ctrl-C ends it)")
+    _log(f"the page is at {page.local_url} (Ctrl-C ends it)")
     return page
 
 
@@ -186,7 +189,7 @@ def _make_settings() -> list[Any]:
             elem_id="longest",
         ),
         gr.Slider(
-            0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest word; above: by lot",
+            0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest word; above: drawn at random",
             render=False, elem_id="temperature",
         ),
         gr.Slider(
@@ -235,7 +238,7 @@ def _port_taken(port: int) -> str:
     return f"--port {port}: something else listens there already; take another, or --port 0 for any free one"
 
 
-def _tell(text: str) -> None:
+def _log(text: str) -> None:
     print(f"querybridge: {text}", file=sys.stderr, flush=True)
 
 

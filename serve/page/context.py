@@ -18,7 +18,7 @@ from serve.pending import Answer, PendingAnswer
 
 T = TypeVar("T")
 
-_NOTICED = 0.3  # seconds until it is noticed that nobody waits any more: a generator ends where it yields
+_NOTICED = 0.3  # seconds until it is noticed that nobody waits any more: a generator ends at a yield
 AT_ONCE = 8  # events that ask the models at a time; the engine answers them together, others wait
 
 # preprocess=False hands over what was sent as it is, files unopened: our own opener sees them first
@@ -76,13 +76,13 @@ class PageContext:
         self._loads.append((slot, offered.load_input_event))
 
     def forget(self, picture: gr.Image | None, answered: dict[Any, Any], asking: Any) -> None:
-        """Take an answer off the page, and end one that is under way, where another picture or adapter comes.
+        """Take an answer off the page, and end one that is under way, if another picture or adapter comes.
 
         What does not write (a look, a search) is finished, and not shown.
 
         Args:
-            picture: what was asked about; None where only another adapter changes the answer.
-            answered: the components that show the answer, each with its value where there is none.
+            picture: what was asked about; None if only another adapter changes the answer.
+            answered: the components that show the answer, each with its value if there is none.
             asking: the event that asks.
         """
         changes = [self.adapter.change, *([] if picture is None else [picture.change])]
@@ -97,8 +97,8 @@ class PageContext:
         Args:
             name: it is called by.
             call: what is done; its parameters' names are the endpoint's.
-            inputs: the components whose values it gets where a program leaves them out.
-            outputs: makes unseen components for what comes back: JSON where nothing else is asked for.
+            inputs: the components whose values it gets if a program leaves them out.
+            outputs: makes unseen components for what comes back: JSON if nothing else is asked for.
         """
         self._endpoints.append((name, call, list(inputs), outputs))
 
@@ -108,7 +108,7 @@ class PageContext:
             gr.Button(visible=False).click(call, inputs, outputs(), api_name=name, **ASKS_MODELS)
 
     def share_pictures(self) -> None:
-        """Have a picture that is put into one slot, or taken out of it, appear in all; files that are none are told."""
+        """Have a picture that is put into one slot, or taken out of it, appear in all; report files that are none."""
 
         def check(picture: Any) -> Any:
             try:
@@ -130,7 +130,7 @@ class PageContext:
 
 
 def submit_all(asks: Iterable[Callable[[], PendingAnswer]]) -> list[PendingAnswer]:
-    """Ask several things at once; where one cannot be asked none is, and its error is raised."""
+    """Ask several things at once; if one cannot be asked, none is, and its error is raised."""
     pending_answers: list[PendingAnswer] = []
     try:
         for ask in asks:

@@ -1,23 +1,22 @@
-"""Pictures to try the page with: of an adapter's own data where it lies here, else photos at hand and drawn scenes."""
+"""Pictures to try the page with: of an adapter's own data if it is here, else photos at hand and drawn scenes."""
 
 from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.data.readers import read_data
 from adapters.data.scenes.drawing import draw_scene, make_scenes
 from adapters.data.scenes.questions import questions_of
-from adapters.recipe import Recipe
 from qformer.errors import UserError
 
 COUNT = 3  # pictures
 _QUESTIONS = 3  # of each
 _SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-# Photos that are in the public domain or CC0: this repository's own where it is a checkout, and those of packages that
+# Photos that are in the public domain or CC0: this repository's own if it is a checkout, and those of packages that
 # may be installed: file, then what may be asked.
 _CHECKOUT = Path(__file__).parents[2] / "docs" / "photo.jpg"
 _PHOTOS = (
@@ -40,33 +39,39 @@ class ExamplePicture:
     questions: tuple[str, ...]
 
 
-def find_examples(recipe: Recipe, folder: Path) -> tuple[str, list[ExamplePicture]]:
+def find_examples(
+    folder: Path, *, task: str, train: Sequence[str], val: Sequence[str] = ()
+) -> tuple[str, list[ExamplePicture]]:
     """Pictures to try an adapter with, and what they are.
 
     Args:
-        recipe: the adapter's.
         folder: where scenes are drawn, if they are needed.
+        task: what the adapter was trained for.
+        train: its training data, as `read_data` takes each.
+        val: its validation data, if pictures of the training data weren't held out instead.
     """
-    own = data_examples(recipe)
+    own = data_examples((val or train)[0], task)
     if own:
-        return f"from its {'validation' if recipe.data.val else 'training'} data", own
-    photos = [] if _is_easy_vqa(recipe) else list(photos_at_hand())[:COUNT]
+        return f"from its {'validation' if val else 'training'} data", own
+    photos = [] if _is_easy_vqa(train) else list(photos_at_hand())[:COUNT]
     if photos:
         return "photos, not from its training data", photos
     return "drawn scenes, not from its training data", list(drawn_scenes(folder, COUNT))
 
 
-def data_examples(recipe: Recipe) -> list[ExamplePicture]:
-    """Pictures and questions from the data an adapter was trained with, where it lies on this machine.
+def data_examples(source: str, task: str) -> list[ExamplePicture]:
+    """Pictures and questions from the data an adapter was trained with; none if it is not on this machine.
 
-    Where there are enough, each begins with a question that none before has; rows of several pictures are passed over.
+    If there are enough, each begins with a question that none before has; rows of several pictures are passed over.
     Nothing is fetched.
+
+    Args:
+        source: the data, as `read_data` takes it.
+        task: what the adapter was trained for; "mixed" leaves the task to the rows.
     """
-    source = recipe.data.val or recipe.data.train
-    named = source if isinstance(source, str) else source[0].file
-    task = None if recipe.task == "mixed" else recipe.task
+    named_task = None if task == "mixed" else task
     try:
-        rows = read_data(named, task=task, need_answers=False, skip_bad_rows=True, limit=400, offline=True)
+        rows = read_data(source, task=named_task, need_answers=False, skip_bad_rows=True, limit=400, offline=True)
     except UserError:
         return []  # the adapter has come without its data, which is the usual case and no mistake
     asked: dict[Path, list[str]] = {}
@@ -110,7 +115,6 @@ def drawn_scenes(folder: Path, count: int) -> Iterator[ExamplePicture]:
         yield ExamplePicture(path, tuple(question.question for question in asked)[:_QUESTIONS])
 
 
-def _is_easy_vqa(recipe: Recipe) -> bool:
+def _is_easy_vqa(train: Sequence[str]) -> bool:
     """Whether an adapter knows nothing but drawn shapes, for which a photo is no fair trial."""
-    train = recipe.data.train
-    return isinstance(train, str) and train.startswith("easy-vqa")
+    return all(source.startswith("easy-vqa") for source in train)

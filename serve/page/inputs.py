@@ -64,7 +64,7 @@ def uploaded(file: Any, folder: Path) -> ImageRef:
 
 
 def check_kept(picture: ImageRef) -> None:
-    """Raise a UserError where an uploaded picture has been deleted since."""
+    """Raise a UserError if an uploaded picture has been deleted since."""
     if picture.path is not None and not picture.path.exists():
         raise UserError(f"'{picture.label}' was uploaded a while ago and has been deleted since: upload it again")
 
@@ -145,7 +145,7 @@ class Settings:
         return chosen
 
     def sampled(self, temperature: float, top_p: float) -> Settings:
-        """The same, but sampled: at the temperature set, or at the given one where none is."""
+        """The same, but sampled: at the temperature set, or at the given one if none is."""
         if self.temperature > 0:
             return self
         return replace(self, temperature=temperature, top_p=min(self.top_p, top_p), beams=0)

@@ -1,11 +1,10 @@
-"""What the page says about an adapter: its head, its facts, and notes where it was not taught what a tab does."""
+"""What the page says about an adapter: its head, its facts, and notes if it was not taught what a tab does."""
 
 from __future__ import annotations
 
 from html import escape
 from typing import Any
 
-from adapters.inference.reasoning import learned_reasons
 from serve.adapter import LoadedAdapter
 from serve.pending import Answer
 
@@ -25,7 +24,7 @@ _PRACTISED = {
 
 def head(adapter: LoadedAdapter) -> str:
     """The page's head: name, what the adapter does, what it learned from."""
-    recipe, facts = adapter.assembly.recipe, adapter.facts
+    assembly, facts = adapter.assembly, adapter.facts
     learned = []
     if {"answers", "pictures", "train"} <= facts.data.keys():
         learned.append(
@@ -35,19 +34,19 @@ def head(adapter: LoadedAdapter) -> str:
     if "val_exact_match" in facts.metrics:
         learned.append(f"{facts.metrics['val_exact_match']:.1%} right on its validation questions")
     return (
-        f"<h1>{escape(adapter.name)}</h1><p class='what'>{escape(recipe.description or _KINDS[recipe.task])}</p>"
+        f"<h1>{escape(adapter.name)}</h1><p class='what'>{escape(assembly.description or _KINDS[assembly.task])}</p>"
         f"<p class='learned'>{escape(' · '.join(learned))}</p>"
     )
 
 
 def about(adapter: LoadedAdapter) -> str:
     """The adapter's facts as a list, and what becomes of pictures."""
-    recipe, facts = adapter.assembly.recipe, adapter.facts
-    bits = {"nf4": "4-bit NF4", "none": "unquantised"}[recipe.language.quantize]
+    assembly, facts = adapter.assembly, adapter.facts
+    bits = {"nf4": "4-bit NF4", "none": "unquantised"}[assembly.quantization]
     rows = {
-        "Trained for": _PRACTISED[recipe.task],
-        "Image encoder": " and ".join(tower.source for tower in recipe.vision.towers) + ", frozen",
-        "Language model": f"{recipe.language.source}, frozen, {bits}",
+        "Trained for": _PRACTISED[assembly.task],
+        "Image encoder": " and ".join(assembly.vision_side.encoder_sources) + ", frozen",
+        "Language model": f"{assembly.language_source}, frozen, {bits}",
         "Steps": f"{facts.steps:,}",
         "Terms of its data": "; ".join(facts.terms) or "not stated",
     }
@@ -59,24 +58,23 @@ def about(adapter: LoadedAdapter) -> str:
 
 
 def note(text: str) -> str:
-    """A note in a box of its own; nothing where there is no text."""
+    """A note in a box of its own; nothing if there is no text."""
     return f"<p>{escape(text)}</p>" if text else ""
 
 
 def shown_note(text: str) -> dict[str, Any]:
-    """A note's settings on the page: where there is none, there is no gap for it."""
+    """A note's settings on the page: if there is none, there is no gap for it."""
     return {"value": text, "visible": bool(text), "elem_classes": "note", "padding": False}
 
 
 def reason_note(adapter: LoadedAdapter) -> str:
     """What to expect of an adapter's reasons."""
-    recipe = adapter.assembly.recipe
-    if not learned_reasons(recipe):
+    taught = set(adapter.assembly.reasoning_stages)
+    if not taught:
         return note(
             f"{adapter.name} was not trained to give reasons. It is asked for them all the same: expect words in the"
             " shape of a thought, and an answer that may be worse than one without."
         )
-    taught = set(recipe.reason.stages)
     if not {"rationale", "answer"} <= taught:
         what = "to answer directly" if "rationale" not in taught else "to give reasons, not to answer from them"
         return note(f"{adapter.name} was trained {what}: the other stage is outside what it practised.")
@@ -85,7 +83,7 @@ def reason_note(adapter: LoadedAdapter) -> str:
 
 def caption_note(adapter: LoadedAdapter) -> str:
     """What to expect of an adapter's captions."""
-    if adapter.assembly.recipe.task in ("caption", "mixed"):
+    if adapter.assembly.task in ("caption", "mixed"):
         return ""
     return note(f"{adapter.name} was not trained on captions: it may answer in the way it answers questions.")
 
@@ -102,12 +100,12 @@ def search_note(adapter: LoadedAdapter) -> str:
 
 def can_search(adapter: LoadedAdapter) -> bool:
     """Whether an adapter keeps what search needs."""
-    return adapter.assembly.recipe.bridge.text_branch
+    return adapter.assembly.vision_side.has_text_side
 
 
 def look_note(adapter: LoadedAdapter) -> str:
-    """Why there is nothing to look at, where the bridge is a simple one."""
-    kind = adapter.assembly.recipe.bridge.kind
+    """Why there is nothing to look at, if the bridge is a simple one."""
+    kind = adapter.assembly.vision_side.bridge_kind
     if kind == "qformer":
         return ""
     return note(

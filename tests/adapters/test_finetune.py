@@ -163,7 +163,7 @@ def test_a_broken_evaluation_fails_before_training(
 
 
 def test_the_second_run_does_not_encode_again(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qformer.vision_loading import ImageEncoder
+    from qformer.image_encoders import ImageEncoder
 
     seen = []
     forward = ImageEncoder.forward

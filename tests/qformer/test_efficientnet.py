@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qformer.efficientnet import LITE0, LITE1, LITE2, LITE3, LITE4, ConvNorm, EfficientNetLite, EfficientNetLiteConfig
+from qformer.efficientnet import LITE2, ConvNorm, EfficientNetLite, EfficientNetLiteConfig
 
 
 def tiny() -> EfficientNetLite:
@@ -26,14 +26,19 @@ def tiny() -> EfficientNetLite:
 
 
 @pytest.mark.parametrize(
-    ("config", "size", "millions"),
-    # the resolutions and parameter counts of TensorFlow's release of the Lite variants
-    [(LITE0, 224, 4.7), (LITE1, 240, 5.4), (LITE2, 260, 6.1), (LITE3, 280, 8.2), (LITE4, 300, 13.0)],
+    ("config", "millions"),
+    # the factors, resolutions and parameter counts of TensorFlow's release of the Lite variants, 0 to 4
+    [
+        (EfficientNetLiteConfig(1.0, 1.0, 224), 4.7),
+        (EfficientNetLiteConfig(1.0, 1.1, 240), 5.4),
+        (LITE2, 6.1),
+        (EfficientNetLiteConfig(1.2, 1.4, 280), 8.2),
+        (EfficientNetLiteConfig(1.4, 1.8, 300), 13.0),
+    ],
 )
-def test_each_variant_has_its_published_size(config: EfficientNetLiteConfig, size: int, millions: float) -> None:
+def test_each_variant_has_its_published_size(config: EfficientNetLiteConfig, millions: float) -> None:
     with torch.device("meta"):
         model = EfficientNetLite(config)
-    assert config.image_size == size
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer.decoding import Decoding
-from qformer.generation import generate, prefill
+from qformer.generation import generate, generation_options, prefill
 from qformer.language import LanguageModel
 from qformer.language_loading import load_language_model
 from qformer.lora import LoraSettings
@@ -182,6 +182,60 @@ def test_a_caller_looks_on_and_ends_rows(language_folders: dict[str, Path], kind
     assert made[0, :2].tolist() == free[0, :2].tolist()
     assert set(made[0, 2:].tolist()) == {language.tokenizer.pad_token_id}
     assert made[1].tolist() == free[1].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_gives_the_same_answer_alone_and_beside_others(language_folders: dict[str, Path], kind: str) -> None:
+    language = load(language_folders[kind])
+    torch.manual_seed(4)
+    if language.is_encoder_decoder:  # as it is made it writes one token for ever
+        language.base.get_output_embeddings().weight.normal_(std=0.1)
+    ids = torch.randint(5, 100, (2, 6))
+
+    def write(rows: torch.Tensor, seed: int) -> list[list[int]]:
+        torch.manual_seed(len(rows))  # torch's own generator has no part in it
+        decoding = Decoding(max_new_tokens=8, temperature=1.5, top_p=0.95, repetition_penalty=1.2, seed=seed)
+        made = generate(language, language.embed(rows), torch.ones_like(rows), decoding).ids.tolist()
+        stops = [next((n for n, token in enumerate(row) if token in language.stop_ids), len(row)) for row in made]
+        return [row[:stop] for row, stop in zip(made, stops, strict=True)]
+
+    both = write(ids, 7)
+    assert both == write(ids, 7) == [*write(ids[:1], 7), *write(ids[1:], 7)]
+    assert write(ids[[0, 0]], 7) == [both[0], both[0]]
+    assert write(ids, -7) != both
+
+
+def test_a_seed_draws_from_the_softmax_of_the_warped_logits(language_folders: dict[str, Path]) -> None:
+    language = load(language_folders["llama"])
+    ids = torch.randint(5, 100, (2, 6), generator=torch.Generator().manual_seed(4))
+    options = {"inputs_embeds": language.embed(ids), "attention_mask": torch.ones_like(ids)}
+    made = generate(language, *options.values(), Decoding(max_new_tokens=1, temperature=0.7, seed=3))
+    with torch.no_grad():
+        logits = language.model(**options).logits[:, -1]
+    generators = [torch.Generator().manual_seed(3) for _ in ids]
+    expected = [
+        torch.multinomial((row / 0.7).softmax(-1), 1, generator=generator).item()
+        for row, generator in zip(logits, generators, strict=True)
+    ]
+    assert made.ids[:, 0].tolist() == expected
+    torch.testing.assert_close(made.log_probs, logits.log_softmax(-1).gather(1, made.ids), rtol=1e-4, atol=1e-5)
+    nucleus = Decoding(max_new_tokens=5, temperature=0.7, top_p=1e-6, seed=3)  # the likeliest token alone
+    greedy = generate(language, *options.values(), Decoding(max_new_tokens=5)).ids
+    assert generate(language, *options.values(), nucleus).ids.tolist() == greedy.tolist()
+
+
+def test_without_a_seed_torchs_own_generator_draws(language_folders: dict[str, Path]) -> None:
+    language = load(language_folders["llama"])
+    ids = torch.randint(5, 100, (2, 6))
+    decoding = Decoding(max_new_tokens=8, temperature=1.5)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(generate(language, language.embed(ids), torch.ones_like(ids), decoding).ids.tolist())
+    assert found[0] == found[1] != found[2]
+    assert "logits_processor" not in generation_options(decoding, pad_id=0, stop_ids=[1])
+    beams = Decoding(num_beams=2, temperature=1.0, seed=1)  # beams are searched, not drawn
+    assert "logits_processor" not in generation_options(beams, pad_id=0, stop_ids=[1])
 
 
 def test_training_goes_on_after_an_exception(language_folders: dict[str, Path]) -> None:

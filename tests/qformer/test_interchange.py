@@ -307,8 +307,8 @@ def test_what_differs_is_named_with_a_count() -> None:
     message = str(error.value)
     first_three = re.search(r"4 missing \((.*?), …\)", message)
     assert first_three and len(first_three[1].split(", ")) == 3
-    assert "1 unknown (language_projection.weight)" in message
-    assert "1 of another shape (query_tokens is 1x5x32, not 1x4x32)" in message
+    assert "1 unexpected (language_projection.weight)" in message
+    assert "1 of another shape (query_tokens is [1, 5, 32], not [1, 4, 32])" in message
     assert "\n" not in message
 
 

@@ -10,11 +10,13 @@ from torch import nn
 
 from qformer.bridge import QFormer
 from qformer.config import BridgeConfig
+from qformer.feature_norm import FeatureNorm
+from qformer.image_encoders import ImageEncoder
 from qformer.language import IGNORED
 from qformer.language_loading import load_language_model
 from qformer.lora import LoraSettings
 from qformer.model import TokenBatch, VisionLanguageModel
-from qformer.vision_loading import FeatureNorm, ImageEncoder, load_image_encoder
+from qformer.vision_loading import load_image_encoder
 
 
 @pytest.fixture

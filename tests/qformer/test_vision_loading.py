@@ -34,7 +34,9 @@ from transformers import (
 
 from qformer.efficientnet import LITE2
 from qformer.errors import UserError
-from qformer.vision_loading import FeatureNorm, ImageEncoder, build_image_encoder, load_image_encoder
+from qformer.feature_norm import FeatureNorm
+from qformer.image_encoders import ImageEncoder
+from qformer.vision_loading import build_image_encoder, load_image_encoder
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION = {**TINY, "image_size": 28, "patch_size": 14}

@@ -38,14 +38,14 @@ def test_only_what_changed_is_kept_and_it_is_added_back(tower: Path, difference:
     assert list(tensors) == ["parts.8.conv.weight"]
     assert tensors["parts.8.conv.weight"].dtype == torch.bfloat16
     plain = load_image_encoder(str(tower), layer=-1)
-    moved = load_image_encoder(str(tower), layer=-1, difference=difference)
+    moved = load_image_encoder(str(tower), layer=-1, weight_delta=difference)
     assert torch.allclose(moved.model.parts[-1].conv.weight, plain.model.parts[-1].conv.weight + 0.25, atol=1e-6)
     pixels = plain.preprocess([Image.new("RGB", (40, 40), (90, 20, 200))])
     assert not torch.allclose(plain(pixels), moved(pixels), atol=1e-3)
 
 
 def test_it_has_a_fingerprint_of_its_own(tower: Path, difference: Path) -> None:
-    moved = load_image_encoder(str(tower), layer=-1, difference=difference)
+    moved = load_image_encoder(str(tower), layer=-1, weight_delta=difference)
     assert str(moved.weights).startswith("sha256:") and moved.weights != fingerprint(tower)
     assert moved.identity() != load_image_encoder(str(tower), layer=-1).identity()  # so features are never mixed up
 
@@ -53,14 +53,14 @@ def test_it_has_a_fingerprint_of_its_own(tower: Path, difference: Path) -> None:
 def test_another_tower_and_damage_are_refused(tower: Path, difference: Path, tmp_path: Path) -> None:
     other = save_tiny_efficientnet(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="belongs to the weights"):
-        load_image_encoder(str(other), layer=-1, difference=difference)
+        load_image_encoder(str(other), layer=-1, weight_delta=difference)
     facts = json.loads((difference / "difference.json").read_text())
     (difference / "difference.json").write_text("{}")
     with pytest.raises(UserError, match="no difference"):
-        load_image_encoder(str(tower), layer=-1, difference=difference)
+        load_image_encoder(str(tower), layer=-1, weight_delta=difference)
     (difference / "difference.json").write_text(json.dumps(facts))
     (difference / "difference.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="no difference"):
-        load_image_encoder(str(tower), layer=-1, difference=difference)
+        load_image_encoder(str(tower), layer=-1, weight_delta=difference)
     with pytest.raises(UserError, match="no difference"):
-        load_image_encoder(str(tower), layer=-1, difference=tmp_path / "nowhere")
+        load_image_encoder(str(tower), layer=-1, weight_delta=tmp_path / "nowhere")

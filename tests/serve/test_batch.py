@@ -35,7 +35,7 @@ def test_rows_in_rows_out(predictor: VQAPredictor, source: Path, rows: list[dict
         predictor.engine.ask(row["image"], row["question"], decoding=predictor.decoding) for row in rows
     ]
     assert "reference" not in found[0]
-    said = [predictor.engine.say(row["image"], row["question"], decoding=predictor.decoding) for row in rows]
+    said = [predictor.engine.complete(row["image"], row["question"], decoding=predictor.decoding) for row in rows]
     assert [line["confidence"] for line in found] == pytest.approx([one.confidence for one in said], abs=1e-3)
 
 

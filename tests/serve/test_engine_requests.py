@@ -65,6 +65,17 @@ def test_adapters_stand_on_the_same_frozen_models(hall: Engine) -> None:
     assert first.model.bridge is not second.model.bridge
 
 
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(hall: Engine, turns: list[list[Turn]]) -> None:
+    def ask(seed: int) -> Decoding:
+        return replace(SHORT, temperature=1.0, seed=seed)
+
+    alone = [hall.chat(conversation, decoding=ask(5)).result(60) for conversation in turns]
+    together = [hall.chat(conversation, decoding=ask(5)) for conversation in turns]
+    others = [hall.chat(conversation, decoding=ask(6)) for conversation in turns]
+    assert [pending.result(60).text for pending in together] == [answer.text for answer in alone]
+    assert [pending.result(60).text for pending in others] != [answer.text for answer in alone]
+
+
 def test_each_adapter_answers_as_it_does_alone(
     hall: Engine, run_folder: Path, other_run: Path, turns: list[list[Turn]]
 ) -> None:
@@ -76,7 +87,7 @@ def test_each_adapter_answers_as_it_does_alone(
         for name in ("tiny", "other"):
             found[name].append(hall.chat(conversation, adapter=name, decoding=SHORT).result(60))
     for name, answers in found.items():
-        expected = [alone[name].generator([alone[name].asked(conversation)], SHORT)[0] for conversation in turns]
+        expected = [alone[name].generator([alone[name].chat_request(conversation)], SHORT)[0] for conversation in turns]
         assert [answer.text for answer in answers] == [said.text for said in expected]
         assert [answer.confidence for answer in answers] == pytest.approx(
             [said.confidence for said in expected], rel=1e-4
@@ -194,7 +205,7 @@ def test_too_many_are_refused_and_closing_fails_what_waits(engine: LoadedAdapter
     waiting = [small.chat(turns[0], decoding=SHORT) for _ in range(2)]
     with pytest.raises(Busy, match="2 requests wait"):
         small.chat(turns[0])
-    asked = engine.asked(turns[0])
+    asked = engine.chat_request(turns[0])
     waiting.append(small.submit(asked, decoding=SHORT, admitted=True))  # it was let in before
     with pytest.raises(Busy):
         small.submit(asked)
@@ -239,7 +250,7 @@ def test_two_adapters_of_one_name_are_refused(engine: LoadedAdapter) -> None:
 def test_a_conversation_that_is_too_long_is_told(engine: LoadedAdapter) -> None:
     longest = engine.assembly.model.language.config.max_position_embeddings
     with pytest.raises(UserError, match=f"reads {longest}"):
-        engine.asked([Turn("user", "x" * (longest + 10))])
+        engine.chat_request([Turn("user", "x" * (longest + 10))])
 
 
 def test_no_answer_is_longer_than_there_is_room_for(hall: Engine, turns: list[list[Turn]]) -> None:

@@ -79,7 +79,7 @@ def test_a_queue_of_stopped_ones_alone_is_no_work(small: Engine, held: threading
 
 
 def test_an_answer_outlives_its_batch(small: Engine) -> None:
-    pending = PendingAnswer(small.adapter(), small.adapter().asked(QUESTION), SHORT, ())
+    pending = PendingAnswer(small.adapter(), small.adapter().chat_request(QUESTION), SHORT, ())
     answer = Answer("red", "tiny", "stop", 0.5, 2, 3)
     pending._finish(answer)
     pending._fail(RuntimeError("a later token's"))

@@ -34,7 +34,7 @@ FEWEST, MOST = 3, 7  # shapes in a scene
 _GAP = 3  # pixels between two shapes' circles, and from the border
 _FINER = 4  # a picture is drawn so many times as large, then averaged: smooth edges
 _CELL = 32  # pixels; scenes that differ only by less than a move into another cell are alike
-_TRIES = 200  # for the place of a shape, before the scene is begun anew
+_TRIES = 200  # for the place of a shape, before the scene is begun again
 
 Point = tuple[float, float]
 
@@ -97,7 +97,7 @@ def make_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def _lot(rng: random.Random) -> list[Thing] | None:
-    """Things in places drawn by lot; None where they do not fit."""
+    """Things in places drawn at random; None if they do not fit."""
     number = rng.randint(FEWEST, MOST)
     shapes, colours = _some(SHAPES, 2, rng), _some(tuple(COLOURS), 2, rng)
     things: list[Thing] = []

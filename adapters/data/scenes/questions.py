@@ -16,7 +16,7 @@ from itertools import combinations, permutations
 
 from adapters.data.scenes.drawing import COLOURS, RADIUS, SHAPES, Scene, Thing
 
-CLEAR = 14  # pixels between two centres that are asked to be told apart; more than the sizes' difference
+CLEAR = 14  # pixels between two centres that a question distinguishes; more than the sizes' difference
 YES_NO = ("yes", "no")
 _SLACK, _SPARE = 1.25, 2  # an answer may be so many times as common as the rarest of its kind, and so many more
 Named = tuple[str, Thing]
@@ -59,7 +59,7 @@ class Balance:
         self._words: Counter[tuple[str, int]] = Counter()
 
     def choose(self, candidates: Sequence[SceneQuestion], rng: random.Random) -> SceneQuestion | None:
-        """Choose one of the questions, which are of one kind; None where each answer is too common already."""
+        """Choose one of the questions, which are of one kind; None if each answer is too common already."""
         if not candidates:
             return None
         kind, slots = candidates[0].kind, range(len(candidates[0].choices))
@@ -86,16 +86,11 @@ def questions_of(scene: Scene, rng: random.Random, balance: Balance | None = Non
     Args:
         scene: what is asked about.
         rng: decides between equals.
-        balance: the answers given so far, which it also counts these into; None begins anew.
+        balance: the answers given so far, which it also counts these into; None starts a new count.
     """
     balance = balance or Balance()
     chosen = (balance.choose(list(make(scene)), rng) for make in KINDS.values())
     return [question for question in chosen if question is not None]
-
-
-def all_questions(scene: Scene) -> list[SceneQuestion]:
-    """Every question that can be asked of a scene."""
-    return [question for make in KINDS.values() for question in make(scene)]
 
 
 def _ask(kind: str, question: str, steps: Sequence[str], answer: str | bool, choices: Sequence[str]) -> SceneQuestion:
@@ -108,7 +103,7 @@ def _named(scene: Scene, *, hidden: Sequence[str] = ()) -> list[Named]:
 
     Args:
         scene: all things.
-        hidden: "colour" or "size", not to be told.
+        hidden: "colour" or "size", which is not to be named.
     """
     forms = [("shape",), ("colour", "shape"), ("size", "shape"), ("size", "colour", "shape")]
     forms = [form for form in forms if not set(form) & set(hidden)]

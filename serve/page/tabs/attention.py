@@ -26,8 +26,8 @@ class AttentionShown:
     attention: Attention
 
 
-def look_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
-    """Build the tab and its endpoint `/look`; returns the note and the field that hang on the adapter."""
+def attention_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
+    """Build the tab and its endpoint `/look`; returns the note and the field that depend on the adapter."""
     adapter = context.engine.adapter()
     with gr.Tab("Look", id="look"):
         note = gr.HTML(**shown_note(look_note(adapter)), elem_id="look-note")
@@ -36,7 +36,7 @@ def look_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
                 picture = context.picture_slot()
                 question = gr.Textbox(
                     label="Question", lines=1, info="This adapter's bridge reads the question with the picture.",
-                    visible=adapter.assembly.recipe.bridge.instruction_aware, elem_id="look-question",
+                    visible=adapter.assembly.reads_instructions, elem_id="look-question",
                 )  # fmt: skip
                 button = gr.Button("Look", variant="primary", elem_id="look-ask")
                 layer = gr.Dropdown(
@@ -98,7 +98,7 @@ def look_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
         """Nothing is seen in another picture yet."""
         return None, None, f"<p>{CAVEAT}</p>", gr.Slider(value=0, interactive=False), gr.Gallery([], visible=False)
 
-    def look_at(
+    def draw_attention(
         picture: Any, question: str | None = None, query: int = 0, layer: int = 0, adapter: str = ""
     ) -> tuple[Image.Image, str]:
         """Draw where the bridge looks; query and layer count from 1, and 0 takes all together."""
@@ -126,7 +126,7 @@ def look_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
         [picture.change, context.adapter.change], forget, None, [looked, seen, caption, query, every], cancels=asking,
         **IMMEDIATE,
     )  # fmt: skip
-    context.endpoint("look", look_at, [picture, question, query, layer, context.adapter], _picture_and_words)
+    context.endpoint("look", draw_attention, [picture, question, query, layer, context.adapter], _picture_and_words)
     return note, question
 
 

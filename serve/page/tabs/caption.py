@@ -21,11 +21,11 @@ from serve.pending import PendingAnswer
 LANGUAGES = {"English": "en", "Chinese (中文)": "zh"}
 STYLES = {"Best of several (beam search)": "beam", "Quick (greedy)": "greedy", "Varied (three, sampled)": "varied"}
 VARIED = 3  # captions
-_TEMPERATURE, _TOP_P = 0.8, 0.9  # of the varied ones, where no temperature is set
+_TEMPERATURE, _TOP_P = 0.8, 0.9  # of the varied ones, if no temperature is set
 
 
 def caption_tab(context: PageContext) -> gr.HTML:
-    """Build the tab and its endpoint `/caption`; returns the note that hangs on the adapter."""
+    """Build the tab and its endpoint `/caption`; returns the note that depends on the adapter."""
     with gr.Tab("Caption", id="caption"):
         note = gr.HTML(**shown_note(caption_note(context.engine.adapter())), elem_id="caption-note")
         with gr.Row():

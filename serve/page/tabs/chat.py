@@ -22,8 +22,8 @@ from serve.pending import Answer, PendingAnswer
 
 MAX_PICTURES = 8  # in a turn
 USUAL = Decoding(max_new_tokens=128)
-AGAIN = 0.7  # temperature of another try, where none is set: the same settings would give the same words
-# Of any conversation: two requests of one session may come at once. Where what is left over is collected meanwhile, its
+AGAIN = 0.7  # temperature of another try, if none is set: the same settings would give the same words
+# Of any conversation: two requests of one session may come at once. If what is left over is collected meanwhile, its
 # end comes in the same thread.
 _CHANGING = threading.RLock()
 _PLACEHOLDER = (
@@ -48,16 +48,16 @@ class Conversation:
     ) -> Iterator[tuple[list[Turn], Answer | None]]:
         """All turns as the answer to the last grows, and at the end what came of it; until then nothing is kept.
 
-        They come again now and then where nothing is written yet, so that it is noticed when nobody waits any more.
+        They come again now and then while nothing is written yet, so that it is noticed when nobody waits any more.
 
         Args:
             engine: what answers.
-            turn: the user's; None has the last one answered anew.
+            turn: the user's; None has the last one answered again.
             adapter: its name.
             decoding: how the answer is made.
 
         Raises:
-            UserError: an answer is being written, the conversation is too long, or there is no turn to answer anew.
+            UserError: an answer is being written, the conversation is too long, or there is no turn to answer again.
             Busy: too many wait.
         """
         with _CHANGING:
@@ -76,7 +76,7 @@ class Conversation:
             if self._end(pending, answered):  # else all was forgotten meanwhile
                 yield answered, said
         finally:
-            pending.stop()  # where nobody reads on
+            pending.stop()  # if nobody reads on
             self._end(pending, None)
 
     def stop(self) -> None:
@@ -96,7 +96,7 @@ class Conversation:
         return self.turns[-2]
 
     def take_back(self) -> Turn:
-        """Forget the user's last turn and its answer; gives the turn. Raises as `last`, and where one is written."""
+        """Forget the user's last turn and its answer; gives the turn. Raises as `last`, and if one is being written."""
         with _CHANGING:
             self._check_idle()
             turn = self.last()
@@ -110,7 +110,7 @@ class Conversation:
             self.turns, self.pending = [], None
 
     def _end(self, pending: PendingAnswer, turns: list[Turn] | None) -> bool:
-        """Have a request be done with, and keep what came of it; False where it was done with before."""
+        """Have a request be done with, and keep what came of it; False if it was done with before."""
         with _CHANGING:
             if self.pending is not pending:
                 return False
@@ -181,7 +181,7 @@ def chat_tab(context: PageContext) -> None:
     def retry(
         conversation: Conversation, adapter: str, longest: int, temperature: float, top_p: float, beams: int
     ) -> Iterator[str]:
-        """Answer the last question anew, sampled."""
+        """Answer the last question again, sampled."""
         with show_user_errors():
             settings = Settings.of([longest, temperature, top_p, beams])
             yield from _replies(answer(conversation, None, adapter, settings))

@@ -39,7 +39,7 @@ class ReasoningInProgress:
 
 
 def reason_tab(context: PageContext) -> gr.HTML:
-    """Build the tab and its endpoint `/reason`; returns the note that hangs on the adapter."""
+    """Build the tab and its endpoint `/reason`; returns the note that depends on the adapter."""
     with gr.Tab("Reason", id="reason"):
         note = gr.HTML(**shown_note(reason_note(context.engine.adapter())), elem_id="reason-note")
         with gr.Row():
@@ -81,7 +81,7 @@ def reason_tab(context: PageContext) -> gr.HTML:
         picture: Any, question: str, choices: str | None = None, adapter: str = "",
         longest: int = 0, temperature: float = 0.0, top_p: float = 1.0, beams: int = 0,
     ) -> dict[str, Any]:  # fmt: skip
-        """Think about a question, then answer it; choices may stand with commas between them."""
+        """Think about a question, then answer it; choices may be given with commas between them."""
         whole = last(run(picture, question, choices, adapter, longest, temperature, top_p, beams))
         assert whole.finished is not None
         found = {"rationale": whole.rationale, "answer": whole.answer, "confidence": whole.finished.confidence}
@@ -114,7 +114,7 @@ def think(
     """
     loaded = engine.adapter(adapter)
     example = question_example(picture, question, choices=choices)
-    thinking = settings.over(Decoding(max_new_tokens=loaded.assembly.recipe.reason.rationale_tokens))
+    thinking = settings.over(Decoding(max_new_tokens=loaded.assembly.rationale_tokens))
     first = asked_rationale(loaded, example, longest=thinking.max_new_tokens)
     yield ReasoningInProgress("")
     began = time.monotonic()

@@ -123,7 +123,7 @@ class ImageFinder:
         return adapter
 
     def _fresh_index(self, adapter: LoadedAdapter) -> PictureIndex:
-        """The folder's index, brought up to date where that is due; as it was, while another visitor sees to it."""
+        """The folder's index, brought up to date if that is due; as it was, while another visitor sees to it."""
         known, updating = self._indexes.get(adapter.name), self._updating[adapter.name]
         if known is not None and not self._due(adapter):
             return known
@@ -154,7 +154,7 @@ class ImageFinder:
 
 
 def search_tab(context: PageContext, finder: ImageFinder) -> gr.HTML:
-    """Build the tab and its endpoint `/search`; returns the note that hangs on the adapter."""
+    """Build the tab and its endpoint `/search`; returns the note that depends on the adapter."""
     places = {f"The folder {finder.folder.name}": _FOLDER} if finder.folder else {}
     places["Pictures that I upload"] = _UPLOADS
     first = next(iter(places.values()))

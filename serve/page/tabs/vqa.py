@@ -69,7 +69,7 @@ def vqa_tab(context: PageContext) -> None:
 
 
 def parse_line(line: str) -> tuple[str, tuple[str, ...]]:
-    """A line as a question and its choices, which stand behind a bar with commas between them."""
+    """A line as a question and its choices, which come after a bar with commas between them."""
     question, bar, choices = line.partition("|")
     return question.strip(), tuple(filter(None, map(str.strip, choices.split(",")))) if bar else ()
 

@@ -21,13 +21,12 @@ from adapters.artefact.artefact import (
     find_artefact,
     load_artefact,
     publish,
-    replace_folder,
     save_artefact,
     trained_state,
 )
 from adapters.artefact.facts import Facts, read_facts
 from adapters.loading.assembly import Assembly, assemble
-from adapters.loading.vision_side import FrozenModels
+from adapters.loading.vision_side import FrozenModels, load_vision_side
 from adapters.recipe import parse_recipe
 from adapters.training.start import sections_of, start_from_artefact
 from qformer.config import BridgeConfig
@@ -96,6 +95,39 @@ def test_a_round_trip_gives_the_same_model(assembly: Assembly, artefact: Path) -
     assert set(facts.versions) == {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_computes_as_it_was_trained_unless_it_is_told_otherwise(
+    assembly: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    monkeypatch.setattr(
+        "qformer.language_loading.default_compute_dtype", lambda *_, **__: getattr(torch, other)
+    )  # what a stopwatch would say here
+    trained = assemble(assembly.recipe, dtype=dtype)
+    save_artefact(tmp_path / "artefact", trained, Facts(trained.fingerprints, compute_dtype="of another run"))
+    again, facts = load_artefact(tmp_path / "artefact")
+    assert facts.compute_dtype == dtype
+    assert again.model.language.compute_dtype == getattr(torch, dtype)
+    assert load_artefact(tmp_path / "artefact", dtype=other)[0].model.language.compute_dtype == getattr(torch, other)
+
+    file = tmp_path / "artefact" / "artefact.json"
+    old = json.loads(file.read_text()) | {"format_version": 3}
+    del old["compute_dtype"]
+    file.write_text(json.dumps(old))
+    before, facts = load_artefact(tmp_path / "artefact")
+    assert facts.compute_dtype is None
+    assert before.model.language.compute_dtype == getattr(torch, other)
+
+
+def test_the_first_stage_keeps_the_compute_dtype_that_its_run_names(
+    vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    values: Any = tiny_values(vision_folder, language_folders["llama"], draw_data(tmp_path / "data"))
+    vision_side = load_vision_side(parse_recipe(values, "test"))
+    save_artefact(tmp_path / "artefact", vision_side, Facts(vision_side.fingerprints, compute_dtype="bfloat16"))
+    assert read_facts(tmp_path / "artefact").compute_dtype == "bfloat16"
+
+
 def test_peft_reads_the_lora(assembly: Assembly, artefact: Path, language_folders: dict[str, Path]) -> None:
     """PEFT alone, on the base model alone, computes what we compute."""
     base = AutoModelForCausalLM.from_pretrained(language_folders["llama"])
@@ -113,8 +145,8 @@ def test_peft_reads_the_lora(assembly: Assembly, artefact: Path, language_folder
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("projection.weight"), "missing projection.weight"),
-        (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
+        (lambda s: s.pop("projection.weight"), r"1 missing \(projection.weight\)"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
         (lambda s: s.update({"projection.bias": torch.zeros(3)}), r"projection.bias is \[3\], not \[64\]"),
     ],
 )
@@ -162,16 +194,6 @@ def test_names_that_lead_to_an_artefact(artefact: Path, tmp_path: Path) -> None:
     assert find_artefact(run) == run / "best"
     with pytest.raises(UserError, match="--adapter nowhere"):
         find_artefact("nowhere")
-
-
-def test_replacing_a_folder_leaves_one_of_the_two_whole(tmp_path: Path) -> None:
-    new, target = tmp_path / "new", tmp_path / "target"
-    for folder, text in ((new, "new"), (target, "old")):
-        folder.mkdir()
-        (folder / "file").write_text(text)
-    replace_folder(new, target)
-    assert (target / "file").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["target"]
 
 
 def test_word_embeddings_are_named_not_copied(

@@ -15,7 +15,7 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder
 from adapters.data.readers import read_data
 from adapters.recipe import parse_recipe
-from adapters.training.run_data import read_split
+from adapters.training.setup import read_split
 
 
 def pictures(count: int = 20, questions: int = 7) -> list[TokenisedPicture]:

@@ -10,10 +10,11 @@ import pytest
 from tiny import make_tokenizer
 
 from adapters.data.batches import TokenisedPicture, plan_epoch, prompt_for, tokenise
-from adapters.data.examples import DataSet, Example, Stage, merge
+from adapters.data.examples import DataSet, Example, merge
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle
 from adapters.data.readers import read_data
+from adapters.tasks import Stage
 from qformer.errors import UserError
 
 ASKED: Any = {"context": "It is noon. ", "choices": ("yes", "no")}

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.evaluation.vqa import commonest_answer_score, exact_match, interval_by_picture, score, vqa_accuracy
+from adapters.evaluation.vqa import (
+    commonest_answer_score,
+    exact_match,
+    interval_by_picture,
+    score,
+    vqa_accuracy,
+    vqa_form,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,45 @@ def test_vqa_accuracy_compares_in_vqav2s_form() -> None:
     assert vqa_accuracy("The two dogs!", ["2 dogs"]) == 1.0
     assert vqa_accuracy("3.5", ["3.5"]) == 1.0
     assert vqa_accuracy("1,000", ["1000"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "form"),
+    [
+        ("The Two dogs!", "2 dogs"),
+        ("none", "0"),
+        ("ten o clock", "10 o clock"),
+        ("eleven", "eleven"),  # the table of number words ends at ten
+        ("dont", "don't"),
+        ("oclock", "o'clock"),
+        ("Couldn'tve", "couldn't've"),
+        ("yall'd've", "y'all'd've"),
+        ("somebody'd", "somebodyd"),
+        ("its", "its"),  # a word of its own, and not in the table
+        ("red/blue", "red blue"),
+        ("red, blue", "red blue"),  # a comma beside a space leaves none behind
+        ("red,blue", "red blue"),
+        ("red - blue", "red blue"),
+        ("t-shirt", "t shirt"),
+        ("t-shirt -", "tshirt"),  # one beside a space, so both without a space
+        ("1,000", "1000"),
+        ("1,000 t-shirts", "1000 tshirts"),  # a comma between digits: no mark leaves a space
+        ("3.5", "3.5"),
+        (".5", ".5"),
+        ("3.", "3"),
+        ("st. john's", "st john's"),
+        ("10:30", "10:30"),  # a colon and an apostrophe stay
+        ("an", ""),
+        ("line\nbreak\t", "line break"),
+    ],
+)
+def test_vqav2s_form_by_hand(said: str, form: str) -> None:
+    assert vqa_form(said) == form
+
+
+def test_vqav2s_form_does_not_touch_exact_match() -> None:
+    assert not exact_match("dont", ["don't"]) and not exact_match("two", ["2"])
+    assert score(["two dont", "no"], [["2 don't"], ["no"]]) == {"n": 2, "exact_match": 0.5, "vqa_accuracy": 1.0}
 
 
 def test_scores_and_the_commonest_answer() -> None:

@@ -18,7 +18,7 @@ from adapters.memory.known_models import KNOWN_MODELS
 from adapters.memory.meta_model import build_meta_model
 from adapters.memory.summary import ModuleSummary, is_four_bit, summarise_modules
 from adapters.recipe import load_recipe, shipped_recipes
-from adapters.training.run_data import read_split
+from adapters.training.setup import read_split
 from qformer.errors import UserError
 from qformer.model import TokenBatch, VisionLanguageModel
 
@@ -142,6 +142,11 @@ def test_the_memory_is_as_the_header_says(name: str) -> None:
     assert found["total_gib"] == pytest.approx(total, abs=0.1)
     assert (found["fits"], found["micro_batch"]["pictures"]) == (gpu, pictures)
     assert found["picture_bytes"] / 2**20 == pytest.approx(cached, abs=0.01)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_machine_it_needs_is_the_headers(name: str) -> None:
+    assert load_recipe(name).needs == f"a {header(name)[-3]:.0f} GB GPU"
 
 
 @pytest.mark.parametrize("name", RECIPES)

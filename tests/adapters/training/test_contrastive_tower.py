@@ -36,7 +36,7 @@ def test_it_learns_and_leaves_a_difference(tmp_path: Path, capsys: pytest.Captur
     assert len(losses) == 30 and losses[-1] < 0.8 * losses[0]
     facts = json.loads((out / "difference.json").read_text())
     assert facts["metrics"] == best and 1 <= best["epoch"] <= 30
-    plain, made = load_image_encoder(str(tower), layer=-1), load_image_encoder(str(tower), layer=-1, difference=out)
+    plain, made = load_image_encoder(str(tower), layer=-1), load_image_encoder(str(tower), layer=-1, weight_delta=out)
     assert facts["base"] == plain.weights
     for name, tensor in made.model.state_dict().items():
         start = name.startswith(("parts.6.", "parts.7.", "parts.8."))

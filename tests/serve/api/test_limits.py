@@ -103,7 +103,7 @@ def test_an_answer_that_does_not_come_in_time(engine: FakeEngine, stream: bool) 
 def test_a_stream_that_stalls_ends_with_an_error(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
     with served(engine, limits=Limits(request_timeout=1)) as url:
         reply = pool.submit(post, url, body(stream=True))
-        engine.asked()._told("re")
+        engine.asked()._update("re")
         *_, delta, last, end = reply.result().text.split("\n\n")
 
     assert json.loads(delta.removeprefix("data: "))["choices"][0]["delta"] == {"content": "re"}
@@ -167,7 +167,7 @@ def test_who_leaves_a_stream_stops_the_request(url: str, engine: FakeEngine, poo
 
     reading = pool.submit(read_a_little)
     pending = engine.asked()
-    pending._told("re")
+    pending._update("re")
     assert reading.result() == "re"
     eventually(lambda: pending.stopped)
     eventually(lambda: figures(url).get(f'querybridge_requests_total{{endpoint="{CHAT}",status="499"}}') == 1)
@@ -199,7 +199,7 @@ def test_a_fault_in_a_stream_is_its_last_event(
 
     reading = pool.submit(read)
     pending = engine.asked()
-    pending._told("re")
+    pending._update("re")
     eventually(lambda: bool(begun))
     pending._fail(RuntimeError("the secret of the house"))
 
@@ -209,7 +209,7 @@ def test_a_fault_in_a_stream_is_its_last_event(
 
 
 def test_what_might_become_a_stop_string_is_held_back(url: str, engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
-    told = pool.submit(lambda: engine.asked()._told("red E"))
+    told = pool.submit(lambda: engine.asked()._update("red E"))
     asked = body(stream=True, stop=["END", "##"])
     with http(url) as client, client.stream("POST", CHAT, json=asked) as reply:
         told.result()
@@ -219,10 +219,10 @@ def test_what_might_become_a_stop_string_is_held_back(url: str, engine: FakeEngi
             if line.startswith("data: {")
         )
         assert [next(deltas), next(deltas)] == ["", "red"]
-        engine.pending[0]._told("red EN")
-        engine.pending[0]._told("red EN or #")
+        engine.pending[0]._update("red EN")
+        engine.pending[0]._update("red EN or #")
         assert next(deltas) == " EN or"
-        engine.pending[0]._told("red EN or #1")
+        engine.pending[0]._update("red EN or #1")
         assert next(deltas) == " #1"
         finish(engine.pending[0], "red EN or #1 E")
         assert list(deltas) == [" E", None]

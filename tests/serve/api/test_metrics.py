@@ -20,7 +20,7 @@ def test_metrics_count_what_was_done(url: str, engine: FakeEngine, pool: ThreadP
         pending = engine.asked(number)
         assert figures(url)["querybridge_requests_waiting"] == 1
         assert figures(url)["querybridge_requests_in_flight"] == 2  # the one that asks for the figures among them
-        pending._told("re")
+        pending._update("re")
         time.sleep(0.3)
         finish(pending, tokens=5)
         assert reply.result().status_code == 200

@@ -51,6 +51,10 @@ def engine() -> FakeEngine:
         ({"max_tokens": "5"}, "max_tokens", "valid integer"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"seed": "7"}, "seed", "valid integer"),
+        ({"seed": 7.5}, "seed", "valid integer"),
+        ({"seed": True}, "seed", "valid integer"),
+        ({"seed": 2**63}, "seed", "less than"),
         ({"stop": ["a"] * 5}, "stop", "one to 4"),
         ({"stop": ""}, "stop", "none of them empty"),
         ({"n": 2}, "n", "not supported"),
@@ -74,7 +78,7 @@ def test_a_wrong_field_is_named(url: str, changes: dict[str, Any], param: str | 
 
 def test_what_changes_nothing_is_ignored(url: str, engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
     harmless = {
-        "user": "me", "seed": 7, "n": 1, "logprobs": False, "tools": [], "presence_penalty": 0, "logit_bias": {},
+        "user": "me", "seed": None, "n": 1, "logprobs": False, "tools": [], "presence_penalty": 0, "logit_bias": {},
         "response_format": {"type": "text"}, "metadata": {"a": "b"}, "store": None, "brand_new": [1],
         "temperature": None, "stream": None, "stop": None, "tool_choice": "none",
     }  # fmt: skip
@@ -99,6 +103,17 @@ def test_settings_and_defaults(url: str, engine: FakeEngine, pool: ThreadPoolExe
     decoding = engine.pending[1].decoding
     assert (decoding.max_new_tokens, decoding.temperature, decoding.top_p) == (512, 0.5, 0.9)
     assert engine.pending[1].stops == ("x",)
+
+
+def test_a_seed_goes_with_sampling_alone(url: str, engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
+    """Greedy answers have no chance in them, and their seeds keep none of them from being gathered."""
+    replies = []
+    for number, changes in enumerate(({"seed": -7, "temperature": 1.0}, {"seed": 7}, {"temperature": 1.0}), start=1):
+        replies.append(pool.submit(post, url, body(**changes)))
+        finish(engine.asked(number))
+
+    assert [reply.result().status_code for reply in replies] == [200] * 3
+    assert [pending.decoding.seed for pending in engine.pending] == [-7, None, None]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def figure(url: str, name: str) -> float:
 
 
 def test_each_stage_is_streamed_as_it_is_written(url: str, engine: Thinker, pool: ThreadPoolExecutor) -> None:
-    begun = pool.submit(lambda: engine.asked()._told("It is"))
+    begun = pool.submit(lambda: engine.asked()._update("It is"))
     asked = body(stream=True, max_tokens=9, temperature=0.5)
     with http(url) as client, client.stream("POST", CHAT, json=asked) as reply:
         begun.result()
@@ -95,7 +95,7 @@ def test_each_stage_is_streamed_as_it_is_written(url: str, engine: Thinker, pool
         finish(engine.pending[0], "It is wet.")
         assert next(told) == {"reasoning_content": " wet."}
         second = engine.asked(2)
-        second._told("rain")
+        second._update("rain")
         assert next(told) == {"content": "rain"}
         finish(second, "rain fell")
         assert list(told) == [{"content": " fell"}, {}]
@@ -166,7 +166,7 @@ def test_who_leaves_stops_the_stage_that_runs(
     for pending in range(1, stage):
         finish(engine.asked(pending))
     running = engine.asked(stage)
-    running._told("re")
+    running._update("re")
     assert not running.stopped
     with pytest.raises(httpx.ReadTimeout):
         leaving.result()
@@ -180,7 +180,7 @@ def test_metrics_count_both_stages(url: str, engine: Thinker, pool: ThreadPoolEx
     reply = pool.submit(post, url)
     first = engine.asked()
     eventually(lambda: first._on_change is not None)  # somebody follows it
-    first._told("re")
+    first._update("re")
     time.sleep(0.2)
     finish(first, tokens=20)
     finish(engine.asked(2), tokens=3)

@@ -288,11 +288,11 @@ def test_a_damaged_adapter_is_refused(call: Call, artefact: Path, picture: Path,
     whole = path.read_bytes()
 
     first = change_tensors(path, lambda state: state.pop(min(state)))
-    assert f"missing {first}" in said()
+    assert f"1 missing ({first})" in said()
 
     path.write_bytes(whole)
     change_tensors(path, lambda state: state.update(foreign=state[min(state)].clone()))
-    assert "unexpected foreign" in said()
+    assert "1 unexpected (foreign)" in said()
 
     path.write_bytes(whole)
     change_tensors(path, lambda state: state.update({min(state): state[min(state)].flatten()[:1].clone()}))

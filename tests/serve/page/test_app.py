@@ -239,7 +239,7 @@ def test_uploads_are_deleted_after_a_while_and_examples_stay(
 
 
 def test_examples_have_a_picture_and_questions_of_their_own(folder: Path, tmp_path: Path) -> None:
-    words, found = find_examples(make_recipe(folder), tmp_path)
+    words, found = find_examples(tmp_path, task="vqa", train=[str(folder / "shapes.jsonl")])
 
     assert words == "from its training data"
     assert [(one.path.name, one.questions) for one in found] == [
@@ -254,7 +254,7 @@ def test_a_row_of_several_pictures_is_no_example(folder: Path, tmp_path: Path) -
     rows = [{"images": images, "question": "which?"}, {"image": images[1], "question": "what?"}]
     (tmp_path / "shapes.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
-    assert [(one.path, one.questions) for one in data_examples(make_recipe(tmp_path))] == [
+    assert [(one.path, one.questions) for one in data_examples(str(tmp_path / "shapes.jsonl"), "vqa")] == [
         (folder / "blue.png", ("what?",))
     ]
 
@@ -268,7 +268,7 @@ def test_without_its_data_photos_at_hand_are_offered_or_else_drawn_scenes(
     Image.new("RGB", (8, 8)).save(package / "data" / "chelsea.png")
     monkeypatch.syspath_prepend(tmp_path / "site")
     (tmp_path / "drawn").mkdir()
-    words, found = find_examples(make_recipe(tmp_path), tmp_path / "drawn")
+    words, found = find_examples(tmp_path / "drawn", task="vqa", train=[str(tmp_path / "shapes.jsonl")])
 
     assert words == "photos, not from its training data"
     assert 2 <= len(found) <= 3 and all(one.path.is_file() and one.questions for one in found)
@@ -277,16 +277,15 @@ def test_without_its_data_photos_at_hand_are_offered_or_else_drawn_scenes(
         package / "data" / "chelsea.png",
     ]
     monkeypatch.setattr("serve.page.examples.photos_at_hand", lambda: iter(()))
-    words, found = find_examples(make_recipe(tmp_path), tmp_path / "drawn")
+    words, found = find_examples(tmp_path / "drawn", task="vqa", train=[str(tmp_path / "shapes.jsonl")])
     assert words == "drawn scenes, not from its training data"
     assert [one.path.parent for one in found] == [tmp_path / "drawn"] * 3
 
 
 def test_an_adapter_of_drawn_shapes_gets_no_photos(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, data={"train": "easy-vqa:train"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serve.page.examples.data_examples", lambda recipe: [])
-        words, found = find_examples(recipe, tmp_path)
+        patch.setattr("serve.page.examples.data_examples", lambda source, task: [])
+        words, found = find_examples(tmp_path, task="vqa", train=["easy-vqa:train"])
 
     assert words == "drawn scenes, not from its training data"
     assert [one.path.parent for one in found] == [tmp_path] * 3

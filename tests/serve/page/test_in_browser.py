@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def engine(folder: Path, vision_folder: Path, language_folders: dict[str, Path],
         torch.nn.init.normal_(parameter, std=0.3)
     described = make_recipe(folder, bridge=values["bridge"], vision=values["vision"])
     other = make_recipe(folder, description="Another one.", task="reason")
-    return FakeEngine(FakeAdapter(described, "quickstart", vision_side), FakeAdapter(other, "other", vision_side))
+    without_text = replace(vision_side, recipe=other)
+    return FakeEngine(FakeAdapter(described, "quickstart", vision_side), FakeAdapter(other, "other", without_text))
 
 
 @pytest.fixture(scope="module")

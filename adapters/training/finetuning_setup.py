@@ -1,0 +1,143 @@
+"""What fine-tuning has at its first step, and how it comes to that: load, tokenise, encode, name words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters.artefact.artefact import find_artefact
+from adapters.artefact.facts import Facts, read_facts
+from adapters.data.batches import Step, TokenisedPicture, plan_validation, tokenise
+from adapters.data.views import all_views
+from adapters.loading.assembly import Assembly, assemble
+from adapters.training.alignment import align_words
+from adapters.training.checkpoint import RunState
+from adapters.training.run_data import sample_evenly
+from adapters.training.self_critical import SelfCriticalSampler, check_self_critical
+from adapters.training.setup import Opened, dtype_of, encode_pictures, facts_of, optimiser_of, position_of, take_over
+from adapters.training.start import has_lora
+from adapters.training.text_side import TextSideKeeper, check_keeping
+from qformer.compiling import compile_blocks
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Fine-tuning, ready for its first step.
+
+    Attributes:
+        opened: folder, data, processes.
+        assembly: the models.
+        prepared: its model as the processes run it.
+        optimiser: over the trainable parameters.
+        position: the step the run has reached; it changes as the run goes on.
+        facts: what the artefacts say of the run.
+        pictures: tokenised training data.
+        validation: tokenised validation data.
+        row_tokens: the longest sequence that several questions share; 0 if each has its own.
+        text_side: keeps the bridge's text side, if the recipe says so.
+        sampler: samples captions, if they are trained by CIDEr.
+    """
+
+    opened: Opened
+    assembly: Assembly
+    prepared: nn.Module
+    optimiser: torch.optim.Optimizer
+    position: RunState
+    facts: Facts
+    pictures: Sequence[TokenisedPicture]
+    validation: Step
+    row_tokens: int
+    text_side: TextSideKeeper | None
+    sampler: SelfCriticalSampler | None
+
+
+def set_up_finetuning(opened: Opened) -> FineTuning:
+    """Prepare `adapters.finetune.finetune`.
+
+    Raises:
+        UserError: data, recipe or weights are not in order.
+    """
+    recipe, train = opened.recipe, opened.recipe.train
+    if train.text_side_every:
+        check_keeping(opened.train, text_branch=recipe.bridge.text_branch, processes=opened.accelerator.num_processes)
+    if train.self_critical:
+        check_self_critical(opened.train, train.self_critical)
+        check_self_critical(opened.val, train.self_critical, what="validation data")
+    begun = find_artefact(opened.start_from) if opened.start_from is not None else None
+    assembly = assemble(
+        recipe,
+        device=opened.device,
+        dtype=dtype_of(opened, four_bit=recipe.language.quantize == "nf4"),
+        offline=opened.options.offline,
+        lora=begun is None or not has_lora(begun),
+    )
+    model = assembly.model
+    start = take_over(opened, assembly)
+    how: Any = {"max_tokens": train.micro_batch_tokens, "stages": recipe.reason.stages}
+    pictures = tokenise(opened.train, assembly.prompts, **how)
+    # questions share a picture's sequence unless the bridge reads each of them beside the picture
+    row_tokens = train.row_tokens if model.language.can_pack and not assembly.reads_instructions else 0
+    validation = plan_validation(tokenise(opened.val, assembly.prompts, **how), row_tokens=row_tokens)
+    images = all_views((row.images[0] for row in opened.train.examples if len(row.images) == 1), recipe.data.views)
+    images += [image for data in (opened.train, opened.val) for row in data.examples for image in row.images]
+    encode_pictures(opened, assembly.caches, images)
+
+    model.language.label_smoothing = train.label_smoothing
+    if opened.state is None and start is None:
+        seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
+        model.feature_norm.standardise(assembly.features(sample_evenly(seen, 256)))
+    fresh = begun is None or read_facts(begun).kind != "language"  # the first stage leaves a fresh projection
+    if opened.state is None and fresh and train.align_steps and not assembly.reads_instructions:
+        _align(opened, assembly, pictures)
+    optimiser = optimiser_of(model, recipe)
+    dtype = str(model.language.compute_dtype).removeprefix("torch.")
+    position = position_of(opened, model, optimiser, dtype, assembly.vision_side.terms, start)
+    if train.compile:
+        compile_blocks(model.language.base)
+    counted = {
+        "answers": sum(len(picture.questions) for picture in pictures),
+        "pictures": len({image.digest() for picture in pictures for image in picture.images}),
+    }
+    text_side = None
+    if train.text_side_every:
+        text_side = TextSideKeeper(
+            assembly,
+            opened.train.examples,
+            batch_size=train.text_side_batch or train.batch_size,
+            captions=train.captions,
+            pair_share=train.pair_share,
+            views=recipe.data.views,
+            seed=train.seed,
+        )
+    sampler = SelfCriticalSampler(assembly, opened.train, train.self_critical) if train.self_critical else None
+    prepared = opened.accelerator.prepare(model)
+    facts = facts_of(opened, position, assembly.fingerprints, counted)
+    return FineTuning(
+        opened,
+        assembly,
+        prepared,
+        optimiser,
+        position,
+        facts,
+        pictures,
+        validation,
+        row_tokens,
+        text_side,
+        sampler,
+    )
+
+
+def _align(opened: Opened, assembly: Assembly, pictures: Sequence[TokenisedPicture]) -> None:
+    """Let the bridge learn to name the answers' words, and report the loss."""
+    train = opened.recipe.train
+
+    def report(step: int, loss: float) -> None:
+        if not opened.quiet and (step % 50 == 0 or step == train.align_steps):
+            print(f"naming words: step {step}/{train.align_steps} · loss {loss:.3f}", file=sys.stderr, flush=True)
+
+    align_words(assembly, pictures, steps=train.align_steps, seed=train.seed, on_step=report)
