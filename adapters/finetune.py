@@ -27,6 +27,7 @@ from adapters.training.finetuning_setup import set_up_finetuning
 from adapters.training.interrupt import interruptible
 from adapters.training.keeping import RunKeeper
 from adapters.training.optimiser import Schedule
+from adapters.training.reader_fit import FittedReader
 from adapters.training.reporting import Reporter
 from adapters.training.run_data import Result, report_skipped
 from adapters.training.run_folder import check_finite
@@ -51,9 +52,9 @@ def finetune(
     Args:
         recipe: what to train, and how.
         out: the run's folder: recipe, metrics, loss curve, `best` and `last` artefacts, resume state.
-        resume: go on from the run that stands in `out`; equal to a run that was never stopped.
+        resume: go on from the run in `out`; equal to a run that was never stopped.
         start_from: an adapter to start from instead of fresh weights; its terms are inherited.
-        device: where to train; a GPU where there is one.
+        device: where to train; a GPU if there is one.
         dtype: "float32" or "bfloat16" for the LLM's computation.
         offline: take frozen weights from the cache only.
         quiet: print nothing.
@@ -111,7 +112,7 @@ def finetune(
             for index, rows in enumerate(batches):
                 last = index == len(batches) - 1
                 with nullcontext() if last else accelerator.no_sync(run.prepared):
-                    summed, _ = run.prepared(*model_inputs(assembly, rows))
+                    summed, _ = run.prepared(*model_inputs(assembly, rows, run.fitted))
                     # each token of the step weighs the same, whatever micro-batch or process it is in
                     part = summed / supervised
                     accelerator.backward(part * accelerator.num_processes)
@@ -161,13 +162,23 @@ def _named_means(text_side: Sequence[Tensor]) -> dict[str, float]:
     return dict(zip(("text_itc", "text_itm", "text_itg"), torch.stack(list(text_side)).mean(0).tolist(), strict=True))
 
 
-def model_inputs(assembly: Assembly, rows: Sequence[PackedSequence]) -> tuple[object, ...]:
-    """What the model's forward takes for a micro-batch: tokens, features, and the instruction where it is read."""
+def model_inputs(
+    assembly: Assembly, rows: Sequence[PackedSequence], fitted: FittedReader | None = None
+) -> tuple[object, ...]:
+    """What the model's forward takes for a micro-batch: tokens, features, and what the bridge is given beside them.
+
+    Args:
+        assembly: the models.
+        rows: the micro-batch.
+        fitted: left-out scores of training pairs, in place of the reader's own, which know these pairs by heart.
+    """
     collate = collate_encoder_decoder if assembly.model.language.is_encoder_decoder else collate_packed
     batch = collate(rows, assembly.prompts.tokenizer.pad_token_id).to(assembly.model.device)
     images = [image for row in rows for image in row.images]
     instructions = [row.packed_answers[0].instruction for row in rows for _ in row.images]
-    return (batch, assembly.features(images), *assembly.instruction_tokens(instructions))
+    features = assembly.features(images)
+    scores = fitted.left_out(images, instructions) if fitted is not None else None
+    return (batch, features, *assembly.beside_features(features, instructions, scores))
 
 
 @torch.no_grad()
@@ -208,7 +219,7 @@ def describe_trainable(assembly: Assembly) -> str:
 
 
 def _steps_from(position: RunState, plan: Callable[..., list[Step]]) -> Iterator[Step]:
-    """Steps from where the run stands, epoch after epoch without end."""
+    """Steps from the run's place on, epoch after epoch without end."""
     while True:
         yield from plan(epoch=position.epoch)[position.offset :]
         position.epoch += 1

@@ -48,9 +48,9 @@ def pretrain(
         recipe: what to train, and how; its bridge has a text branch, its data are captions. `train.batch_size` counts
             pictures, of each of which `train.captions` are drawn a step.
         out: the run's folder, as `adapters.finetune.finetune` leaves it; `best` has the highest mean recall.
-        resume: go on from the run that stands in `out`; equal to a run that was never stopped.
+        resume: go on from the run in `out`; equal to a run that was never stopped.
         start_from: an adapter whose norm, bridge and heads to start from.
-        device: where to train; a GPU where there is one.
+        device: where to train; a GPU if there is one.
         dtype: "float32" or "bfloat16"; left out, what suits the device.
         offline: take frozen weights from the cache only.
         quiet: print nothing.
@@ -131,7 +131,7 @@ def pretrain(
 
 
 def _batches_from(position: RunState, pictures: Sequence[CaptionedPicture], recipe: Recipe) -> Iterator[Batch]:
-    """Batches from where the run stands, epoch after epoch; what does not fill one is passed over."""
+    """Batches from the run's place on, epoch after epoch; what does not fill one is passed over."""
     train = recipe.train
     size = min(train.batch_size, len(pictures))
     while True:

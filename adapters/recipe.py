@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from adapters.catalogue import shipped_recipes
+from adapters.overrides import apply_override
 from adapters.tasks import Mixed, Stage, Task
 from qformer.errors import UserError
 
@@ -25,12 +26,12 @@ class _Section(BaseModel):
 
 
 class SourceSection(_Section):
-    """One of several data files, where one is not enough to say it all."""
+    """One of several data files, each with settings of its own."""
 
     file: str
     task: Task | None = Field(default=None, description="left out, told from the rows")
     limit: int | None = Field(default=None, ge=1, description="only the first so many rows")
-    repeat: int = Field(default=1, ge=1, description="passes over it in an epoch, where other files need but one")
+    repeat: int = Field(default=1, ge=1, description="passes over it in an epoch")
 
 
 Sources = str | tuple[SourceSection, ...]
@@ -45,9 +46,9 @@ class DataSection(_Section):
     )
     val: Sources | None = Field(default=None, description="data to choose on; left out, images are held out of train")
     terms: str | None = Field(default=None, description="terms of the data; what is trained on it inherits them")
-    val_fraction: float = Field(default=0.05, gt=0, lt=1, description="of the pictures, held out where val is left out")
+    val_fraction: float = Field(default=0.05, gt=0, lt=1, description="of the pictures, held out if val is left out")
     val_limit: int | None = Field(
-        default=None, ge=1, description="at most so many validation rows, of each file where val names several"
+        default=None, ge=1, description="at most so many validation rows, of each file if val names several"
     )
     limit: int | None = Field(default=None, ge=1, description="only the first so many training rows, of each file")
     skip_bad_rows: bool = Field(default=False, description="leave bad rows out, count and tell them")
@@ -61,7 +62,7 @@ class TowerSection(_Section):
 
     source: str = Field(description="an encoder: pypi:NAME, a hub's name or a folder")
     layer: int = Field(default=-2, description="hidden state that is read; -1 is the last")
-    class_token: bool = Field(default=True, description="keep it beside the patches, where there is one")
+    class_token: bool = Field(default=True, description="keep it beside the patches, if there is one")
     image_size: int | None = Field(default=None, ge=32, description="pixels a side; left out, the encoder's own")
     difference: str | None = Field(
         default=None, description="what is added to the weights: a folder, or a shipped name"
@@ -89,6 +90,15 @@ class BridgeSection(_Section):
     dropout: float | None = Field(default=None, ge=0, lt=1, description="left out, the preset's")
     patch_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of a picture's patches that are left out in training"
+    )
+    reader: Literal["ridge"] | None = Field(
+        default=None, description="ridge: vectors beside the queries, read of the features by closed-form regressions"
+    )
+    hide_queries: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of training pictures of which the LLM sees the reader alone",
     )
     instruction_aware: bool = Field(default=False, description="the bridge reads the question too (InstructBLIP)")
     text_branch: bool = Field(default=False, description="keep the text side of the first stage: search, classify")
@@ -118,8 +128,8 @@ class LanguageSection(_Section):
 class PromptSection(_Section):
     """Wording of prompts; what is left out follows the LLM's kind."""
 
-    system: str | None = Field(default=None, description="what an LLM that chats is told first")
-    question: str | None = Field(default=None, description="the words around a question, which stands at {question}")
+    system: str | None = Field(default=None, description="the system turn of an LLM that chats")
+    question: str | None = Field(default=None, description="the words around a question, which goes at {question}")
     caption: str | None = Field(default=None, description="what asks for a caption")
     letters: bool = Field(default=False, description="choices have letters and are answered by them, as ScienceQA's")
 
@@ -182,7 +192,7 @@ class Recipe(_Section):
     """Everything a run depends on."""
 
     task: Literal[Task, Mixed] = Field(
-        default="vqa", description="vqa, caption, reason, or mixed where the files or rows say it"
+        default="vqa", description="vqa, caption, reason, or mixed if the files or rows say it"
     )
     description: str = Field(default="", description="one sentence for lists and pages")
     summary: str = Field(
@@ -212,6 +222,13 @@ class Recipe(_Section):
             raise ValueError("'command: pretrain' has a stage, 1 or 2, and finetune has none")
         return stage
 
+    @property
+    def reasoning_stages(self) -> tuple[Stage, ...]:
+        """The stages that rows with reasons teach; () if there are no such rows (a mixed file's may be some)."""
+        sources = self.data.train
+        mixed = isinstance(sources, str) or any(source.task in ("reason", None) for source in sources)
+        return self.reason.stages if self.task == "reason" or (self.task == "mixed" and mixed) else ()
+
     def naming_weight_deltas(self, names: Mapping[int, str]) -> Recipe:
         """The same recipe with other names for the differences of some towers, by the tower's place."""
         towers = tuple(
@@ -226,7 +243,7 @@ class Recipe(_Section):
 
 
 def describe_keys() -> list[dict[str, Any]]:
-    """All keys of a recipe: `key` (dotted, as `--set` takes it), `default` (None where there is none) and `what`.
+    """All keys of a recipe: `key` (dotted, as `--set` takes it), `default` (None if there is none) and `what`.
 
     A key that has to be there says so in `what`.
     """
@@ -304,7 +321,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping of sections such as 'train:', this file holds {_kind(values)}")
     overrides = list(overrides)
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     return parse_recipe(values, str(path), overrides)
 
 
@@ -345,42 +362,6 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
                 if isinstance(candidate, type) and issubclass(candidate, _Section):
                     section = candidate
     return list(section.model_fields)
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Apply one `key=value` to the mapping in place; the value is read as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: write it as key=value, such as train.epochs=2")
-    section: Any = values
-    parts = key.split(".")
-    for index, part in enumerate(parts[:-1]):
-        if isinstance(section, list):
-            if not part.isdigit() or int(part) >= len(section):
-                raise UserError(f"--set {override}: '{'.'.join(parts[:index])}' has entries 0 to {len(section) - 1}")
-            section = section[int(part)]
-        else:
-            if section.get(part) is None:
-                section[part] = {}
-            section = section[part]
-        if not isinstance(section, dict | list):
-            raise UserError(f"--set {override}: '{'.'.join(parts[: index + 1])}' is a value, not a section")
-    try:
-        value = yaml.safe_load(text)
-        if isinstance(value, str):  # YAML reads 1e-4 as text
-            value = _number(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML") from error
-    if isinstance(section, list):
-        raise UserError(f"--set {override}: name an entry of the list that exists, such as vision.towers.0.layer=-2")
-    section[parts[-1]] = value
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _kind(value: object) -> str:

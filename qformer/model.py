@@ -54,6 +54,8 @@ class VisionLanguageModel(nn.Module):
         projection: linear layer from the bridge's width to the LLM's.
         language: the LLM.
         heads: of the first stage, if the adapter keeps its text side; no pass here uses them.
+        read_vectors: how many vectors of each image come from elsewhere, behind the queries (`image_embeddings`).
+        hide_queries: in training, the share of images whose queries are zeros; 1.0 hides all of them always.
     """
 
     def __init__(
@@ -65,8 +67,12 @@ class VisionLanguageModel(nn.Module):
         language: LanguageModel,
         *,
         heads: Heads | None = None,
+        read_vectors: int = 0,
+        hide_queries: float = 0.0,
     ) -> None:
         super().__init__()
+        self.read_vectors = read_vectors
+        self.hide_queries = hide_queries
         self.encoders = nn.ModuleList(encoders)
         self.feature_norm = feature_norm
         self.bridge = bridge
@@ -81,8 +87,8 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def num_queries(self) -> int:
-        """Vectors an image becomes, Q."""
-        return self.bridge.config.num_queries
+        """Vectors an image becomes, Q: the bridge's queries and what is read beside them."""
+        return self.bridge.config.num_queries + self.read_vectors
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """Training mode for what is trained; frozen towers stay in evaluation mode."""
@@ -91,7 +97,11 @@ class VisionLanguageModel(nn.Module):
         return self
 
     def image_embeddings(
-        self, features: Sequence[Tensor], text_ids: Tensor | None = None, text_mask: Tensor | None = None
+        self,
+        features: Sequence[Tensor],
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
         """Features of the towers, each [B, P_i, D_i], to vectors the LLM treats as words, [B, Q, D_l].
 
@@ -99,6 +109,7 @@ class VisionLanguageModel(nn.Module):
             features: one tensor a tower.
             text_ids: [B, T] the instruction in the bridge's own vocabulary, if it is instruction-aware.
             text_mask: [B, T] bool, True where `text_ids` holds a token.
+            read: [B, read_vectors, D_l], what was read of the pictures beside the queries; zeros if left out.
         """
         weight = self.projection.weight
         on_device = [tower.to(device=weight.device, dtype=torch.float32) for tower in features]
@@ -106,7 +117,13 @@ class VisionLanguageModel(nn.Module):
             normed = self.feature_norm(on_device)  # [B, P, D_v]
             queries = self.bridge(normed, text_ids=text_ids, text_mask=text_mask).queries  # [B, Q, D_q]
             projected: Tensor = self.projection(queries)  # [B, Q, D_l]
-        return projected
+        if self.hide_queries and (self.training or self.hide_queries == 1.0):
+            projected = projected * (torch.rand(len(projected), 1, 1, device=weight.device) >= self.hide_queries)
+        if not self.read_vectors:
+            return projected
+        if read is None:
+            read = projected.new_zeros(len(projected), self.read_vectors, projected.shape[2])
+        return torch.cat([projected, read.to(projected)], dim=1)
 
     def place(self, batch: TokenBatch, image_embeddings: Tensor) -> Tensor:
         """Token embeddings [B, T, D_l] with the images' vectors, [I, Q, D_l] in reading order, in their slots."""
@@ -121,12 +138,13 @@ class VisionLanguageModel(nn.Module):
         features: Sequence[Tensor],
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """Cross-entropy summed over the supervised tokens, and their number; arguments as in `image_embeddings`."""
         if batch.labels is None:
             raise ValueError("a batch to learn from needs labels")
         return self.language.supervised_loss(
-            self.place(batch, self.image_embeddings(features, text_ids, text_mask)),
+            self.place(batch, self.image_embeddings(features, text_ids, text_mask, read)),
             batch.attention_mask,
             batch.labels,
             position_ids=batch.position_ids,

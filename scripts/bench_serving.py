@@ -7,7 +7,7 @@
 It starts `querybridge serve` on 127.0.0.1, draws the pictures itself, and compares each answer under load with the
 answer to the same question asked alone, in float32. So that every answer costs the same, the server here does not stop
 at an answer's end but writes all of its --tokens. What was measured is printed as one JSON object; the exit code is 1
-where a request failed, an answer was another's, or a figure stays below what is promised.
+if a request failed, an answer was another's, or a figure stays below what is promised.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Client:
         self.pictures = pictures
 
     def ask(self, task: Task) -> Found:
-        """One answer; a RuntimeError where the server gives none."""
+        """One answer; a RuntimeError if the server gives none."""
         number, question = task
         parts = [
             {"type": "image_url", "image_url": {"url": self.pictures[number]}},
@@ -137,11 +137,11 @@ class Client:
 def main() -> int:
     """Read the flags, measure, print; the exit code says whether all is as promised."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--adapter", help="as querybridge serve takes it; the shipped default where left out")
+    parser.add_argument("--adapter", help="as querybridge serve takes it; the shipped default if left out")
     parser.add_argument("--seconds", type=float, default=60, help="of each load (default 60)")
     parser.add_argument("--clients", type=int, default=16, help="that ask at once (default 16)")
     parser.add_argument("--tokens", type=int, default=20, help="of each answer (default 20)")
-    parser.add_argument("--only", choices=list(PROMISED), help="one of the two loads (both where left out)")
+    parser.add_argument("--only", choices=list(PROMISED), help="one of the two loads (both if left out)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default cpu)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too

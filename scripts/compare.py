@@ -3,7 +3,7 @@
     .venv/bin/python scripts/compare.py docs/comparisons/encoders.yaml --out runs/encoders --set data.train=my.jsonl
 
 The YAML names the recipe, the command's stage, what all runs have in common, and the settings, each a list of
-overrides; or, where some start from a trained first stage, `set` and `start_from`:
+overrides; or, if some start from a trained first stage, `set` and `start_from`:
 
     recipe: photo_stage1
     stage: 1                       # 1; or 2, which is finetune
@@ -131,7 +131,7 @@ def train(
 
 
 def check_evaluation(plan: Mapping[str, Any]) -> None:
-    """Read what is evaluated on before anything is trained: a mistake in it is told at once."""
+    """Read what is evaluated on before anything is trained: a mistake in it is reported at once."""
     from adapters.data.readers import read_data
 
     if "evaluate" in plan:
@@ -153,7 +153,7 @@ def check_starts(plan: Mapping[str, Any], only: list[str]) -> None:
 
 
 def evaluation(plan: Mapping[str, Any], best: Path) -> dict[str, float]:
-    """Scores of an adapter on the plan's test data; none where the plan has no such data."""
+    """Scores of an adapter on the plan's test data; none if the plan has no such data."""
     from serve.adapter import load_adapter
     from serve.evaluate import evaluate
     from serve.evaluate_reasons import evaluate_reasons
@@ -169,7 +169,7 @@ def evaluation(plan: Mapping[str, Any], best: Path) -> dict[str, float]:
 
 
 def table(columns: list[str], rows: Mapping[str, list[dict[str, float]]]) -> str:
-    """Markdown: a row a setting, the mean over seeds, and the range where there are several."""
+    """Markdown: a row a setting, the mean over seeds, and the range if there are several."""
     lines = [f"| setting | {' | '.join(columns)} | minutes |", "|---" * (len(columns) + 2) + "|"]
     for name, runs in rows.items():
         cells = []

@@ -4,7 +4,7 @@
     /tmp/coco/bin/python scripts/make_caption_fixture.py tests/adapters/fixtures/captions.json
 
 Needs Java, and none of this project. The captions in the file, which are made up, stay as they are; tokens and scores
-are written anew. To add a picture, add its prediction and references and run this again.
+are written again. To add a picture, add its prediction and references and run this again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 
 def tokens(captions: list[str]) -> list[str]:
-    """Each caption's tokens, joined by spaces; another one stands after each, so that none depends on the next."""
+    """Each caption's tokens, joined by spaces; another one follows each, so that none depends on the next."""
     rows = {row: [{"caption": caption}, {"caption": "the end"}] for row, caption in enumerate(captions)}
     found = PTBTokenizer().tokenize(rows)
     return [found[row][0] for row in rows]

@@ -220,8 +220,8 @@ def train(run: Callable[..., Any], recipe: str, out: Path, overrides: list[str],
     from qformer.errors import UserError
 
     wanted = load_recipe(recipe, overrides)
-    stands = out / "recipe.yaml"
-    if stands.exists() and (differing := differing_keys(load_recipe(stands), wanted)):
+    earlier = out / "recipe.yaml"
+    if earlier.exists() and (differing := differing_keys(load_recipe(earlier), wanted)):
         raise UserError(f"{out} was trained with another {', '.join(differing[:3])}; move the folder away")
     if (out / "finished").exists():
         return
@@ -254,7 +254,7 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
             told = evaluate(engine, questions, task="vqa", limit=limit, blank_images=blank, decoding=decoding)
             name = f"DAQUAR, exact match, {preset}{where}"
             found[name] = told["exact_match"]
-            if "exact_match_low" in told:  # not where --limit leaves one picture
+            if "exact_match_low" in told:  # not if --limit leaves one picture
                 found |= {
                     f"{name}, {end} end of the 95 % interval": told[f"exact_match_{end}"] for end in ("low", "high")
                 }

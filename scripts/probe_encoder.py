@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/probe_encoder.py pypi:efficientnet-lite2 --layers=-1,-2,-3,-4
 
-A probe of two layers looks at each patch alone, and a coloured shape counts as seen where any patch shows it. Printed
+A probe of two layers looks at each patch alone, and a coloured shape counts as seen if any patch shows it. Printed
 is its F1 over the pairs of colour and shape, on scenes that it was not trained on. Minutes on two cores.
 """
 
@@ -78,7 +78,7 @@ def encode(source: str, layer: int, scenes: list[Scene]) -> Tensor:
 
 
 def things_in(scenes: list[Scene]) -> Tensor:
-    """[N, 35]: 1 where a scene holds a shape of that colour."""
+    """[N, 35]: 1 if a scene holds a shape of that colour."""
     import torch
 
     from adapters.data.scenes.drawing import COLOURS, SHAPES

@@ -67,8 +67,8 @@ def train(*, offline: bool) -> None:
     from qformer.errors import UserError
 
     recipe = load_recipe("quickstart")
-    stands = RUN / "recipe.yaml"
-    if stands.exists() and (differing := differing_keys(load_recipe(stands), recipe)):
+    earlier = RUN / "recipe.yaml"
+    if earlier.exists() and (differing := differing_keys(load_recipe(earlier), recipe)):
         raise UserError(f"{RUN} was trained with another {', '.join(differing[:3])}; move the folder away")
     if (RUN / "finished").exists():
         print(f"{RUN}: trained already", file=sys.stderr)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from adapters.catalogue import shipped_adapters, shipped_recipes
-from adapters.recipe import Recipe, load_recipe
 from qformer.errors import UserError
 from qformer.sources import cache_root
 
@@ -107,15 +106,14 @@ def describe(found: Mapping[str, Any]) -> str:
 
 def _model(target: str, *, device: str | None, dtype: str | None, offline: bool) -> dict[str, Any]:
     from adapters.artefact.artefact import load_artefact
-    from adapters.loading.assembly import assemble
+    from adapters.loading.assembly import assemble_named
     from adapters.loading.vision_side import default_device
     from adapters.memory.summary import summarise_modules
     from serve.adapter import ready_to_answer
 
     place = device or default_device()
-    recipe = _recipe(target)
-    if recipe is not None:
-        assembly = assemble(recipe, device=place, dtype=dtype, offline=offline)
+    if _names_a_recipe(target):
+        assembly = assemble_named(target, device=place, dtype=dtype, offline=offline)
     else:
         assembly, _ = load_artefact(target, device=place, dtype=dtype, offline=offline)
     parts = summarise_modules(assembly.model)
@@ -132,13 +130,13 @@ def _model(target: str, *, device: str | None, dtype: str | None, offline: bool)
     }
 
 
-def _recipe(target: str) -> Recipe | None:
-    """The recipe of that name or file, or None if the target is an adapter's."""
+def _names_a_recipe(target: str) -> bool:
+    """Whether a target is a recipe's name or file; False for an adapter's."""
     path = Path(target)
     if path.is_dir() or target in shipped_adapters():
-        return None
+        return False
     if path.suffix in (".yaml", ".yml") or target in shipped_recipes():
-        return load_recipe(target)
+        return True
     raise UserError(
         f"doctor {target}: neither a recipe nor an adapter; name a .yaml file, a folder, or one of"
         f" {', '.join([*shipped_recipes(), *shipped_adapters()])}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from adapters.catalogue import shipped_adapters, shipped_recipes
 from adapters.memory.known_models import KNOWN_MODELS
-from adapters.recipe import load_recipe
+from adapters.recipe import describe_keys, load_recipe
 from qformer.sources import PYPI_SOURCES, cache_root, find_cached
 
 
@@ -50,8 +50,13 @@ def describe_models(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def list_of_keys(keys: Sequence[Mapping[str, Any]]) -> str:
-    """What `adapters.recipe.describe_keys` gives as a table to read."""
+def list_recipe_keys() -> list[dict[str, Any]]:
+    """All keys of a recipe, each with key, default and what."""
+    return describe_keys()
+
+
+def describe_recipe_keys(keys: Sequence[Mapping[str, Any]]) -> str:
+    """What `list_recipe_keys` gives as a table to read."""
     rows = [(entry["key"], _as_set(entry["default"]), entry["what"]) for entry in keys]
     return "\n".join(_table(("key", "default", "what"), rows))
 

@@ -131,7 +131,7 @@ def load_pair(
         *([] if answer_adapter is None else [answer_adapter]),
     ]
     # mistakes are reported before anything is loaded
-    reasoning_mode(*(read_recipe(find_artefact(name)) for name in names))
+    reasoning_mode(*(read_recipe(find_artefact(name)).reasoning_stages for name in names))
     frozen = FrozenModels()
     loaded = [load_adapter(name, device=device, dtype=dtype, offline=offline, frozen=frozen) for name in names]
     return loaded[0], loaded[1] if len(loaded) > 1 else None

@@ -2,7 +2,7 @@
 
     bridge.safetensors     Q-Former, feature norm and projection, bfloat16
     lora/                  LoRA matrices in PEFT's own format, bfloat16; the first stage, which has no LLM, leaves none
-    towers/0/              what is added to the image encoder's weights, where that does not ship with the package
+    towers/0/              what is added to the image encoder's weights, if that does not ship with the package
     recipe.yaml            the resolved recipe
     artefact.json          format version, fingerprints of the frozen parts, data, metrics, library versions
     README.md              a model card written from what was measured
@@ -30,6 +30,7 @@ from adapters.artefact.card import write_card
 from adapters.artefact.facts import FACTS, Facts, read_facts, save_facts
 from adapters.catalogue import shipped_adapters
 from adapters.loading.assembly import Assembly, assemble
+from adapters.loading.reader import Reader
 from adapters.loading.vision_side import FrozenModels, VisionSide, load_vision_side
 from adapters.loading.weight_deltas import keep_weight_deltas
 from adapters.recipe import Recipe, load_recipe, parse_recipe
@@ -54,7 +55,7 @@ def trained_state(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def adapter_fingerprint(assembly: Assembly) -> str:
-    """`sha256:…` over what a loaded adapter's answers hang on: its weights, its prompts and the frozen parts.
+    """`sha256:…` over what a loaded adapter's answers depend on: its weights, its prompts and the frozen parts.
 
     Weights count as they are stored, in bfloat16, so it is the same on every device and in every folder.
     """
@@ -64,7 +65,7 @@ def adapter_fingerprint(assembly: Assembly) -> str:
 
 
 def vision_side_fingerprint(vision_side: VisionSide) -> str:
-    """`sha256:…` over what a first stage's embeddings hang on, as `adapter_fingerprint`."""
+    """`sha256:…` over what a first stage's embeddings depend on, as `adapter_fingerprint`."""
     recipe = _described(vision_side.recipe, {"vision", "bridge"})
     return _fingerprint_of([recipe, vision_side.fingerprints], trained_state(vision_side.parts()))
 
@@ -87,7 +88,7 @@ def _fingerprint_of(described: object, state: Mapping[str, Tensor]) -> str:
 
 
 def save_artefact(folder: Path, assembly: Assembly | VisionSide, facts: Facts) -> None:
-    """Write an artefact, replacing the one that stands there in a single step.
+    """Write an artefact, replacing the earlier one in a single step.
 
     A VisionSide is saved as the first stage's. It has no compute dtype, so that one stays as `facts` says; an
     Assembly's is its LLM's.
@@ -107,6 +108,8 @@ def save_artefact(folder: Path, assembly: Assembly | VisionSide, facts: Facts) -
             save_file(state, building / _BRIDGE, metadata={"format": "pt"})
             if isinstance(assembly, Assembly) and assembly.model.language.has_lora:
                 _save_lora(building / _LORA, assembly)
+            if isinstance(assembly, Assembly) and assembly.reader is not None:
+                assembly.reader.save(building)
             recipe = assembly.recipe.naming_weight_deltas(keep_weight_deltas(vision_side.differences, building))
             (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
             save_facts(building, facts)
@@ -122,7 +125,7 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
 
     Args:
         source: the artefact.
-        target: its new folder, whose name it is called by; what stands there is replaced.
+        target: its new folder, whose name it is called by; what is there is replaced.
         metrics: what was measured, in place of the last validation's.
 
     Raises:
@@ -141,7 +144,7 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
 
 
 def _without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with its data files' names alone: where they lay is nobody's business. Sources of weights stay."""
+    """The recipe with its data files' names alone: their folders are private. Sources of weights stay."""
     values = recipe.model_dump(mode="json")
     for part in ("train", "val"):
         named = values["data"][part]
@@ -228,13 +231,14 @@ def load_artefact(
     assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False, frozen=frozen, artefact=folder)
     _check_fingerprints(folder, recipe, facts.fingerprints, assembly.fingerprints)
     load_trained(assembly, folder)
+    assembly.reader = Reader.load(folder)
     return assembly, facts
 
 
 def load_vision_side_artefact(
     name: str | Path, *, device: str = "cpu", offline: bool = False, need_text: bool = True
 ) -> tuple[VisionSide, Facts]:
-    """Load what stands up to the bridge, text side included, of an artefact of either kind: all that search needs.
+    """Load everything up to the bridge, text side included, of an artefact of either kind: all that search needs.
 
     Args:
         name: as `find_artefact` takes it.
@@ -307,7 +311,7 @@ def load_trained(assembly: Assembly, folder: Path, *, drop_text_side: bool = Fal
     """Put an artefact's weights into an assembly of the same shape, strictly.
 
     Args:
-        assembly: changed in place; where LoRA is loaded, without any in place yet. Its recipe says LoRA's dropout.
+        assembly: changed in place; if LoRA is loaded, without any in place yet. Its recipe says LoRA's dropout.
         folder: the artefact's.
         drop_text_side: as in `load_vision_side_weights`.
         lora: False leaves the assembly's own LoRA, for an artefact that was trained without.

@@ -34,7 +34,7 @@ def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
 
     Args:
         parts: artefacts' folders, each with its share; the shares add up to 1.
-        out: the new artefact's folder; what stands there is replaced.
+        out: the new artefact's folder; what is there is replaced.
 
     Raises:
         UserError: the frozen parts or the weights are not of one kind, or a folder cannot be read or written.

@@ -25,7 +25,7 @@ class Facts:
         terms: terms of the training data, one a line; inherited from an artefact it started from.
         steps: optimiser steps taken.
         started_from: the artefact it started from, or None.
-        averaged: the artefacts whose weights' mean it is, each with its share; None where one run made it.
+        averaged: the artefacts whose weights' mean it is, each with its share; None if one run made it.
         versions: of the libraries.
         format_version: of this folder's layout.
         kind: "representation" is BLIP-2's first stage (norm, bridge, heads); "language" has an LLM that reads them.

@@ -73,7 +73,7 @@ class Encoder(Protocol):
 
 
 class FeatureCache:
-    """Features of one encoder, from disk where they are there, else computed and stored.
+    """Features of one encoder, from disk if they are there, else computed and stored.
 
     Args:
         encoder: frozen; asked only for pictures that the cache does not have.
@@ -131,7 +131,7 @@ class FeatureCache:
             raise
 
     def load(self, refs: Sequence[ImageRef]) -> Tensor:
-        """Return features [B, P, D] on the CPU, in float16, or float32 where a picture's exceed its range.
+        """Return features [B, P, D] on the CPU, in float16, or float32 if a picture's exceed its range.
 
         What is missing is encoded first, in batches of 16. A damaged file is encoded again, with one warning.
 

@@ -147,7 +147,7 @@ def write_identity(folder: Path, identity: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True)
 class EncoderFiles:
-    """The features of one encoder on disk: `identity` is empty where its file is lost or damaged."""
+    """The features of one encoder on disk: `identity` is empty if its file is lost or damaged."""
 
     key: str
     identity: dict[str, object]

@@ -16,7 +16,6 @@ from adapters.evaluation.rationales import score_reasons
 from adapters.evaluation.scienceqa import choice_of
 from adapters.inference.answering import answer_examples
 from adapters.loading.assembly import Assembly
-from adapters.recipe import Recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 
@@ -75,7 +74,7 @@ def reason_examples(
     thinks = rationales is None and trained_reasoning_mode(assembly, answer_adapter) == "two-stage"
     passes = Passes(on_progress, len(examples), 1 + thinks)
     if thinks:
-        longest = rationale_tokens or assembly.recipe.reason.rationale_tokens
+        longest = rationale_tokens or assembly.rationale_tokens
         rationales = give_reasons(
             assembly, examples, decoding=replace(decoding, max_new_tokens=longest), batch_size=batch_size,
             on_progress=passes.next(),
@@ -89,23 +88,23 @@ def reason_examples(
     ]
 
 
-def reasoning_mode(recipe: Recipe, answering: Recipe | None = None) -> ReasoningMode:
+def reasoning_mode(stages: Sequence[str], answering: Sequence[str] | None = None) -> ReasoningMode:
     """How questions are answered by what an adapter, or two, were taught.
 
     Args:
-        recipe: of the adapter that reasons, and answers too if there is no other.
-        answering: of the adapter that answers.
+        stages: `Recipe.reasoning_stages` of the adapter that reasons, and answers too if there is no other.
+        answering: those of the adapter that answers.
 
     Raises:
         UserError: a stage is missing.
     """
-    taught = _stages(recipe)
+    taught = _taught(stages)
     if answering is not None:
         if "rationale" not in taught:
-            raise UserError(f"--adapter: {_told(recipe)}, so it gives no reasons; name one that was taught to")
-        if "answer" not in _stages(answering):
+            raise UserError(f"--adapter: {_lesson(stages)}, so it gives no reasons; name one that was taught to")
+        if "answer" not in _taught(answering):
             raise UserError(
-                f"--answer-adapter: {_told(answering)}, so it can't answer from reasons; name one that was taught to"
+                f"--answer-adapter: {_lesson(answering)}, so it can't answer from reasons; name one that was taught to"
             )
         return "two-stage"
     if {"rationale", "answer"} <= taught:
@@ -113,32 +112,25 @@ def reasoning_mode(recipe: Recipe, answering: Recipe | None = None) -> Reasoning
     if "direct" in taught:
         return "direct"
     if "rationale" in taught:
-        raise UserError(f"--adapter: {_told(recipe)}; name the one that answers too, with --answer-adapter RUN")
+        raise UserError(f"--adapter: {_lesson(stages)}; name the one that answers too, with --answer-adapter RUN")
     raise UserError(
-        f"--adapter: {_told(recipe)}; name it with --answer-adapter RUN, and one that gives reasons with --adapter"
+        f"--adapter: {_lesson(stages)}; name it with --answer-adapter RUN, and one that gives reasons with --adapter"
     )
 
 
 def trained_reasoning_mode(assembly: Assembly, answer_adapter: Assembly | None = None) -> ReasoningMode:
-    """`reasoning_mode` loaded adapters; raises as it does."""
-    return reasoning_mode(assembly.recipe, None if answer_adapter is None else answer_adapter.recipe)
+    """`reasoning_mode` of loaded adapters; raises as it does."""
+    answering = None if answer_adapter is None else answer_adapter.reasoning_stages
+    return reasoning_mode(assembly.reasoning_stages, answering)
 
 
-def learned_reasons(recipe: Recipe) -> bool:
-    """Whether rows with reasons were, or may have been, among what an adapter learned from, as its recipe tells."""
-    if recipe.task != "mixed":
-        return recipe.task == "reason"
-    sources = recipe.data.train
-    return isinstance(sources, str) or any(source.task in ("reason", None) for source in sources)
+def _taught(stages: Sequence[str]) -> set[str]:
+    """The stages that an adapter was taught; without rows of reasons, to answer directly."""
+    return set(stages) or {"direct"}
 
 
-def _stages(recipe: Recipe) -> set[str]:
-    """What a recipe teaches about reasons; one without rows of them, to answer directly."""
-    return set(recipe.reason.stages) if learned_reasons(recipe) else {"direct"}
-
-
-def _told(recipe: Recipe) -> str:
-    return f"it was taught {' and '.join(sorted(_stages(recipe)))} alone (reason.stages)"
+def _lesson(stages: Sequence[str]) -> str:
+    return f"it was taught {' and '.join(sorted(_taught(stages)))} alone (reason.stages)"
 
 
 def in_words(answer: str, choices: Sequence[str], style: PromptStyle) -> str:
@@ -172,7 +164,7 @@ def validate_reasons(assembly: Assembly, examples: Sequence[Example], *, batch_s
     """
     taught = set(assembly.recipe.reason.stages)
     if taught == {"rationale"}:
-        longest = Decoding(max_new_tokens=assembly.recipe.reason.rationale_tokens)
+        longest = Decoding(max_new_tokens=assembly.rationale_tokens)
         texts = give_reasons(assembly, examples, decoding=longest, batch_size=batch_size)
         scores = score_thoughts([ReasonedAnswer(text, "") for text in texts], examples)
         scores = {name: value for name, value in scores.items() if name.startswith("rationale_")}

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features.cache import FeatureCache
+from adapters.loading.reader import VECTORS, Reader, Scores
 from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side
-from adapters.recipe import LoraSection, Recipe, Sources
+from adapters.recipe import LoraSection, Recipe, Sources, load_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.language import LanguageModel
 from qformer.language_loading import load_language_model
 from qformer.lora import LoraSettings
 from qformer.model import VisionLanguageModel
+from qformer.precision import default_compute_dtype
 from qformer.sources import fingerprint, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,6 +37,7 @@ class Assembly:
         prompts: words and tokenises for its LLM.
         vision_side: everything up to the bridge; its modules are the model's own.
         fingerprints: of the frozen weights, by role: "vision.0", "language", "bridge.start".
+        reader: what is read of pictures beside the queries, if the recipe has a reader and it was fitted.
     """
 
     recipe: Recipe
@@ -42,6 +45,7 @@ class Assembly:
     prompts: PromptBuilder
     vision_side: VisionSide
     fingerprints: dict[str, str]
+    reader: Reader | None = None
 
     @property
     def caches(self) -> list[FeatureCache]:
@@ -66,7 +70,7 @@ class Assembly:
     @property
     def reasoning_stages(self) -> tuple[str, ...]:
         """The stages that rows with reasons taught: "rationale", "answer", "direct"; () if there were no such rows."""
-        return self.recipe.reason.stages if learned_reasons(self.recipe) else ()
+        return self.recipe.reasoning_stages
 
     @property
     def rationale_tokens(self) -> int:
@@ -95,8 +99,8 @@ class Assembly:
 
     @property
     def reads_instructions(self) -> bool:
-        """Whether the bridge reads each question beside the picture (InstructBLIP), so that none shares another's."""
-        return self.vision_side.reads_instructions
+        """Whether a picture's vectors depend on the question (InstructBLIP, or a reader), so that none are shared."""
+        return self.vision_side.reads_instructions or self.recipe.bridge.reader is not None
 
     def parts(self) -> Mapping[str, nn.Module]:
         """The modules that are trained, LoRA apart, by name."""
@@ -113,15 +117,29 @@ class Assembly:
             images: B pictures.
             instructions: what is asked about each, used if the bridge is instruction-aware.
         """
-        tokens = self.instruction_tokens(instructions or [""] * len(images))
-        return self.model.image_embeddings(self.features(images), *tokens)
+        texts = instructions or [""] * len(images)
+        features = self.features(images)
+        return self.model.image_embeddings(features, *self.beside_features(features, texts))
 
-    def instruction_tokens(self, instructions: Sequence[str]) -> tuple[Tensor, ...]:
-        """Instructions as (ids [B, T], mask [B, T] bool) for the bridge; () if it does not read them."""
-        if not self.reads_instructions or self.vision_side.tokenizer is None:
-            return ()
-        ids, mask = self.vision_side.tokenizer(instructions, longest=MAX_INSTRUCTION)
-        return ids.to(self.model.device), mask.to(self.model.device)
+    def beside_features(
+        self, features: Sequence[Tensor], instructions: Sequence[str], scores: Scores | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """What the model takes beside features: an instruction's ids and mask [B, T], and the reader's vectors.
+
+        Args:
+            features: [B, P, D] of each tower.
+            instructions: what is asked about each picture.
+            scores: what the reader says, if that is known already.
+        """
+        tokens: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.vision_side.reads_instructions and self.vision_side.tokenizer is not None:
+            ids, mask = self.vision_side.tokenizer(instructions, longest=MAX_INSTRUCTION)
+            tokens = ids.to(self.model.device), mask.to(self.model.device)
+        if self.reader is None:
+            return tokens
+        if scores is None:
+            scores = self.reader.scores(features, instructions, self.prompts.tokenizer)
+        return (*tokens, self.reader.vectors(scores).to(self.model.device))
 
 
 def assemble(
@@ -148,7 +166,8 @@ def assemble(
     Raises:
         UserError: weights cannot be had, or parts do not fit.
     """
-    compute_dtype = chosen_dtype(dtype)
+    four_bit = recipe.language.quantize == "nf4"
+    compute_dtype = chosen_dtype(dtype) or default_compute_dtype(device, four_bit=four_bit)
     frozen = frozen or FrozenModels()
     vision_side = load_vision_side(recipe, device=device, offline=offline, frozen=frozen, artefact=artefact)
     language_folder = resolve(recipe.language.source, offline=offline)
@@ -173,6 +192,8 @@ def assemble(
         projection.to(device),
         language,
         heads=vision_side.heads,
+        read_vectors=VECTORS if recipe.bridge.reader is not None else 0,
+        hide_queries=recipe.bridge.hide_queries,
     )
     prompts = PromptBuilder(
         language.tokenizer,
@@ -184,6 +205,11 @@ def assemble(
     return Assembly(recipe, model.eval(), prompts, vision_side, fingerprints)
 
 
+def assemble_named(name: str, *, device: str = "cpu", dtype: str | None = None, offline: bool = False) -> Assembly:
+    """`assemble` by a recipe's file or shipped name, with fresh weights."""
+    return assemble(load_recipe(name), device=device, dtype=dtype, offline=offline)
+
+
 def chosen_dtype(name: str | None) -> torch.dtype | None:
     """The dtype of a name given as --dtype; None if none was.
 
@@ -193,14 +219,6 @@ def chosen_dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"--dtype {name}: take one of {', '.join(DTYPES)}")
     return DTYPES[name] if name else None
-
-
-def learned_reasons(recipe: Recipe) -> bool:
-    """Whether an adapter learned from rows with reasons, or may have: rows of a mixed file name their own tasks."""
-    if recipe.task != "mixed":
-        return recipe.task == "reason"
-    sources = recipe.data.train
-    return isinstance(sources, str) or any(source.task in ("reason", None) for source in sources)
 
 
 def _names(sources: Sources) -> tuple[str, ...]:

@@ -216,7 +216,7 @@ def load_vision_side(
 
 def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:
     """A recipe's bridge section as the Q-Former's configuration."""
-    given = section.model_dump(exclude={"kind", "preset", "start"}, exclude_none=True)
+    given = section.model_dump(exclude={"kind", "preset", "start", "reader", "hide_queries"}, exclude_none=True)
     return BridgeConfig.preset(section.preset, encoder_width=encoder_width, **given)
 
 
@@ -257,6 +257,9 @@ def _bridge_start(
         return None
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        # transformers would return a tokenizer of five special words
+        raise UserError(f"bridge.start: {folder} has no tokenizer, which bridge.{reads} needs")
     try:
         return BridgeTokenizer(AutoTokenizer.from_pretrained(str(folder)))
     except (OSError, ValueError) as error:
@@ -267,7 +270,7 @@ def check_device(device: str) -> None:
     """Raise a UserError if the device is not one torch has here."""
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"--device {device}: torch cannot use it here; take cpu, or see querybridge doctor") from error
 
 

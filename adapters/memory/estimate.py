@@ -10,7 +10,7 @@ larger: a run of easy_vqa_cpu with a question a row, 1.2 GiB by this, measured 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ import torch
 from adapters.memory.activations import MicroBatch, measure_activations
 from adapters.memory.meta_model import build_meta_model
 from adapters.memory.summary import ModuleSummary, summarise_modules
-from adapters.recipe import Recipe
+from adapters.recipe import Recipe, load_recipe
 from qformer.image_encoders import ImageEncoder
 from qformer.lora import undo_speed_up
 from qformer.precision import default_compute_dtype
@@ -97,6 +97,11 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
         "fits": next((size for size in GPU_SIZES if total * HEADROOM <= size * GIB), None) if on_gpu else None,
         "picture_bytes": 2 * picture * recipe.data.views,  # float16
     }
+
+
+def estimate_named(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """`estimate_memory` of a recipe given by its file or shipped name, with `key=value` overrides."""
+    return estimate_memory(load_recipe(name, overrides))
 
 
 def describe_estimate(found: Mapping[str, Any]) -> str:

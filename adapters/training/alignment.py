@@ -53,10 +53,10 @@ def align_words(
         on_step: called with (steps done, loss).
 
     Returns:
-        The last step's loss; 0.0 where no name tells pictures apart, so that there was nothing to learn.
+        The last step's loss; 0.0 if no name tells pictures apart, so that there was nothing to learn.
     """
     bags = {picture: names_in(assembly, picture) for picture in pictures if len(picture.images) == 1}
-    names = distinctive_names(list(bags.values()), partial(_is_word, assembly.prompts.tokenizer))
+    names = distinctive_names(list(bags.values()), partial(is_word, assembly.prompts.tokenizer))
     column = {name: index for index, name in enumerate(names)}
     chosen = [picture for picture, bag in bags.items() if any(name in column for name in bag)]
     if len(names) < 2 or not chosen:
@@ -74,6 +74,7 @@ def align_words(
     for step in range(steps):
         batch = rng.sample(chosen, min(batch_size, len(chosen)))
         vectors = assembly.image_embeddings([picture.images[0] for picture in batch]).float()  # [B, Q, D_l]
+        vectors = vectors[:, : model.bridge.config.num_queries]  # the reader's are not learned
         wanted = torch.zeros(len(batch), len(names), device=table.device)
         for row, picture in enumerate(batch):
             wanted[row, [column[name] for name in bags[picture] if name in column]] = 1.0
@@ -124,5 +125,6 @@ def distinctive_names(bags: Sequence[frozenset[Name]], is_word: Callable[[int], 
     return sorted(name for name in seen if seen[name] <= most and (len(name) == 1 or is_pair(name)))
 
 
-def _is_word(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+def is_word(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token holds a letter or a digit."""
     return any(character.isalnum() for character in tokenizer.decode([token]))

@@ -26,7 +26,7 @@ from qformer.tensor_names import describe_differences
 
 @dataclass
 class RunState:
-    """Where a run stands.
+    """How far a run has come.
 
     Attributes:
         step: optimiser steps taken.
@@ -81,7 +81,7 @@ def save_state(
     position: RunState,
     generators: Mapping[str, Tensor],
 ) -> None:
-    """Write the state beside the one that stands there, then take its place. `generators`: of `generators_of_all`.
+    """Write the state beside the earlier one, then take its place. `generators`: of `generators_of_all`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.

@@ -1,6 +1,6 @@
 """A CLIP of one's own: the last blocks of a convolutional tower, trained contrastively on pictures with captions.
 
-CLIP (arXiv 2103.00020) where no CLIP weights can be had. The tower's earlier blocks stay as published, so their output
+CLIP (arXiv 2103.00020) if no CLIP weights can be had. The tower's earlier blocks stay as published, so their output
 is computed once and kept; the text tower is a frozen sentence encoder with a trained projection, so that little data
 suffices. The result is a small difference to the published weights (`qformer.weight_delta`), frozen from then on.
 """

@@ -17,6 +17,7 @@ from adapters.data.views import all_views
 from adapters.loading.assembly import Assembly, assemble
 from adapters.training.alignment import align_words
 from adapters.training.checkpoint import RunState
+from adapters.training.reader_fit import FittedReader, fit_reader
 from adapters.training.run_data import sample_evenly
 from adapters.training.self_critical import SelfCriticalSampler, check_self_critical
 from adapters.training.setup import Opened, dtype_of, encode_pictures, facts_of, optimiser_of, position_of, take_over
@@ -39,6 +40,7 @@ class FineTuning:
         pictures: tokenised training data.
         validation: tokenised validation data.
         row_tokens: the longest sequence that several questions share; 0 if each has its own.
+        fitted: the closed-form reader with its left-out scores, if the recipe has one.
         text_side: keeps the bridge's text side, if the recipe says so.
         sampler: samples captions, if they are trained by CIDEr.
     """
@@ -52,6 +54,7 @@ class FineTuning:
     pictures: Sequence[TokenisedPicture]
     validation: Step
     row_tokens: int
+    fitted: FittedReader | None
     text_side: TextSideKeeper | None
     sampler: SelfCriticalSampler | None
 
@@ -92,7 +95,12 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
         model.feature_norm.standardise(assembly.features(sample_evenly(seen, 256)))
     fresh = begun is None or read_facts(begun).kind != "language"  # the first stage leaves a fresh projection
-    if opened.state is None and fresh and train.align_steps and not assembly.reads_instructions:
+    fitted = fit_reader(assembly, pictures) if recipe.bridge.reader is not None else None
+    if fitted is not None:
+        assembly.reader = fitted.reader
+        if not opened.quiet:
+            print(fitted, file=sys.stderr)
+    if opened.state is None and fresh and train.align_steps and not assembly.vision_side.reads_instructions:
         _align(opened, assembly, pictures)
     optimiser = optimiser_of(model, recipe)
     dtype = str(model.language.compute_dtype).removeprefix("torch.")
@@ -127,6 +135,7 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         pictures,
         validation,
         row_tokens,
+        fitted,
         text_side,
         sampler,
     )

@@ -19,7 +19,7 @@ from qformer.errors import UserError
 
 
 def anonymous_memory() -> int:
-    """Bytes of memory of this process that no file backs; 0 where the system does not tell."""
+    """Bytes of memory of this process that no file backs; 0 if the system does not tell."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:

@@ -29,7 +29,7 @@ class Result:
         best: its best artefact.
         steps: optimiser steps taken, over all sittings.
         metrics: the best validation's figures, and peak_memory_gib of this sitting.
-        finished: False where Ctrl-C stopped it; `resume` goes on.
+        finished: False if Ctrl-C stopped it; `resume` goes on.
     """
 
     folder: Path

@@ -65,7 +65,7 @@ class SelfCriticalSampler:
         """Put sampled captions, weighed, in the place of a step's own; other answers stay as they are.
 
         Returns:
-            The step, and the mean reward of what was sampled (0 where it has no caption).
+            The step, and the mean reward of what was sampled (0 if it has no caption).
         """
         rows = step.rows
         wanted = [
@@ -115,7 +115,7 @@ class SelfCriticalSampler:
 
 
 def greedy_cider(assembly: Assembly, examples: Sequence[Example], task: str) -> float:
-    """CIDEr of greedy captions of the examples' pictures, the mean over languages; 0 where none is a caption."""
+    """CIDEr of greedy captions of the examples' pictures, the mean over languages; 0 if none is a caption."""
     captions: dict[str, dict[tuple[str, ...], tuple[Example, list[str]]]] = defaultdict(dict)
     for example in examples:
         if (example.task or task) == "caption":
@@ -130,7 +130,7 @@ def greedy_cider(assembly: Assembly, examples: Sequence[Example], task: str) -> 
 
 
 def check_self_critical(data: DataSet, samples: int, *, what: str = "data", encoder_decoder: bool = False) -> None:
-    """Say at once where there is nothing to sample or to compare.
+    """Report before training that there is nothing to sample or to compare.
 
     Raises:
         UserError: as `SelfCriticalSampler`.

@@ -185,7 +185,7 @@ def position_of(
     terms: Iterable[str],
     start: Start | None,
 ) -> RunState:
-    """Where the run begins: at step 0, or where a resumed run's state says, with its weights and generators."""
+    """Where the run begins: at step 0, or at the step of a resumed run's state, with its weights and generators."""
     rank = opened.accelerator.process_index
     if opened.state is not None:
         position = load_state(opened.state, model, optimiser, rank=rank)
@@ -251,7 +251,7 @@ def check_run_folder(out: Path, resume: bool, recipe: Recipe) -> Path | None:
     """The state to go on from, or None for a fresh run.
 
     Raises:
-        UserError: there is nothing to resume, a run stands in the way, or it was another recipe's.
+        UserError: there is nothing to resume, another run is in the folder, or it was another recipe's.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: this is a file; name a folder")

@@ -39,12 +39,12 @@ def start_from_artefact(assembly: Assembly | VisionSide, name: str) -> Start:
     """Load an adapter's weights as the start of a run.
 
     From the first stage an Assembly takes norm and bridge, and keeps its own fresh projection and LoRA. The text side
-    is left behind where the run's recipe has none, and the bridge's and LoRA's dropout may differ. A tower may see
-    through another difference to the same published weights, or see pictures at another size where the run's recipe
+    is left behind if the run's recipe has none, and the bridge's and LoRA's dropout may differ. A tower may see
+    through another difference to the same published weights, or see pictures at another size if the run's recipe
     names one: the bridge gets used to it.
 
     Args:
-        assembly: what is to be trained; without LoRA in place where the adapter brings its own.
+        assembly: what is to be trained; without LoRA in place if the adapter brings its own.
         name: as `adapters.artefact.artefact.find_artefact` takes it.
 
     Raises:
@@ -138,7 +138,7 @@ def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:
 
 
 def has_lora(folder: Path) -> bool:
-    """Whether an artefact brings LoRA matrices; where not, a run that starts from it begins with fresh ones."""
+    """Whether an artefact brings LoRA matrices; if not, a run that starts from it begins with fresh ones."""
     return read_facts(folder).kind == "language" and read_recipe(folder).language.lora is not None
 
 

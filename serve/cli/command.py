@@ -245,13 +245,11 @@ def models(
     as_json: JsonOption = False,
 ) -> None:
     """List frozen models that need no hub, recipes and adapters, and which are at hand."""
-    from serve.inventory import describe_models, list_models, list_of_keys
+    from serve.inventory import describe_models, describe_recipe_keys, list_models, list_recipe_keys
 
     if keys:
-        from adapters.recipe import describe_keys
-
-        described = describe_keys()
-        report({"keys": described}, as_json, list_of_keys(described))
+        listed = list_recipe_keys()
+        report({"keys": listed}, as_json, describe_recipe_keys(listed))
         return
     found = list_models()
     report(found, as_json, describe_models(found))
@@ -281,10 +279,9 @@ def estimate(
     as_json: JsonOption = False,
 ) -> None:
     """Calculate the memory a recipe needs."""
-    from adapters.memory.estimate import describe_estimate, estimate_memory
-    from adapters.recipe import load_recipe
+    from adapters.memory.estimate import describe_estimate, estimate_named
 
-    found = estimate_memory(load_recipe(recipe, set_ or []))
+    found = estimate_named(recipe, set_ or [])
     report(found, as_json, describe_estimate(found))
 
 

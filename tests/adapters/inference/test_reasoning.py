@@ -145,7 +145,7 @@ def test_no_questions_no_thoughts(model: Model) -> None:
 )
 def test_a_missing_stage_is_told(first: tuple[str, ...], second: tuple[str, ...] | None, says: str) -> None:
     with pytest.raises(UserError) as caught:
-        reasoning_mode(recipe_of(*first), recipe_of(*second) if second else None)
+        reasoning_mode(first, second)
     assert str(caught.value).startswith(says) and "name" in str(caught.value)
 
 

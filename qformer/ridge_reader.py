@@ -1,0 +1,226 @@
+"""A closed-form reader of frozen features: ridge regression from pictures, and from pairs of picture and question.
+
+A few hundred pictures do not teach a Q-Former more than a linear map of the frozen features already says. The two maps
+here are exact solutions of one linear system each:
+
+* `NameRidge` scores the words that answers name, from a picture alone;
+* `PairRidge` scores whole answers from a picture and a question, with the product kernel
+  `<q, q'> · (SHARED + <x, x'>)` (Schölkopf and Smola 2002, section 13.1): a question learns from those like it.
+
+The ridge's strength is chosen by leaving each training picture out in turn, which has a closed form as well. The
+left-out scores are kept for training: they are as unsure on the training pictures as scores are on new ones, so that
+the language model learns how far to trust them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHARED = 0.3
+"""What the kernel of any two pictures has in common, beside 1 of a picture with itself: a question's own share."""
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+CHANNELS = 64
+"""Principal channels that are kept of a place in the picture."""
+NUMBERS = 256
+"""Principal directions that are kept of all that is read of a picture."""
+_FLOOR = 0.05  # share of the mean deviation that is added to each, so that a channel that hardly fires stays small
+
+
+@dataclass(frozen=True)
+class PictureNumbers:
+    """Features of the towers to r numbers a picture, by a fixed linear map.
+
+    Of each tower it reads the mean and the maximum over all places, and each place's principal channels.
+
+    Attributes:
+        tensors: of tower i "i.channels" [D_i, C], "i.mean" [D_i], "i.scale" [D_i]; of all together "mean" [N],
+            "scale" [N] and "basis" [N, r].
+    """
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def fit(cls, features: Sequence[Tensor]) -> PictureNumbers:
+        """Fit the map to M pictures.
+
+        Args:
+            features: [M, P_i, D_i] of each tower i, of any float dtype.
+        """
+        tensors: dict[str, Tensor] = {}
+        for index, tower in enumerate(features):
+            places = tower.flatten(0, 1).float()  # [M · P_i, D_i]
+            mean, scale = places.mean(dim=0), places.std(dim=0) + 1e-3
+            covariance = _gram((places - mean) / scale)
+            tensors[f"{index}.channels"] = torch.linalg.eigh(covariance)[1][:, -CHANNELS:].contiguous()
+            tensors[f"{index}.mean"], tensors[f"{index}.scale"] = mean, scale
+        parts = cls(tensors)._parts(features)
+        deviations = [part.std(dim=0) for part in parts]
+        deviations = [deviation + _FLOOR * deviation.mean() + 1e-6 for deviation in deviations]
+        sizes = [  # every part weighs the same, and a picture's kernel with itself is about 1
+            (((part - part.mean(dim=0)) / deviation).square().sum(dim=1).mean() * len(parts)).sqrt().clamp_min(1e-6)
+            for part, deviation in zip(parts, deviations, strict=True)
+        ]
+        tensors["mean"] = torch.cat([part.mean(dim=0) for part in parts])
+        tensors["scale"] = torch.cat([deviation * size for deviation, size in zip(deviations, sizes, strict=True)])
+        numbers = (torch.cat(parts, dim=1) - tensors["mean"]) / tensors["scale"]  # [M, N]
+        values, vectors = torch.linalg.eigh((numbers @ numbers.T).double())
+        kept = (values > 1e-6 * values.max()).nonzero().flatten()[-NUMBERS:]
+        tensors["basis"] = numbers.T @ (vectors[:, kept] / values[kept].sqrt()).float()  # [N, r], orthonormal
+        return cls(tensors)
+
+    def __call__(self, features: Sequence[Tensor]) -> Tensor:
+        """[B, P_i, D_i] of each tower, of any float dtype → [B, r] in fp32."""
+        numbers = (torch.cat(self._parts(features), dim=1) - self.tensors["mean"]) / self.tensors["scale"]
+        return numbers @ self.tensors["basis"]
+
+    def _parts(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Of each tower the mean and maximum [B, 2 · D_i], and every place's channels [B, P_i · C]."""
+        parts = []
+        for index, tower in enumerate(features):
+            tower = tower.float()
+            placed = (tower - self.tensors[f"{index}.mean"]) / self.tensors[f"{index}.scale"]
+            parts.append(torch.cat([tower.mean(dim=1), tower.amax(dim=1)], dim=1))
+            parts.append((placed @ self.tensors[f"{index}.channels"]).flatten(1))
+        return parts
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a ridge regression came to.
+
+    Attributes:
+        weights: [N, K], of the training rows.
+        offset: [K].
+        strength: of the ridge.
+        left_out: [N, K], each row's scores by all groups but its own.
+        error: the mean square of `left_out` minus what was wanted.
+    """
+
+    weights: Tensor
+    offset: Tensor
+    strength: float
+    left_out: Tensor
+    error: float
+
+
+def fit_ridge(kernel: Tensor, wanted: Tensor, groups: Sequence[Sequence[int]]) -> Fit:
+    """Kernel ridge regression with an offset that is not punished, of the strength with the least left-out error.
+
+    Leaving a group of rows out of a linear smoother has a closed form, as leaving one row out has (Hastie, Tibshirani
+    and Friedman 2009, section 7.10): with H the matrix that gives the weights, the residuals of a group are
+    `H[group, group]⁻¹ · weights[group]`.
+
+    Args:
+        kernel: [N, N] of the training rows.
+        wanted: [N, K].
+        groups: the rows of one picture each; together they are every row once.
+    """
+    values, vectors = torch.linalg.eigh(kernel.double())
+    target = wanted.double()
+    best: Fit | None = None
+    for strength in STRENGTHS:
+        inverse = (vectors / (values.clamp_min(0) + strength)) @ vectors.T
+        ones = inverse.sum(dim=1, keepdim=True)  # [N, 1]
+        hat = inverse - ones @ ones.T / ones.sum()
+        weights = hat @ target
+        offset = (ones.T @ target / ones.sum())[0]
+        left_out = torch.empty_like(target)
+        for rows in map(torch.tensor, groups):
+            left_out[rows] = target[rows] - torch.linalg.solve(hat[rows][:, rows], weights[rows])
+        error = (left_out - target).square().mean().item()
+        if best is None or error < best.error:
+            best = Fit(weights.float(), offset.float(), strength, left_out.float(), error)
+    assert best is not None
+    return best
+
+
+@dataclass(frozen=True)
+class NameRidge:
+    """Scores of W names from a picture's r numbers.
+
+    Attributes:
+        weight: [r, W].
+        offset: [W].
+    """
+
+    weight: Tensor
+    offset: Tensor
+
+    @classmethod
+    def fit(cls, numbers: Tensor, names: Tensor) -> tuple[NameRidge, Tensor]:
+        """Fit to M pictures.
+
+        Args:
+            numbers: [M, r].
+            names: [M, W], 1.0 if a picture's answers say the name.
+
+        Returns:
+            The map, and the left-out scores of the training pictures, [M, W].
+        """
+        fit = fit_ridge(numbers @ numbers.T, names, [[row] for row in range(len(numbers))])
+        return cls(numbers.T @ fit.weights, fit.offset), fit.left_out
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """[B, r] → [B, W]."""
+        return numbers @ self.weight + self.offset
+
+
+@dataclass(frozen=True)
+class PairRidge:
+    """Scores of K answers from a picture and a question.
+
+    Attributes:
+        pictures: [M, r], of the training pictures.
+        questions: [U, V], of the training questions, each of length 1.
+        pairs: [N, 2] long: the picture and the question of each training pair.
+        weights: [N, K].
+        offset: [K].
+    """
+
+    pictures: Tensor
+    questions: Tensor
+    pairs: Tensor
+    weights: Tensor
+    offset: Tensor
+
+    @classmethod
+    def fit(cls, pictures: Tensor, questions: Tensor, pairs: Tensor, answers: Tensor) -> tuple[PairRidge, Tensor]:
+        """Fit to N pairs of M pictures and U questions.
+
+        Args:
+            pictures: [M, r].
+            questions: [U, V], each of length 1.
+            pairs: [N, 2] long: a row of `pictures` and one of `questions`.
+            answers: [N, K], each row a distribution over the answers.
+
+        Returns:
+            The map, and the scores of each training pair with its picture left out, [N, K].
+        """
+        groups: dict[int, list[int]] = {}
+        for row, picture in enumerate(pairs[:, 0].tolist()):
+            groups.setdefault(picture, []).append(row)
+        kernel = _pair_kernel(pictures @ pictures.T, questions @ questions.T, pairs, pairs)
+        fit = fit_ridge(kernel, answers, list(groups.values()))
+        return cls(pictures, questions, pairs, fit.weights, fit.offset), fit.left_out
+
+    def __call__(self, pictures: Tensor, questions: Tensor) -> Tensor:
+        """Scores [B, K] of pairs: pictures [B, r] and questions [B, V], each of length 1 or 0."""
+        each = torch.arange(len(pictures), device=pictures.device)
+        kernel = _pair_kernel(
+            pictures @ self.pictures.T, questions @ self.questions.T, torch.stack([each, each], dim=1), self.pairs
+        )
+        return kernel @ self.weights + self.offset
+
+
+def _pair_kernel(pictures: Tensor, questions: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The product kernel of pairs, [R, C], from those of pictures and of questions; `rows` [R, 2], `columns` [C, 2]."""
+    one = questions[rows[:, 1]][:, columns[:, 1]]
+    return one * (SHARED + pictures[rows[:, 0]][:, columns[:, 0]])
+
+
+def _gram(rows: Tensor) -> Tensor:
+    return rows.T @ rows / len(rows)

@@ -1,0 +1,142 @@
+"""The closed-form reader in a run: fitted before the first step, used left out in training, kept in the artefact."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import draw_data, tiny_values
+
+from adapters import finetune as finetune_module
+from adapters.artefact.artefact import load_artefact
+from adapters.data.batches import TokenisedPicture, tokenise
+from adapters.data.readers import read_data
+from adapters.finetune import finetune
+from adapters.inference.answering import answer_examples
+from adapters.loading.assembly import Assembly, assemble
+from adapters.loading.reader import FILE, NAMED, SPELLED, VECTORS, question_numbers
+from adapters.recipe import Recipe, parse_recipe
+from adapters.training.reader_fit import fit_reader
+from qformer.decoding import Decoding
+from qformer.model import VisionLanguageModel
+
+pytestmark = pytest.mark.usefixtures("cache_here")
+
+
+@pytest.fixture
+def recipe_of(vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path) -> Any:
+    def make(hide: float = 0.0, **train: object) -> Recipe:
+        data = draw_data(tmp_path / "data")
+        values: Any = tiny_values(vision_folder, language_folders["llama"], data, **train)
+        values["bridge"] |= {"reader": "ridge", "hide_queries": hide, "dropout": 0.0}
+        return parse_recipe(values, "test")
+
+    return make
+
+
+def fitted_on_all(recipe: Recipe) -> tuple[Assembly, list[TokenisedPicture]]:
+    assembly = assemble(recipe)
+    data = read_data(str(recipe.data.train))
+    return assembly, tokenise(data, assembly.prompts, max_tokens=320)
+
+
+def test_a_run_fits_a_reader_and_its_artefact_answers_with_it(recipe_of: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(max_steps=60, validate_every=60, learning_rate=5e-3)
+    finetune(recipe, tmp_path / "run", device="cpu", dtype="float32", quiet=True)
+    assert (tmp_path / "run" / "best" / FILE).is_file()
+    assembly, _ = load_artefact(tmp_path / "run" / "best")
+    assert assembly.reader is not None and assembly.model.num_queries == 3 + VECTORS
+    examples = read_data(str(recipe.data.train)).examples
+    answers = answer_examples(assembly, examples, "vqa", decoding=Decoding(max_new_tokens=8))
+    right = sum(answer == example.answers[0] for answer, example in zip(answers, examples, strict=True))
+    assert right >= 20  # of 24, with a random LLM of two layers
+    alone = [
+        answer_examples(assembly, [example], "vqa", decoding=Decoding(max_new_tokens=8))[0] for example in examples
+    ]
+    assert alone == answers  # whatever else is in the batch
+
+
+def test_training_sees_left_out_scores_and_answers_see_the_readers_own(recipe_of: Any) -> None:
+    assembly, pictures = fitted_on_all(recipe_of())
+    fitted = fit_reader(assembly, pictures)
+    assert fitted is not None and 0 <= fitted.hit_rate <= 1 and fitted.pairs == (24, 24)
+    assembly.reader = fitted.reader
+    picture = pictures[0]
+    question = picture.questions[0].instruction
+    left_out = fitted.left_out(picture.images, [question])
+    own = fitted.reader.scores(assembly.features(picture.images), [question], assembly.prompts.tokenizer)
+    assert left_out is not None and left_out.answers.shape == own.answers.shape
+    assert not torch.allclose(left_out.answers, own.answers)
+    assert fitted.left_out(picture.images, ["never asked"]) is None
+
+
+def test_vectors_name_and_spell(recipe_of: Any) -> None:
+    assembly, pictures = fitted_on_all(recipe_of())
+    fitted = fit_reader(assembly, pictures)
+    assert fitted is not None
+    reader = fitted.reader
+    scores = reader.scores(assembly.features(pictures[0].images), ["what colour?"], assembly.prompts.tokenizer)
+    ranks = torch.linspace(-1.0, 0.9, scores.names.shape[1]).unsqueeze(0)  # no two alike
+    sure = scores.__class__(ranks, torch.full_like(scores.answers, -100.0))
+    sure.answers[0, 1] = 100.0
+    vectors = reader.vectors(sure)
+    assert vectors.shape == (1, VECTORS, assembly.model.language.width)
+    torch.testing.assert_close(vectors[0, NAMED:], reader.answer_vectors[1])
+    assert reader.answer_vectors.shape[1] == SPELLED
+    torch.testing.assert_close(vectors[0, 0], 0.9 * reader.name_vectors[-1])
+
+
+def test_questions_become_bags_of_length_one(recipe_of: Any) -> None:
+    assembly, pictures = fitted_on_all(recipe_of())
+    fitted = fit_reader(assembly, pictures)
+    assert fitted is not None
+    reader, tokenizer = fitted.reader, assembly.prompts.tokenizer
+    bags = question_numbers(["what colour?", "WHAT COLOUR?", "一"], reader.ngrams, reader.rarity, tokenizer)
+    torch.testing.assert_close(bags.norm(dim=1)[:2], torch.ones(2))
+    assert torch.equal(bags[0], bags[1])
+
+
+def test_a_run_goes_on_with_the_same_reader(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(0.5, max_steps=4, validate_every=2)
+    finetune(recipe, tmp_path / "whole", device="cpu", dtype="float32", quiet=True)
+    validate, calls = finetune_module.validate, []
+
+    def press_ctrl_c(*args: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(*args)
+
+    monkeypatch.setattr(finetune_module, "validate", press_ctrl_c)
+    assert not finetune(recipe, tmp_path / "broken", device="cpu", dtype="float32", quiet=True).finished
+    monkeypatch.setattr(finetune_module, "validate", validate)
+    finetune(recipe, tmp_path / "broken", device="cpu", dtype="float32", quiet=True, resume=True)
+    for file in ("best/bridge.safetensors", f"best/{FILE}"):
+        first, second = load_file(tmp_path / "whole" / file), load_file(tmp_path / "broken" / file)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_hidden_queries_reach_no_llm(recipe_of: Any) -> None:
+    assembly, pictures = fitted_on_all(recipe_of(1.0))
+    vectors = assembly.image_embeddings([picture.images[0] for picture in pictures[:2]])
+    assert vectors.shape[1] == 3 + VECTORS and not vectors[:, :3].any()
+    half = VisionLanguageModel.image_embeddings
+    assembly.model.hide_queries = 0.5
+    assembly.model.eval()
+    features = assembly.features([picture.images[0] for picture in pictures])
+    assert half(assembly.model, features)[:, :3].abs().sum(dim=(1, 2)).gt(0).all()  # all are shown in answering
+    assembly.model.train()
+    torch.manual_seed(0)
+    shown = half(assembly.model, features)[:, :3].abs().sum(dim=(1, 2)).gt(0)
+    assert 0 < shown.sum() < len(shown)
+
+
+def test_too_few_questions_or_too_many_answers_have_no_reader(recipe_of: Any) -> None:
+    assembly, pictures = fitted_on_all(recipe_of())
+    assert fit_reader(assembly, pictures[:4]) is None
+    assert assembly.beside_features([], []) == (None, None)
