@@ -17,23 +17,24 @@ from torch import Tensor
 from adapters.data.batches import Step, plan_epoch
 from adapters.data.collate import PackedSequence, collate_encoder_decoder, collate_packed
 from adapters.data.examples import Example
-from adapters.evaluation.vqa import score
-from adapters.inference.answering import answer_examples
 from adapters.inference.reasoning import validate_reasons
 from adapters.loading.assembly import Assembly
 from adapters.recipe import Recipe
 from adapters.training.checkpoint import RunState, trainable
+from adapters.training.controls import OnAnswers, validate_answers
 from adapters.training.finetuning_setup import set_up_finetuning
 from adapters.training.interrupt import interruptible
 from adapters.training.keeping import RunKeeper
 from adapters.training.optimiser import Schedule
 from adapters.training.reader_fit import FittedReader
 from adapters.training.reporting import Reporter
-from adapters.training.run_data import Result, report_skipped
+from adapters.training.run_data import Result, broadcast_from_main, report_skipped, steps_between_validations
 from adapters.training.run_folder import check_finite
 from adapters.training.self_critical import greedy_cider
 from adapters.training.setup import RunOptions, open_run
-from qformer.decoding import Decoding
+from adapters.training.timing import in_words, measure_step, steps_within
+
+LOSS_SHARE = 0.1  # what a nat of loss weighs beside exact match in choosing weights
 
 
 def finetune(
@@ -62,6 +63,7 @@ def finetune(
     Raises:
         UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full.
     """
+    began = time.monotonic()
     options = RunOptions(Path(out), resume, start_from, device, dtype, offline, quiet)
     run = set_up_finetuning(open_run(recipe, options, stage=2))
     train, position, assembly, optimiser = recipe.train, run.position, run.assembly, run.optimiser
@@ -75,7 +77,17 @@ def finetune(
         views=recipe.data.views,
         world=accelerator.num_processes,
     )
-    total = train.max_steps or max(1, round(train.epochs * len(plan(epoch=0))))
+    total = position.total or train.max_steps or max(1, round(train.epochs * len(plan(epoch=0))))
+    seconds = None
+    if position.step == 0 and run.sampler is None and (train.minutes is not None or not options.quiet):
+        first = plan(epoch=0)[0].share(accelerator.process_index, accelerator.num_processes)
+        inputs = partial(model_inputs, assembly, fitted=run.fitted)
+        seconds = broadcast_from_main(measure_step(model, first.micro_batches(train.micro_batch_tokens), inputs))
+        if train.minutes is not None:
+            spent = broadcast_from_main(time.monotonic() - began)
+            total = min(total, steps_within(train.minutes, elapsed=spent, step=seconds))
+    position.total = total
+    every = train.validate_every or steps_between_validations(total)
     schedule = Schedule(total, train.warmup_steps, train.min_learning_rate)
     keeper = RunKeeper(run.opened, assembly, model, optimiser, position, run.facts)
     folder = options.out if accelerator.is_main_process else None
@@ -84,12 +96,15 @@ def finetune(
         interruptible() as stop,
     ):
         report.say(describe_trainable(assembly))
+        if seconds is not None:
+            report.say(f"{total} steps of {seconds:.1f} s: about {in_words(total * seconds)}, and validations")
         if shortened := schedule.shortened():
             report.say(shortened)
         report_skipped(report, run.opened.train, run.opened.val)
         if position.step == 0:  # a broken evaluation fails now, not after an hour
             validate(assembly, Step(run.validation.rows[:2]), run.opened.val.examples[:2], recipe)
         losses: list[float] = []
+        recent: list[float] = []  # since the last validation
         rewards: list[float] = []
         text_side: list[Tensor] = []
         timer = time.monotonic()
@@ -133,6 +148,7 @@ def finetune(
             position.step += 1
             position.offset += 1
             losses.append(loss)
+            recent.append(loss)
             samples += step.answers
             if position.step % train.log_every == 0 or position.step == total:
                 elapsed = time.monotonic() - timer
@@ -148,11 +164,24 @@ def finetune(
                     },
                 )
                 losses, rewards, text_side, samples, timer = [], [], [], 0, time.monotonic()
-            if position.step % train.validate_every == 0 or position.step == total:
-                metrics = validate(assembly, run.validation, run.opened.val.examples, recipe)
-                keeper.validated(report, metrics, metrics["val_CIDEr"] if run.sampler else -metrics["val_loss"])
-                samples, timer = 0, time.monotonic()
+            if position.step % every == 0 or position.step == total:
+                report_samples = partial(report.samples, position.step)
+                metrics = validate(assembly, run.validation, run.opened.val.examples, recipe, report_samples)
+                metrics |= run.controls | {"train_loss": sum(recent) / len(recent)}
+                keeper.validated(report, metrics, selection_score(metrics))
+                recent, samples, timer = [], 0, time.monotonic()
         return keeper.result(report, total)
+
+
+def selection_score(metrics: dict[str, float]) -> float:
+    """What weights are chosen by, higher is better: CIDEr if captions are trained by it, else score and loss together.
+
+    Exact match on a hundred questions moves in steps and by chance, the loss is smooth, but grows with how sure a wrong
+    answer is: each corrects the other.
+    """
+    if "val_CIDEr" in metrics:
+        return metrics["val_CIDEr"]
+    return metrics.get("val_exact_match", 0.0) - LOSS_SHARE * metrics["val_loss"]
 
 
 def _named_means(text_side: Sequence[Tensor]) -> dict[str, float]:
@@ -183,10 +212,16 @@ def model_inputs(
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # blocks compiled for training run here as they are: few steps, many shapes
-def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], recipe: Recipe) -> dict[str, float]:
+def validate(
+    assembly: Assembly,
+    validation: Step,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    on_answers: OnAnswers | None = None,
+) -> dict[str, float]:
     """Loss per supervised token over the validation rows, and the score of each task that the rows have.
 
-    Questions have the exact match of greedy answers, rows with reasons the scores of `validate_reasons`, and captions
+    Questions have what `validate_answers` gives, rows with reasons the scores of `validate_reasons`, and captions
     that are trained by CIDEr have CIDEr.
     """
     assembly.model.eval()
@@ -195,10 +230,8 @@ def validate(assembly: Assembly, validation: Step, examples: Sequence[Example], 
         loss, _ = assembly.model(*model_inputs(assembly, rows))
         summed += loss.item()
     metrics = {"val_loss": summed / validation.supervised}
-    asked = [example for example in examples if (example.task or recipe.task) == "vqa"]
-    if asked:
-        said = answer_examples(assembly, asked, "vqa", decoding=Decoding(max_new_tokens=10))
-        metrics["val_exact_match"] = score(said, [example.answers for example in asked])["exact_match"]
+    if asked := [example for example in examples if (example.task or recipe.task) == "vqa"]:
+        metrics |= validate_answers(assembly, asked, on_answers)
     if recipe.train.self_critical:
         metrics["val_CIDEr"] = greedy_cider(assembly, examples, recipe.task)
     if reasoned := [example for example in examples if (example.task or recipe.task) == "reason"]:

@@ -25,7 +25,7 @@ from adapters.training.keeping import RunKeeper
 from adapters.training.optimiser import Schedule
 from adapters.training.pretraining_setup import set_up_pretraining
 from adapters.training.reporting import Reporter
-from adapters.training.run_data import Result, report_skipped
+from adapters.training.run_data import Result, report_skipped, steps_between_validations
 from adapters.training.run_folder import check_finite
 from adapters.training.setup import RunOptions, open_run
 from adapters.training.text_side import model_inputs
@@ -70,6 +70,7 @@ def pretrain(
             f" learn nothing; for all three set it to {total * 2 // 3} or less",
             file=sys.stderr,
         )
+    every = train.validate_every or steps_between_validations(total)
     schedule = Schedule(total, train.warmup_steps, train.min_learning_rate)
     keeper = RunKeeper(run.opened, vision_side, model, optimiser, position, run.facts)
     folder = options.out if accelerator.is_main_process else None
@@ -123,7 +124,7 @@ def pretrain(
                     },
                 )
                 sums, counted, timer = {}, 0, time.monotonic()
-            if position.step % train.validate_every == 0 or position.step == total:
+            if position.step % every == 0 or position.step == total:
                 metrics = evaluate_recall(vision_side, run.held_out, run.compute_dtype)
                 keeper.validated(report, metrics, metrics["mean_recall"])
                 sums, counted, timer = {}, 0, time.monotonic()

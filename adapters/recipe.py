@@ -46,7 +46,10 @@ class DataSection(_Section):
     )
     val: Sources | None = Field(default=None, description="data to choose on; left out, images are held out of train")
     terms: str | None = Field(default=None, description="terms of the data; what is trained on it inherits them")
-    val_fraction: float = Field(default=0.05, gt=0, lt=1, description="of the pictures, held out if val is left out")
+    val_fraction: float | None = Field(
+        default=None, gt=0, lt=1,
+        description="of the pictures, held out if val is left out; left out too, what gives 100 rows: 5 to 25 %",
+    )  # fmt: skip
     val_limit: int | None = Field(
         default=None, ge=1, description="at most so many validation rows, of each file if val names several"
     )
@@ -91,8 +94,10 @@ class BridgeSection(_Section):
     patch_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of a picture's patches that are left out in training"
     )
-    reader: Literal["ridge"] | None = Field(
-        default=None, description="ridge: vectors beside the queries, read of the features by closed-form regressions"
+    reader: Literal["names", "answers"] | None = Field(
+        default=None,
+        description="vectors beside the queries by ridge regression on the features. names: words that a picture names;"
+        " answers: these, and the likely answer to each question, which then shares no sequence with another",
     )
     hide_queries: float = Field(
         default=0.0,
@@ -152,6 +157,9 @@ class TrainSection(_Section):
     align_steps: int = Field(default=0, ge=0, description="steps of naming words and pairs of words, before the LLM")
     epochs: float = Field(default=1.0, gt=0, description="passes over the training data, or a part of one")
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, whatever epochs says")
+    minutes: float | None = Field(
+        default=None, gt=0, description="for the whole run: as many steps as fit, at most what epochs or max_steps says"
+    )
     batch_size: int = Field(default=64, ge=1, description="answers a step (first stage: pictures), over all processes")
     captions: int = Field(default=2, ge=1, description="first stage: captions drawn of each picture of a step")
     text_side_every: int = Field(
@@ -183,7 +191,9 @@ class TrainSection(_Section):
     betas: tuple[float, float] = Field(default=(0.9, 0.98), description="of AdamW")
     clip_norm: float = Field(default=1.0, gt=0, description="the largest norm of a step's gradient")
     compile: bool = Field(default=False, description="torch.compile the LLM's blocks; on a CPU that needs g++")
-    validate_every: int = Field(default=200, ge=1, description="steps")
+    validate_every: int | None = Field(
+        default=None, ge=1, description="steps; left out, four times a run and every 200 steps at least"
+    )
     patience: int | None = Field(default=None, ge=1, description="validations without a gain before stopping")
     log_every: int = Field(default=10, ge=1, description="steps")
 

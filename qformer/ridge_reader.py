@@ -34,27 +34,28 @@ _FLOOR = 0.05  # share of the mean deviation that is added to each, so that a ch
 class PictureNumbers:
     """Features of the towers to r numbers a picture, by a fixed linear map.
 
-    Of each tower it reads the mean and the maximum over all places, and each place's principal channels.
+    Of each tower it reads the mean and the maximum over all places, and each place's principal channels if wanted.
 
     Attributes:
-        tensors: of tower i "i.channels" [D_i, C], "i.mean" [D_i], "i.scale" [D_i]; of all together "mean" [N],
-            "scale" [N] and "basis" [N, r].
+        tensors: if places are read, of tower i "i.channels" [D_i, C], "i.mean" [D_i] and "i.scale" [D_i]; of all
+            together "mean" [N], "scale" [N] and "basis" [N, r].
     """
 
     tensors: dict[str, Tensor]
 
     @classmethod
-    def fit(cls, features: Sequence[Tensor]) -> PictureNumbers:
+    def fit(cls, features: Sequence[Tensor], *, places: bool = True) -> PictureNumbers:
         """Fit the map to M pictures.
 
         Args:
             features: [M, P_i, D_i] of each tower i, of any float dtype.
+            places: read each place too; False reads the mean and the maximum alone.
         """
         tensors: dict[str, Tensor] = {}
-        for index, tower in enumerate(features):
-            places = tower.flatten(0, 1).float()  # [M · P_i, D_i]
-            mean, scale = places.mean(dim=0), places.std(dim=0) + 1e-3
-            covariance = _gram((places - mean) / scale)
+        for index, tower in enumerate(features if places else ()):
+            patches = tower.flatten(0, 1).float()  # [M · P_i, D_i]
+            mean, scale = patches.mean(dim=0), patches.std(dim=0) + 1e-3
+            covariance = _gram((patches - mean) / scale)
             tensors[f"{index}.channels"] = torch.linalg.eigh(covariance)[1][:, -CHANNELS:].contiguous()
             tensors[f"{index}.mean"], tensors[f"{index}.scale"] = mean, scale
         parts = cls(tensors)._parts(features)
@@ -78,13 +79,14 @@ class PictureNumbers:
         return numbers @ self.tensors["basis"]
 
     def _parts(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Of each tower the mean and maximum [B, 2 · D_i], and every place's channels [B, P_i · C]."""
+        """Of each tower the mean and maximum [B, 2 · D_i], and every place's channels [B, P_i · C] if they are read."""
         parts = []
         for index, tower in enumerate(features):
             tower = tower.float()
-            placed = (tower - self.tensors[f"{index}.mean"]) / self.tensors[f"{index}.scale"]
             parts.append(torch.cat([tower.mean(dim=1), tower.amax(dim=1)], dim=1))
-            parts.append((placed @ self.tensors[f"{index}.channels"]).flatten(1))
+            if f"{index}.channels" in self.tensors:
+                placed = (tower - self.tensors[f"{index}.mean"]) / self.tensors[f"{index}.scale"]
+                parts.append((placed @ self.tensors[f"{index}.channels"]).flatten(1))
         return parts
 
 
@@ -121,16 +123,17 @@ def fit_ridge(kernel: Tensor, wanted: Tensor, groups: Sequence[Sequence[int]]) -
     """
     values, vectors = torch.linalg.eigh(kernel.double())
     target = wanted.double()
+    rotated, sums = vectors.T @ target, vectors.sum(dim=0)  # [N, K], [N]
     best: Fit | None = None
     for strength in STRENGTHS:
-        inverse = (vectors / (values.clamp_min(0) + strength)) @ vectors.T
-        ones = inverse.sum(dim=1, keepdim=True)  # [N, 1]
-        hat = inverse - ones @ ones.T / ones.sum()
-        weights = hat @ target
-        offset = (ones.T @ target / ones.sum())[0]
+        shrunk = 1 / (values.clamp_min(0) + strength)  # [N], the inverse's eigenvalues
+        ones = vectors @ (shrunk * sums)  # [N], the inverse times ones
+        offset = (ones @ target) / ones.sum()
+        weights = vectors @ (shrunk.unsqueeze(1) * rotated) - ones.unsqueeze(1) * offset
         left_out = torch.empty_like(target)
         for rows in map(torch.tensor, groups):
-            left_out[rows] = target[rows] - torch.linalg.solve(hat[rows][:, rows], weights[rows])
+            own = (vectors[rows] * shrunk) @ vectors[rows].T - torch.outer(ones[rows], ones[rows]) / ones.sum()
+            left_out[rows] = target[rows] - torch.linalg.solve(own, weights[rows])
         error = (left_out - target).square().mean().item()
         if best is None or error < best.error:
             best = Fit(weights.float(), offset.float(), strength, left_out.float(), error)

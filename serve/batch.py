@@ -13,15 +13,18 @@ from adapters.data.batches import prompt_for
 from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.images import open_image
 from adapters.data.readers import read_data
-from adapters.inference.answering import Completion
+from adapters.inference.answering import Completion, Request
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from qformer.file_lock import lock
 from serve.adapter import LoadedAdapter, load_adapter, picture_ref
 from serve.batch_job import BatchJob, check_same_job, digest_of, read_job, write_job
 
 TASKS = ("vqa", "caption")
 """What a batch job may be."""
 
+_TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".xlsx", ".xls", ".tar", ".gz", ".zst")
+_LONG = 1024  # tokens of a prompt that is answered by itself
 _LINE_START = b'{"row": '  # how every line of ours begins
 
 Row = Example | Fault
@@ -69,8 +72,35 @@ class VQAPredictor:
         return {**batch, "answer": [one.text for one in said], "confidence": [one.confidence for one in said]}
 
     def predict(self, examples: Sequence[Example], task: str = "vqa") -> list[Completion]:
-        """Answers to examples, in their order."""
-        return self.engine.reply(examples, task, decoding=self.decoding_for(task), batch_size=self.batch_size)
+        """Answers to examples, in their order.
+
+        Raises:
+            UserError: a picture cannot be read, or a question is longer than the language model reads.
+        """
+        lengths = [self.check_length(example, task) for example in examples]
+        said: dict[int, Completion] = {}
+        for batch_size, chosen in (
+            (self.batch_size, [place for place, length in enumerate(lengths) if length <= _LONG]),
+            (1, [place for place, length in enumerate(lengths) if length > _LONG]),  # the others need no such padding
+        ):
+            if chosen:
+                asked = [examples[place] for place in chosen]
+                found = self.engine.reply(asked, task, decoding=self.decoding_for(task), batch_size=batch_size)
+                said |= zip(chosen, found, strict=True)
+        return [said[place] for place in range(len(examples))]
+
+    def check_length(self, example: Example, task: str) -> int:
+        """The tokens of an example's prompt.
+
+        Raises:
+            UserError: they are more than the language model reads, or no prompt can be made.
+        """
+        prompt = prompt_for(example, task, self.engine.assembly.prompts)
+        try:
+            self.engine.check_length(Request(prompt, example.images))
+        except UserError as error:
+            raise UserError(f"{example.where}: {error}") from None
+        return len(prompt.ids)
 
     def decoding_for(self, task: str) -> Decoding:
         """How tokens are chosen for "vqa" or "caption"."""
@@ -126,11 +156,16 @@ def run_batch(
         on_progress: called with (rows done, rows in all).
 
     Raises:
-        UserError: the input or a row is bad; what was answered before it is kept in `out`. Or what is in `out`
-            already was made by another adapter, with another decoding, for another task or from other rows.
+        UserError: the input is bad, or a row that can be told without opening its picture: nothing is answered. A
+            picture or a prompt is bad: what was answered before it is kept in `out`. Another job writes to `out`, or
+            what is in it was made by another adapter, with another decoding, for another task or from other rows. Or
+            its name is not that of JSON lines.
     """
     out = Path(out)
+    if out.suffix.lower() in _TABLES:
+        raise UserError(f"--out {out}: JSON lines are written, whatever the name; name it {out.stem}.jsonl")
     before = read_job(out)
+    _check_free(out)
     # What was read in an earlier sitting is read again, however few rows are asked for now: to compare it.
     reach = max(limit, before.rows if before else 0) if limit is not None else None
     data = read_data(source, task=task, need_answers=False, skip_bad_rows=skip_bad_rows, limit=reach, offline=offline)
@@ -144,12 +179,16 @@ def run_batch(
     asked = _first(rows, limit)
     counts = {"answer": 0, "error": 0}
     try:
-        done = _finished_rows(out, {row.row: row for row in rows})
-        waiting = [row for row in asked if row.row not in done]
         out.parent.mkdir(parents=True, exist_ok=True)
-        if before is None or job.rows > before.rows:
-            write_job(out, job)
-        with out.open("a", encoding="utf-8") as file:
+        with out.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a character is \\ud83d in JSON
+            if not lock(file):
+                raise UserError(_busy(out))
+            if read_job(out) != before:
+                raise UserError(f"--out {out}: another job wrote to it while this one read its input; start again")
+            done = _finished_rows(out, {row.row: row for row in rows})
+            waiting = [row for row in asked if row.row not in done]
+            if before is None or job.rows > before.rows:
+                write_job(out, job)
             for start in range(0, len(waiting), chunk):
                 part = waiting[start : start + chunk]
                 for kind in _answer_part(part, predictor, data.task, skip_bad_rows, file):
@@ -162,6 +201,21 @@ def run_batch(
         ) from error
     earlier = [done[row.row] for row in asked if row.row in done]
     return BatchReport(counts["answer"], earlier.count("answer"), counts["error"] + earlier.count("error"))
+
+
+def _check_free(out: Path) -> None:
+    """Say before the input is read that another job writes."""
+    try:
+        if out.exists():
+            with out.open("ab") as file:
+                if not lock(file):
+                    raise UserError(_busy(out))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
+
+
+def _busy(out: Path) -> str:
+    return f"--out {out}: another job is writing to it; wait until it ends, or name another file"
 
 
 def _job(data: DataSet, predictor: VQAPredictor) -> BatchJob:
@@ -214,20 +268,21 @@ def _answer_part(
             stop = blamed[first]
             good = [example for example in examples if example.row < first]
         answers = _answers(good, predictor, task)
-    written = []
+    lines, kinds = [], []
     for row in part:
         if row.row in answers:
             said = answers[row.row]
-            _write(file, row, {"answer": said.text, "confidence": said.confidence})
+            lines.append(_line(row, {"answer": said.text, "confidence": said.confidence}))
         elif row.row in faults:
-            _write(file, row, {"error": faults[row.row]})
+            lines.append(_line(row, {"error": faults[row.row]}))
         else:
             break  # the row to stop at
-        written.append("answer" if row.row in answers else "error")
+        kinds.append("answer" if row.row in answers else "error")
+    file.write("".join(lines))
     file.flush()
     if stop is not None:
         raise stop
-    return written
+    return kinds
 
 
 def _answers(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> dict[int, Completion]:
@@ -247,13 +302,13 @@ def _blamed(examples: Sequence[Example], predictor: VQAPredictor, task: str) -> 
         try:
             for image in example.images:
                 open_image(image, where=example.where)  # the row of its own, not the first that names the picture
-            prompt_for(example, task, predictor.engine.assembly.prompts)
+            predictor.check_length(example, task)
         except UserError as error:
             faults[example.row] = error
     return faults
 
 
-def _write(file: IO[str], row: Row, found: Mapping[str, str | float | None]) -> None:
+def _line(row: Row, found: Mapping[str, str | float | None]) -> str:
     line: dict[str, Any] = {"row": row.row}
     if isinstance(row, Example):
         line |= {"id": row.id, **_pictures(row)}
@@ -262,7 +317,7 @@ def _write(file: IO[str], row: Row, found: Mapping[str, str | float | None]) -> 
     line |= {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
     if isinstance(row, Example) and row.answers:
         line["reference"] = list(row.answers)
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _pictures(example: Example) -> dict[str, Any]:

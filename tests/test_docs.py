@@ -96,7 +96,7 @@ def draw_questions(folder: Path) -> None:
         shutil.copy(folder / "blue1.png", folder / f"{name}.jpg")
         with (folder / f"{name}.jpg").open("ab") as file:
             file.write(name.encode())  # pictures are told apart by their bytes
-    for name in ("my_data", "rooms_train", "rooms_val"):
+    for name in ("my_data", "my_test", "rooms_train", "rooms_val"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "captions.csv").write_text("image\nphoto.jpg\nthird.jpg\n")
 
@@ -155,7 +155,7 @@ def test_the_scores_shown_have_the_names_that_are_printed(
     in_workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("querybridge evaluate my_data.jsonl --adapter runs/mine --quiet", monkeypatch) == 0
-    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    printed = [line.split()[0] for line in capsys.readouterr().out.partition("\n\n")[0].splitlines()]
     page = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
     shown = re.search(r"^```\n(n +100\n.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     assert shown is not None

@@ -20,6 +20,7 @@ FLOORS = (  # from the lowest to the highest; the longest name that fits a file 
     ("adapters.catalogue", "adapters.overrides", "adapters.tasks", "adapters.recipe"),
     ("adapters.data.scenes",),
     ("adapters.data",),
+    ("adapters.choice",),
     ("adapters.evaluation",),
     ("adapters.features",),
     ("adapters.loading",),

@@ -14,6 +14,7 @@ from tiny import draw_data
 
 from adapters.data.examples import Example
 from adapters.data.readers import read_data
+from adapters.inference.answering import Completion
 from qformer.errors import UserError
 
 
@@ -42,6 +43,8 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class Knowing:
     """Answers rightly where it sees the picture."""
 
+    name = "knowing"
+
     def __init__(self) -> None:
         self.calls = 0
 
@@ -50,6 +53,9 @@ class Knowing:
         return [
             example.answers[0] if example.images[0].label.endswith(".png") else "nothing to see" for example in examples
         ]
+
+    def reply(self, examples: tuple[Example, ...] | list[Example], *_: Any, **__: Any) -> list[Completion]:
+        return [Completion(said, tokens=1, ended=True, log_prob=0.0) for said in self.answer(examples)]
 
 
 def test_a_stopped_training_goes_on_and_a_finished_one_is_left_alone(

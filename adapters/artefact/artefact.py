@@ -61,6 +61,8 @@ def adapter_fingerprint(assembly: Assembly) -> str:
     """
     recipe = _described(assembly.recipe, {"vision", "bridge", "language", "prompt"})
     state = trained_state(assembly.parts()) | assembly.model.language.lora_state()
+    if assembly.reader is not None:
+        state |= {f"reader.{name}": tensor for name, tensor in assembly.reader.state().items()}
     return _fingerprint_of([recipe, assembly.fingerprints], state)
 
 
@@ -75,6 +77,9 @@ def _described(recipe: Recipe, sections: set[str]) -> dict[str, Any]:
     found = recipe.model_dump(mode="json", include=sections)
     for tower in found["vision"]["towers"]:
         tower["difference"] = None
+    found["bridge"].pop("hide_queries")  # a matter of training
+    if found["bridge"]["reader"] is None:  # as fingerprints were before there were readers
+        found["bridge"].pop("reader")
     return found
 
 

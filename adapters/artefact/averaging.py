@@ -19,6 +19,7 @@ from torch import Tensor
 from adapters.artefact.artefact import read_recipe
 from adapters.artefact.card import write_card
 from adapters.artefact.facts import read_facts, save_facts
+from adapters.loading.reader import FILE as READER
 from qformer.atomic import whole_folder
 from qformer.errors import UserError
 
@@ -46,6 +47,12 @@ def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
     for folder, theirs in facts.items():
         if theirs.fingerprints != facts[first].fingerprints:
             raise UserError(f"{folder}: its frozen parts are not those of {first}; average adapters of one kind")
+    readers = {folder: (folder / READER).read_bytes() if (folder / READER).is_file() else None for folder in parts}
+    if other := next((folder for folder, reader in readers.items() if reader != readers[first]), None):
+        raise UserError(
+            f"{other}: its closed-form reader is not that of {first}, and readers have no mean; average adapters that"
+            " were trained on the same data, or without one (bridge.reader=null)"
+        )
     terms = tuple(dict.fromkeys(term for theirs in facts.values() for term in theirs.terms))
     averaged = {str(folder): share for folder, share in parts.items()}
     mean = replace(facts[first], terms=terms, metrics={}, averaged=averaged)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -15,7 +17,11 @@ def choice_letter(place: int) -> str:
 
 
 def normalise(answer: str) -> str:
-    """Lower case, underscores as spaces, single spaces, no full stop at the end."""
+    """Lower case, underscores as spaces, single spaces, no full stop at the end; full-width characters as plain ones.
+
+    Characters are in Unicode's form NFKC: "café" is the same whether é is one character or e with an accent after it.
+    """
+    answer = unicodedata.normalize("NFKC", answer)
     return " ".join(answer.lower().replace("_", " ").split()).rstrip(".").strip()
 
 

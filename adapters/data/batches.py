@@ -168,9 +168,9 @@ def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
     task = example.task or task
     if task == "caption":
         return prompts.caption(example.language, len(example.images), where=example.where)
-    if task == "vqa":
-        return prompts.vqa(example.question, len(example.images), where=example.where)
     asked: Any = {"context": example.context, "choices": example.choices, "where": example.where}
+    if task == "vqa":
+        return prompts.vqa(example.question, len(example.images), **asked)
     if task == "answer":
         return prompts.answer(example.question, len(example.images), rationale=example.rationale, **asked)
     return prompts.rationale(example.question, len(example.images), **asked)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.data.examples import Fault
+from adapters.data.duplicates import Copies, copies_between_rows
+from adapters.data.examples import Example, Fault
 from adapters.data.picture_scan import scan_pictures
 from adapters.data.readers import no_rows, read_rows
 from qformer.errors import UserError
@@ -62,6 +63,45 @@ def check_data(
     Raises:
         UserError: the file as a whole cannot be read, or holds no rows. Bad rows are reported, not raised.
     """
+    return _check(source, task, need_answers, offline, on_progress)[0]
+
+
+def check_pair(
+    train: str | Path,
+    val: str | Path,
+    *,
+    task: str | None = None,
+    need_answers: bool = True,
+    offline: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[DataCheck, DataCheck, Copies]:
+    """Check two files as `check_data` does, and find the pictures of the good rows that are in both.
+
+    Args:
+        train: what is, or was, learned from.
+        val: what is to be validated or tested on.
+        task: of both; if left out, inferred from the rows of each.
+        need_answers: as in `check_data`.
+        offline: do not fetch a packaged set.
+        on_progress: called with (pictures opened, pictures in all) of the one, of the other, and of both as they are
+            compared.
+
+    Raises:
+        UserError: as `check_data`, of either file.
+    """
+    first, learned = _check(train, task, need_answers, offline, on_progress)
+    second, asked = _check(val, task, need_answers, offline, on_progress)
+    return first, second, copies_between_rows(learned, asked, on_progress=on_progress)
+
+
+def _check(
+    source: str | Path,
+    task: str | None,
+    need_answers: bool,
+    offline: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[DataCheck, list[Example]]:
+    """What a data file holds, and its good rows."""
     found = read_rows(source, task=task, need_answers=need_answers, offline=offline)
     if not found.digests:
         raise UserError(no_rows(source))
@@ -69,7 +109,7 @@ def check_data(
     good, unreadable = opened.sort(found.examples)
     longest = max(good, key=lambda example: len(example.question), default=None)
     asks = longest is not None and longest.question != ""
-    return DataCheck(
+    checked = DataCheck(
         name=found.name,
         task=found.task if good else None,
         rows=len(found.digests),
@@ -81,3 +121,4 @@ def check_data(
         longest_question_row=longest.row if longest is not None and asks else 0,
         faults=tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row)),
     )
+    return checked, good

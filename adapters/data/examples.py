@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from adapters.data.image_ref import ImageRef
 from adapters.tasks import Mixed, Task
 from qformer.errors import UserError
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,10 @@ class Example:
         language: the language of the answers ("en" if the row does not say).
         row: the row's number in its file, counted from 1; 0 if it comes from none.
         task: set if rows of several tasks are learned from together; else the data set's.
-        context: of a row with reasons: text that is given besides the picture; "" if there is none.
-        choices: of such a row: what may be answered; empty if anything may.
-        rationale: of such a row: the reasons for the answer; "" if there are none.
-        kind: of such a row: what kind of question it is, if it says so.
+        context: text that is given with the question besides the picture; "" if there is none.
+        choices: what may be answered to the question; empty if anything may.
+        rationale: of a row with reasons: the reasons for the answer; "" if there are none.
+        kind: what kind of question it is, if the row says so.
         steps: of such a row: how many steps its reasoning has, if it says so.
         turn: which of an epoch's passes over its file this is, counted from 0.
     """
@@ -189,3 +192,10 @@ def _group_by_image(examples: Iterable[Example]) -> list[str]:
             low, high = sorted((root(first), root(other)))  # the least name leads, whatever the order of the rows
             parent[high] = low
     return [root(row[0]) for row in rows]
+
+
+def sample_evenly(items: Sequence[Item], most: int | None) -> tuple[Item, ...]:
+    """At most so many items, evenly over all: a mixture of files keeps its mixture."""
+    if most is None or len(items) <= most:
+        return tuple(items)
+    return tuple(items[index * len(items) // most] for index in range(most))

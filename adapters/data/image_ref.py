@@ -6,6 +6,8 @@ import base64
 import binascii
 import hashlib
 import io
+import os
+import urllib.parse
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +95,8 @@ class ImageRef:
                 raise UserError(f"{self.subject} is not a file: give the path of a picture")
             return self.path.open("rb")
         except FileNotFoundError:
-            raise UserError(f"{self.subject} is not there: correct the path or put the file there") from None
+            advice = windows_hint(self.label) or "correct the path or put the file there"
+            raise UserError(f"{self.subject} is not there: {advice}") from None
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
             raise UserError(f"{self.subject} cannot be read ({error}): give the path of a picture") from error
 
@@ -114,6 +117,9 @@ def image_ref(text: str, *, base: Path | None = None, where: str = "") -> ImageR
     if text.startswith("data:"):
         label = text if len(text) <= 48 else f"{text[:40]}… ({len(text)} characters)"
         return ImageRef(label, data=_data_uri_bytes(text, label, where), where=where)
+    if text.startswith("file:"):
+        named = urllib.parse.unquote(text.removeprefix("file:").removeprefix("//"))
+        raise UserError(at_place(where, f"image '{text}' is a file's address: write its path alone, {named}"))
     if "://" in text[:12]:
         raise UserError(at_place(where, f"image '{text}' is a web address: download it first and give its path"))
     path = Path(text).expanduser()
@@ -131,6 +137,15 @@ def _data_uri_bytes(text: str, label: str, where: str) -> bytes:
     if not data:
         raise UserError(at_place(where, f"image '{label}' holds no data: encode the picture again"))
     return data
+
+
+def windows_hint(label: str) -> str | None:
+    """What to do about a path that only Windows understands; None if it is none, or this is Windows."""
+    if os.sep == "\\" or "\\" not in label:
+        return None
+    if label[1:2] == ":":
+        return "it is a path of Windows: write where the file is on this machine"
+    return f"it is written as on Windows: write {label.replace(chr(92), '/')}"
 
 
 def at_place(where: str, message: str) -> str:

@@ -55,9 +55,9 @@ def open_image(source: ImageRef | Path | str | bytes | Image.Image, *, where: st
     """Decode one picture completely and return it as an upright RGB image in memory.
 
     An animation gives its first frame, EXIF rotation is applied, transparency lies on white, 16 bits a
-    channel are scaled to 8, and CMYK is converted by Pillow's plain formula (its colour profile is not used).
-    A JPEG of more than `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its size if it can be; any other
-    picture of more is refused before a pixel is decoded.
+    channel are scaled to 8 (in grey pictures from the 8, 12 or 16 bits that are used), and CMYK is converted by
+    Pillow's plain formula (its colour profile is not used). A JPEG of more than `MAX_PIXELS` is decoded at 1/2, 1/4 or
+    1/8 of its size if it can be; any other picture of more is refused before a pixel is decoded.
 
     Args:
         source: a reference, a path, a path or data URI as text, encoded bytes, or an image of Pillow.
@@ -118,11 +118,22 @@ def _finish(picture: Image.Image, subject: str, file: BinaryIO | None = None) ->
             f"{subject} has {width} x {height} = {width * height:,} pixels, over the cap of {MAX_PIXELS:,}: "
             "save it smaller"
         )
+    halved = _loses_bits(picture)
     try:
         picture.load()
-        return _to_rgb(_upright(picture))
+        rgb = _to_rgb(_upright(picture))
     except _DECODING_ERRORS as error:
         raise UserError(f"{subject} is cut short or damaged ({_reason(error)}): replace the file") from error
+    if halved and 0 < np.asarray(picture.convert("RGB")).max() < 16:
+        raise UserError(
+            f"{subject} uses 12 or fewer of its 16 bits a colour, and only the upper 8 are read: save it with 8 bits"
+        )
+    return rgb
+
+
+def _loses_bits(picture: Image.Image) -> bool:
+    """Whether 16 bits a channel become their upper 8 as the pixels are decoded, which Pillow does to colours."""
+    return picture.mode in ("RGB", "RGBA") and any(";16" in str(part[3]) for part in getattr(picture, "tile", ()))
 
 
 def _reduce_on_load(picture: Image.Image, file: BinaryIO | None) -> bool:
@@ -156,7 +167,8 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
-        picture = Image.fromarray(_scale_down(np.asarray(picture), 65535))
+        values = np.asarray(picture)
+        picture = Image.fromarray(_scale_down(values, _full_scale(values)))
     elif picture.mode in ("I", "F"):
         picture = Image.fromarray(_wide_to_grey(np.asarray(picture)))
     if picture.has_transparency_data:
@@ -169,6 +181,12 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return rgb
 
 
+def _full_scale(values: np.ndarray) -> int:
+    """What is white among samples of 16 bits: cameras and scanners often fill only the lower 12, and masks 8."""
+    largest = int(values.max(initial=0))
+    return next(white for white in (255, 4095, 65535) if largest <= white)
+
+
 def _scale_down(values: np.ndarray, largest: int) -> np.ndarray:
     """Map 0…largest to 0…255, rounded."""
     return ((values.astype(np.uint32) * 255 + largest // 2) // largest).astype(np.uint8)
@@ -177,7 +195,7 @@ def _scale_down(values: np.ndarray, largest: int) -> np.ndarray:
 def _wide_to_grey(values: np.ndarray) -> np.ndarray:
     """32-bit samples: 16-bit ones in a wide type are scaled as such; else least is black, greatest white."""
     if values.dtype.kind == "i" and values.min() >= 0 and 255 < values.max() <= 65535:
-        return _scale_down(values, 65535)
+        return _scale_down(values, _full_scale(values))
     # Integers and floats beyond that have no agreed range.
     values = np.nan_to_num(values.astype(np.float32), posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())

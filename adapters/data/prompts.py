@@ -69,12 +69,22 @@ class PromptStyle:
         question: wording around a question, with `{question}`; None takes the default of the model's kind.
         caption: wording of a request for a caption; None takes the default of the model's kind and the language.
         letters: choices are listed with letters, "(A) red (B) blue", and answered by them, "(A)", as ScienceQA's are.
+
+    Raises:
+        UserError: the wording around a question has no `{question}`.
     """
 
     system: str | None = None
     question: str | None = None
     caption: str | None = None
     letters: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a wording that would leave the question out."""
+        if self.question is not None and "{question}" not in self.question:
+            raise UserError(
+                f"prompt.question is '{self.question}', which asks nothing: write {{question}} where the question goes"
+            )
 
 
 def check_language(language: str) -> None:
@@ -123,9 +133,18 @@ class PromptBuilder:
         ids = self._tokens("a", special=True)
         return int(not self.has_template and bool(ids) and ids[-1] == self.tokenizer.eos_token_id)
 
-    def vqa(self, question: str, num_images: int = 1, *, where: str = "question") -> Prompt:
-        """The prompt of a question about pictures."""
-        return self._encode(self._question(question), num_images, where, question)
+    def vqa(
+        self,
+        question: str,
+        num_images: int = 1,
+        *,
+        context: str = "",
+        choices: Sequence[str] = (),
+        where: str = "question",
+    ) -> Prompt:
+        """The prompt of a question about pictures; choices have no letters, for they are answered in words."""
+        asked = self._asked(question, context, choices, where, letters=False)
+        return self._encode(self._question(asked), num_images, where, question)
 
     def chat(self, turns: Sequence[Turn]) -> Prompt:
         """The prompt of a conversation that ends with the user's turn; of one such turn, that of a question.
@@ -142,8 +161,9 @@ class PromptBuilder:
             raise UserError("messages: only the first may be the system's")
         said: list[dict[str, str]] = []
         for number, turn in enumerate(turns, start=1):
-            text = self._plain(self._question(turn.text) if turn.role == "user" else turn.text.strip())
-            said.append({"role": turn.role, "content": _marked(text, len(turn.images), f"message {number}")})
+            where = f"message {number}"
+            text = self._plain(self._question(turn.text) if turn.role == "user" else turn.text.strip(), where)
+            said.append({"role": turn.role, "content": _marked(text, len(turn.images), where)})
         count, instruction = sum(len(turn.images) for turn in turns), turns[-1].text
         if not self.has_template:
             around = {"system": "{}\n", "user": "{}", "assistant": " {}\n"}
@@ -205,7 +225,7 @@ class PromptBuilder:
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer, its end token included."""
-        answer = self._plain(answer)
+        answer = self._plain(answer, "answer")
         if not self.has_template:
             text = answer if self.is_encoder_decoder else " " + answer
             return [*self._tokens(text), self.tokenizer.eos_token_id]
@@ -222,14 +242,17 @@ class PromptBuilder:
         """Generated ids back to text, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _asked(self, question: str, context: str, choices: Sequence[str], where: str) -> str:
-        """A question with what belongs to it, a line each if there is a chat template."""
-        if self.style.letters and len(choices) > len(LETTERS):
+    def _asked(
+        self, question: str, context: str, choices: Sequence[str], where: str, *, letters: bool | None = None
+    ) -> str:
+        """A question with what belongs to it, a line each if there is a chat template; letters as the style says."""
+        letters = self.style.letters if letters is None else letters
+        if letters and len(choices) > len(LETTERS):
             raise UserError(f"{where}: {len(choices)} choices and {len(LETTERS)} letters; set prompt.letters to false")
         parts = [question.strip()]
         if context.strip():
             parts.append(f"Context: {context.strip()}")
-        if self.style.letters and choices:
+        if letters and choices:
             parts.append("Choices: " + " ".join(f"{choice_letter(n)} {choice}" for n, choice in enumerate(choices)))
         elif choices:
             parts.append(f"Choices: {', '.join(choices)}")
@@ -247,15 +270,23 @@ class PromptBuilder:
             )
         return wording.replace("{question}", question.strip())
 
-    def _plain(self, text: str) -> str:
+    def _plain(self, text: str, where: str) -> str:
         """Text that says nothing to the model but its words: what spells a control token is pulled apart.
 
         Else whoever writes a question could end it and begin a turn in another's name.
+
+        Raises:
+            UserError: it holds half a character, which no tokenizer reads.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start].encode(errors="backslashreplace").decode()
+            raise UserError(f"{where}: the text holds half a character ({half}): write the whole one") from None
         return self._control.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
 
     def _encode(self, text: str, num_images: int, where: str, instruction: str) -> Prompt:
-        text = _marked(self._plain(text), num_images, where)
+        text = _marked(self._plain(text, where), num_images, where)
         if self.has_template:
             messages = [{"role": "user", "content": text}]
             if self.style.system is not None:

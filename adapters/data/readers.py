@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -76,11 +77,12 @@ def read_data(
     Args:
         source: a `.jsonl`, `.json` (a list) or `.csv` file; "easy-vqa:train" or "easy-vqa:test"; or "FOLDER:SPLIT"
             of a folder of ScienceQA. Rows are {"image", "question", "answer"} or {"image", "caption"}; an answer may
-            be a list, which is kept whole, and so may "captions". A row with "rationale" is one of reasons, and
-            "context" and "choices" belong to its question, "kind" (a text) and "steps" (a whole number) to its
-            scores. "file_name" is read as "image" is, and "images" is a list of several, which `<image>` marks in the
-            question may place; "id" or "question_id" is kept, and "language"; other fields are ignored. A picture is
-            a path, absolute or relative to the data file, or a base64 data URI.
+            be a list, which is kept whole, and so may "captions". "kind" (a text) is the kind of question, for scores.
+            "context" and "choices" belong to the question, and the answer is one of the choices. A row with "rationale"
+            is one of reasons; "steps" (a whole number) belongs to its scores. "file_name" is read as "image" is, and
+            "images" is a list of several, which `<image>` marks in the question may place; "id" or "question_id" is
+            kept, and "language"; other fields are ignored. Two names of one field in a row make it bad. A picture is a
+            path, absolute or relative to the data file, or a base64 data URI.
         task: "vqa", "caption" or "reason"; None takes what the first good row's fields say. "vqa" reads rows of
             reasons as questions with answers alone.
         need_answers: False reads rows to be answered: answers may be absent, and a picture alone is a row
@@ -158,12 +160,17 @@ def read_rows(
     digests: list[str] = []
     found_task: Task | None = None
     settled_by: RawRow | None = None
-    for row in opened.rows:
+    rows = opened.rows
+    if task is None and not need_answers:
+        alone, settled_by = _pictures_alone(rows, limit)
+        rows = chain(alone, rows)
+        found_task = _tasks_in(settled_by)[0] if settled_by is not None else None
+    for row in rows:
         digests.append(_digest(row))
         try:
             if row.problem is not None:
                 raise BadRow(row.problem)
-            tasks = tasks_of(row.fields, need_answers=need_answers)
+            tasks = tasks_of(row.fields, need_answers=need_answers, asked=task)
             if found_task is None:
                 found_task, settled_by = _settle_task(task, tasks, row), row
             elif found_task not in tasks or (task is None and tasks[0] == "reason" != found_task):
@@ -175,6 +182,35 @@ def read_rows(
         if limit is not None and len(examples) == limit:
             break
     return ReadRows(opened.name, found_task, tuple(examples), tuple(faults), tuple(digests), opened.terms, pictures)
+
+
+def _pictures_alone(rows: Iterator[RawRow], limit: int | None) -> tuple[list[RawRow], RawRow | None]:
+    """Rows to be answered, up to the first that asks or captions something, which says what the file is for.
+
+    Only a file of pictures alone asks for captions: among questions, a picture alone lacks one.
+
+    Returns:
+        The rows that were taken, and the one that settles the task; None if the limit or the end comes before it.
+    """
+    taken: list[RawRow] = []
+    alone = 0
+    for row in rows:
+        taken.append(row)
+        tasks = _tasks_in(row)
+        if tasks and (tasks != ("caption",) or has_captions(row.fields)):
+            return taken, row
+        alone += len(tasks)
+        if alone == limit:
+            break
+    return taken, None
+
+
+def _tasks_in(row: RawRow) -> tuple[Task, ...]:
+    """What a row to be answered can be read as; () if it is bad."""
+    try:
+        return () if row.problem is not None else tasks_of(row.fields, need_answers=False)
+    except BadRow:
+        return ()
 
 
 def no_rows(source: str | Path) -> str:
@@ -196,7 +232,9 @@ def _settle_task(asked: str | None, tasks: tuple[Task, ...], row: RawRow) -> Tas
 def _stray(task: Task, among: Task, row: RawRow, settled_by: RawRow | None) -> str:
     """What is said of a row that is for another task than the file's, which an earlier row has settled."""
     if task == "caption" and among != "caption" and not has_captions(row.fields):
-        return "field 'question' is missing, which the rows before have: add it"
+        before = settled_by is None or settled_by.number < row.number
+        having = "the rows before have" if before or settled_by is None else f"{settled_by.where} has"
+        return f"field 'question' is missing, which {having}: add it"
     if among == "caption" and settled_by is not None and not has_captions(settled_by.fields):
         return (
             f"it has a question, but {settled_by.where}, a picture alone, asks for a caption: give that row a question"
@@ -218,6 +256,8 @@ def _complaint(faults: Sequence[Fault], good: int, skipping: bool) -> str:
     count = f"{len(faults)} of {len(faults) + good} rows are bad"
     if skipping:
         return f"{text}; {count}, so none are left"
+    if not good:
+        return f"{text}; {count}"
     return f"{text}; {count} (--skip-bad-rows leaves them out; in training, --set data.skip_bad_rows=true)"
 
 
@@ -238,6 +278,8 @@ def _fingerprint(task: Task, examples: Sequence[Example], pictures: Pictures) ->
         row = [example.id, example.question, example.answers, example.language, marks]
         if task == "reason":
             row += [example.context, example.choices, example.rationale]
+        elif example.context or example.choices:
+            row += [example.context, example.choices]
         sha.update(json.dumps(row).encode() + b"\n")
     return "sha256:" + sha.hexdigest()
 
@@ -251,8 +293,11 @@ def _open_file(path: Path) -> _Source:
         raise UserError(f"{path} is a folder of ScienceQA: name a split of it, such as {path}:train")
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
-        hint = f", such as {path / inside[0]}" if inside else f" ({', '.join(_SUFFIXES)})"
-        raise UserError(f"{path} is a folder: name the data file in it{hint}")
+        if not inside:
+            raise UserError(
+                f"{path} is a folder without a data file ({', '.join(_SUFFIXES)}): write one, a row a picture"
+            )
+        raise UserError(f"{path} is a folder: name the data file in it, such as {path / inside[0]}")
     if not there:
         raise UserError(f"data '{path}' is not there: {_suggestion(path)}")
     suffix = path.suffix.lower()

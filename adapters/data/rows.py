@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import json
+import math
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import Any
 
 from adapters.data.answers import normalise
 from adapters.data.examples import Example
-from adapters.data.formats import RawRow, kind_of, shorten
-from adapters.data.image_ref import ImageRef, image_ref
+from adapters.data.field_names import meant_for
+from adapters.data.formats import RawRow, kind_of, known_file, shorten
+from adapters.data.image_ref import ImageRef, image_ref, windows_hint
 from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK
 from adapters.tasks import Task
 from qformer.errors import UserError
@@ -24,6 +27,7 @@ ANSWER_FIELDS = ("answer", "answers")
 CAPTION_FIELDS = ("caption", "captions")
 ID_FIELDS = ("id", "question_id")
 RATIONALE_FIELD = "rationale"
+_LIST_AS_TEXT = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 _APART = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")  # punctuation apart from the words, as a word of its own
 # Formats that are known but not read yet: taking half of such a row would lose the rest in silence.
 _OTHER_FORMATS = {
@@ -41,7 +45,8 @@ class MissingImage(BadRow):
     """The row names a picture that is not there."""
 
     def __init__(self, label: str, path: Path) -> None:
-        super().__init__(f"image '{label}' is not there (looked for {path}): correct the path or add the file")
+        advice = "correct the path or add the file"
+        super().__init__(f"image '{label}' is not there (looked for {path}): {windows_hint(label) or advice}")
         self.label = label
 
 
@@ -99,11 +104,17 @@ def _cause(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def tasks_of(fields: Mapping[str, Any], *, need_answers: bool) -> tuple[Task, ...]:
+def tasks_of(fields: Mapping[str, Any], *, need_answers: bool, asked: str | None = None) -> tuple[Task, ...]:
     """Infer from a row's fields what it can be read as, what it is first; BadRow if it is neither VQA nor captions.
 
     A row with a rationale is one to reason about, and can be read as VQA, without it; so can one without, if it is to
     be answered.
+
+    Args:
+        fields: of the row.
+        need_answers: False for rows to be answered: then a picture alone asks for its caption.
+        asked: the task that the user names, if any. Only who names captions gets them of a row with an empty question,
+            or with a field that may be a question under another name.
     """
     other = next((name for name in _OTHER_FORMATS if name in fields), None)
     if other is not None:
@@ -115,15 +126,37 @@ def tasks_of(fields: Mapping[str, Any], *, need_answers: bool) -> tuple[Task, ..
         tasks += ["vqa"] if need_answers else ["vqa", "reason"]
     if has_captions(fields):
         tasks.append("caption")
-    if not tasks and not need_answers and not any(name in fields for name in ANSWER_FIELDS):
-        if near := difflib.get_close_matches("question", [str(name).lower() for name in fields], n=1, cutoff=0.8):
-            raise BadRow(f"field 'question' is missing, and there is '{near[0]}': is that it? Write 'question'")
-        tasks.append("caption")  # a picture alone asks for its caption
-    if not tasks:
-        found = ", ".join(map(str, fields)) or "nothing"
-        missing = "'question'" if any(name in fields for name in ANSWER_FIELDS) else "'question' or 'caption'"
-        raise BadRow(f"field {missing} is missing (found: {shorten(found, 80)}): {_wanted(need_answers)}")
+    if need_answers or any(name in fields for name in ANSWER_FIELDS):
+        if not tasks:
+            raise BadRow(_taskless(fields, need_answers))
+    elif not tasks and asked != "caption":
+        if whole := _whole_file(fields):
+            raise BadRow(whole)
+        if near := meant_for("question", fields):
+            raise BadRow(f"field 'question' is missing, and there is '{near}': is that it? Write 'question'")
+        if asked is not None:
+            raise BadRow("field 'question' is missing: add it, or ask for captions with --task caption")
+        tasks.append("caption")
+    elif asked == "caption" and "caption" not in tasks and not str(fields.get("question", "")).strip():
+        tasks.append("caption")
     return tuple(tasks)
+
+
+def _whole_file(fields: Mapping[str, Any]) -> str | None:
+    whole = known_file([name for name, value in fields.items() if isinstance(value, list)])
+    return f"this is a whole file, not a row: {whole}" if whole else None
+
+
+def _taskless(fields: Mapping[str, Any], need_answers: bool) -> str:
+    """What is said of a row with neither a question nor a caption."""
+    answered = any(name in fields for name in ANSWER_FIELDS)
+    names = ("question",) if answered else ("question", "caption")
+    if whole := _whole_file(fields):
+        return whole
+    found = shorten(", ".join(map(str, fields)) or "nothing", 80)
+    hints = [f"'{near}' to '{name}' if that is it" for name in names if (near := meant_for(name, fields))]
+    advice = f"rename {', or '.join(hints)}" if hints else _wanted(need_answers)
+    return f"field {' or '.join(map(repr, names))} is missing (found: {found}): {advice}"
 
 
 def has_captions(fields: Mapping[str, Any]) -> bool:
@@ -140,8 +173,8 @@ def read_row(row: RawRow, task: Task, pictures: Pictures, *, need_answers: bool)
     """Read one row as VQA, captions or a question with reasons.
 
     Raises:
-        BadRow: a field is missing, empty or of a wrong type, a picture is not there, the question's `<image>` marks
-            are not as many as the pictures, or the answer is none of the choices.
+        BadRow: a field is missing, empty, of a wrong type or there under two names, a picture is not there, the
+            question's `<image>` marks are not as many as the pictures, or the answer is none of the choices.
     """
     fields = row.fields
     labels = _images(fields)
@@ -159,10 +192,16 @@ def read_row(row: RawRow, task: Task, pictures: Pictures, *, need_answers: bool)
     if task == "caption":
         answers = tuple(close_up(answer) for answer in answers)
     id_field = _present(fields, ID_FIELDS, required=False)
-    own_id = _scalar(fields[id_field], id_field) if fields.get(id_field) is not None else str(row.number)
+    own_id = _scalar(fields[id_field], id_field) if id_field in fields else str(row.number)
     images = tuple(pictures.find(label, row.where) for label in labels)
-    example = Example(images, question, answers, row.where, own_id, language, row.number)
-    return replace(example, **_reasons(fields, answers)) if task == "reason" else example
+    kind = fields["kind"] if isinstance(fields.get("kind"), str) else None  # anything else goes by this name too
+    example = Example(images, question, answers, row.where, own_id, language, row.number, kind=kind)
+    if task == "reason":
+        return replace(example, **_asked_with(fields, answers), **_reasons(fields))
+    alone = task == "caption" or RATIONALE_FIELD in fields  # a row of reasons that is read as VQA is its question alone
+    if not alone and ("context" in fields or "choices" in fields):
+        return replace(example, **_asked_with(fields, answers))
+    return example
 
 
 def close_up(caption: str) -> str:
@@ -173,16 +212,14 @@ def close_up(caption: str) -> str:
     return _APART.sub(r"\1", caption).strip()
 
 
-def _reasons(fields: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, Any]:
-    """What only a row with reasons has; absent, null and "" are the same."""
-    context, rationale = (
-        _text(fields, name) if fields.get(name) not in (None, "") else "" for name in ("context", RATIONALE_FIELD)
-    )
+def _asked_with(fields: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, Any]:
+    """What belongs to a question beside its words, and the answers as choices; absent, null and "" are the same."""
+    context = _optional(fields, "context")
     choices: tuple[str, ...] = ()
     if (value := fields.get("choices")) is not None:
         if not isinstance(value, list):
             raise BadRow(f"'choices' is {kind_of(value)} ({shorten(value)}): write a list of texts")
-        choices = tuple(_scalar(item, "choices") for item in value)
+        choices = tuple(_answer(item, "choices") for item in value)
         if len(choices) < 2:
             raise BadRow(f"'choices' holds {len(choices)}: give at least two, or leave the field out")
         known = {normalise(choice): choice for choice in choices}
@@ -190,15 +227,20 @@ def _reasons(fields: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, A
             if normalise(answer) not in known:
                 raise BadRow(f"the answer '{shorten(answer)}' is none of the choices ({_listed(choices)}): correct one")
         answers = tuple(known[normalise(answer)] for answer in answers)  # in the very words of the choice
-    kind, steps = fields.get("kind"), fields.get("steps")  # for scores by group; anything else goes by these names too
+    return {"answers": answers, "context": context, "choices": choices}
+
+
+def _reasons(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What only a row with reasons has; absent, null and "" are the same."""
+    steps = fields.get("steps")  # for scores by group; anything else goes by this name too
     return {
-        "answers": answers,
-        "context": context,
-        "choices": choices,
-        "rationale": rationale,
-        "kind": kind if isinstance(kind, str) else None,
+        "rationale": _optional(fields, RATIONALE_FIELD),
         "steps": steps if isinstance(steps, int) and not isinstance(steps, bool) else None,
     }
+
+
+def _optional(fields: Mapping[str, Any], name: str) -> str:
+    return _text(fields, name) if fields.get(name) not in (None, "") else ""
 
 
 def _listed(choices: tuple[str, ...]) -> str:
@@ -208,8 +250,6 @@ def _listed(choices: tuple[str, ...]) -> str:
 def _images(fields: Mapping[str, Any]) -> list[str]:
     """The pictures a row names, in order: a text, or a list of texts under either name."""
     name = _present(fields, IMAGE_FIELDS)
-    if name != "images" and "images" in fields:
-        raise BadRow(f"the row has both '{name}' and 'images': keep one of them")
     value = fields[name]
     if not isinstance(value, list):
         return [_text(fields, name)]
@@ -223,14 +263,16 @@ def _images(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _present(fields: Mapping[str, Any], names: tuple[str, ...], *, required: bool = True) -> str:
-    """Return the first of the names that the row has, else the first name if the field may be absent."""
-    for name in names:
-        if name in fields:
-            return name
-    if required:
+    """Return the one of the names that the row has, else the first name if the field may be absent."""
+    there = [name for name in names if name in fields]
+    if len(there) > 1:
+        raise BadRow(f"the row has both '{there[0]}' and '{there[1]}': keep one of them")
+    if not there and required:
         found = shorten(", ".join(map(str, fields)) or "nothing", 80)
-        raise BadRow(f"field '{names[0]}' is missing or empty (found: {found}): add it")
-    return names[0]
+        near = meant_for(names[0], fields)
+        advice = f"rename '{near}' to '{names[0]}' if that is it" if near else "add it"
+        raise BadRow(f"field '{names[0]}' is missing or empty (found: {found}): {advice}")
+    return there[0] if there else names[0]
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
@@ -248,13 +290,23 @@ def _texts(value: object, name: str, needed: bool) -> tuple[str, ...]:
         values = [item for item in values if item is not None and item != ""]
     elif not values:
         raise BadRow(f"'{name}' is an empty list: give at least one")
-    return tuple(_scalar(item, name) for item in values)
+    return tuple(_answer(item, name) for item in values)
+
+
+def _answer(value: object, name: str) -> str:
+    """A text to learn or to compare: without space at its ends, and with composed letters, so that equals are equal."""
+    text = _scalar(value, name).strip()
+    if text.startswith("[") and _LIST_AS_TEXT.fullmatch(text):
+        raise BadRow(f'\'{name}\' holds a list written as text ({shorten(text)}): write a JSON list ["…", "…"]')
+    return unicodedata.normalize("NFC", text)
 
 
 def _scalar(value: object, name: str) -> str:
     """Take text, and a number as the text it is written as ("how many?" has such answers)."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"'{name}' holds {kind_of(value)} ({shorten(value)}): write text in quotes")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"'{name}' holds {json.dumps(value)}, which is no number: write text in quotes, or leave it out")
     if not str(value).strip():
         raise BadRow(f"'{name}' is empty: fill it in")
     return str(value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features.cache import FeatureCache
-from adapters.loading.reader import VECTORS, Reader, Scores
+from adapters.loading.reader import Reader, Scores, vectors_read
 from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side
 from adapters.recipe import LoraSection, Recipe, Sources, load_recipe
 from qformer.decoding import Decoding
@@ -99,8 +99,8 @@ class Assembly:
 
     @property
     def reads_instructions(self) -> bool:
-        """Whether a picture's vectors depend on the question (InstructBLIP, or a reader), so that none are shared."""
-        return self.vision_side.reads_instructions or self.recipe.bridge.reader is not None
+        """Whether a picture's vectors depend on the question: the bridge reads it (InstructBLIP), or the reader."""
+        return self.vision_side.reads_instructions or self.recipe.bridge.reader == "answers"
 
     def parts(self) -> Mapping[str, nn.Module]:
         """The modules that are trained, LoRA apart, by name."""
@@ -192,7 +192,7 @@ def assemble(
         projection.to(device),
         language,
         heads=vision_side.heads,
-        read_vectors=VECTORS if recipe.bridge.reader is not None else 0,
+        read_vectors=vectors_read(recipe.bridge.reader),
         hide_queries=recipe.bridge.hide_queries,
     )
     prompts = PromptBuilder(

@@ -226,6 +226,11 @@ def build_bridge(section: BridgeSection, feature_norm: FeatureNorm) -> QFormer |
     Raises:
         UserError: a simpler bridge with what only the Q-Former has.
     """
+    if section.hide_queries and section.reader is None:
+        raise UserError(
+            f"bridge.hide_queries={section.hide_queries:g}: without a reader the LLM would see nothing; set it to 0, or"
+            " set bridge.reader"
+        )
     config = bridge_config(section, feature_norm.width)
     if section.kind == "qformer":
         return QFormer(config)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from adapters.loading.assembly import lora_settings
+from adapters.loading.reader import vectors_read
 from adapters.loading.vision_side import build_bridge
 from adapters.memory.known_models import find_config
 from adapters.recipe import LanguageSection, Recipe, TowerSection
@@ -62,7 +63,15 @@ def build_meta_model(
         heads = Heads(bridge.config) if recipe.bridge.text_branch else None
     if bridge.embeddings is not None and recipe.bridge.start is not None:
         bridge.embeddings.words.requires_grad_(False)  # as when they are loaded
-    return VisionLanguageModel(encoders, feature_norm, bridge, projection, language, heads=heads)
+    return VisionLanguageModel(
+        encoders,
+        feature_norm,
+        bridge,
+        projection,
+        language,
+        heads=heads,
+        read_vectors=vectors_read(recipe.bridge.reader),
+    )
 
 
 def _image_encoder(section: TowerSection, key: str, dtype: torch.dtype) -> ImageEncoder:

@@ -32,7 +32,10 @@ class RunState:
         step: optimiser steps taken.
         epoch: the epoch under way, from 0.
         offset: steps taken within it.
+        total: steps of the whole run; None before it was decided.
         best: the best validation score so far, higher is better; None before the first.
+        best_step: the step of that validation.
+        smoothed: the running mean of the validation scores.
         stale: validations since then.
         stopped_early: patience ran out, so there is nothing left to do.
         seconds: time spent training, over all sittings.
@@ -46,7 +49,10 @@ class RunState:
     step: int = 0
     epoch: int = 0
     offset: int = 0
+    total: int | None = None
     best: float | None = None
+    best_step: int = 0
+    smoothed: float | None = None
     stale: int = 0
     stopped_early: bool = False
     seconds: float = 0.0

@@ -13,12 +13,14 @@ from torch import nn
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts, read_facts
 from adapters.data.batches import Step, TokenisedPicture, plan_validation, tokenise
+from adapters.data.examples import Example, sample_evenly
 from adapters.data.views import all_views
 from adapters.loading.assembly import Assembly, assemble
 from adapters.training.alignment import align_words
 from adapters.training.checkpoint import RunState
+from adapters.training.controls import fixed_controls
 from adapters.training.reader_fit import FittedReader, fit_reader
-from adapters.training.run_data import sample_evenly
+from adapters.training.run_data import report_copies
 from adapters.training.self_critical import SelfCriticalSampler, check_self_critical
 from adapters.training.setup import Opened, dtype_of, encode_pictures, facts_of, optimiser_of, position_of, take_over
 from adapters.training.start import has_lora
@@ -41,6 +43,7 @@ class FineTuning:
         validation: tokenised validation data.
         row_tokens: the longest sequence that several questions share; 0 if each has its own.
         fitted: the closed-form reader with its left-out scores, if the recipe has one.
+        controls: scores of what the run does not change (`adapters.training.controls.fixed_controls`).
         text_side: keeps the bridge's text side, if the recipe says so.
         sampler: samples captions, if they are trained by CIDEr.
     """
@@ -55,6 +58,7 @@ class FineTuning:
     validation: Step
     row_tokens: int
     fitted: FittedReader | None
+    controls: dict[str, float]
     text_side: TextSideKeeper | None
     sampler: SelfCriticalSampler | None
 
@@ -90,16 +94,14 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     images += [image for data in (opened.train, opened.val) for row in data.examples for image in row.images]
     encode_pictures(opened, assembly.caches, images)
 
+    if not opened.quiet and opened.state is None:
+        report_copies(opened.train, opened.val)
     model.language.label_smoothing = train.label_smoothing
     if opened.state is None and start is None:
         seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
         model.feature_norm.standardise(assembly.features(sample_evenly(seen, 256)))
     fresh = begun is None or read_facts(begun).kind != "language"  # the first stage leaves a fresh projection
-    fitted = fit_reader(assembly, pictures) if recipe.bridge.reader is not None else None
-    if fitted is not None:
-        assembly.reader = fitted.reader
-        if not opened.quiet:
-            print(fitted, file=sys.stderr)
+    fitted = _fit(opened, assembly, pictures) if recipe.bridge.reader is not None else None
     if opened.state is None and fresh and train.align_steps and not assembly.vision_side.reads_instructions:
         _align(opened, assembly, pictures)
     optimiser = optimiser_of(model, recipe)
@@ -136,9 +138,26 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         validation,
         row_tokens,
         fitted,
+        fixed_controls(assembly, pictures, opened.train.examples, _questions(opened)),
         text_side,
         sampler,
     )
+
+
+def _fit(opened: Opened, assembly: Assembly, pictures: Sequence[TokenisedPicture]) -> FittedReader | None:
+    """Fit the reader and give it to the assembly; data that suit none are trained on without one."""
+    fitted = fit_reader(assembly, pictures, questions=opened.recipe.bridge.reader == "answers")
+    if fitted is not None:
+        assembly.reader = fitted.reader
+    else:
+        assembly.model.hide_queries = 0.0  # else the LLM would see nothing of some pictures
+    if not opened.quiet:
+        print(fitted or "no closed-form reader: the answers are too few, or too different to score", file=sys.stderr)
+    return fitted
+
+
+def _questions(opened: Opened) -> list[Example]:
+    return [example for example in opened.val.examples if (example.task or opened.recipe.task) == "vqa"]
 
 
 def _align(opened: Opened, assembly: Assembly, pictures: Sequence[TokenisedPicture]) -> None:

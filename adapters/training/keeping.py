@@ -13,6 +13,7 @@ from adapters.artefact.facts import Facts
 from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import VisionSide
 from adapters.training.checkpoint import RunState, generators_of_all, save_state
+from adapters.training.controls import describe_controls
 from adapters.training.reporting import Reporter
 from adapters.training.run_data import Result, note_validation
 from adapters.training.run_folder import open_run_folder
@@ -77,6 +78,11 @@ class RunKeeper:
         if not finished and self.opened.accelerator.is_main_process:
             self._save_state(generators)
             report.say(f"stopped at step {position.step} of {total}; --resume goes on from there")
+        if finished:
+            for line in describe_controls(
+                position.metrics, step=position.best_step, total=total, stopped_early=position.stopped_early
+            ):
+                report.say(line)
         metrics = {**position.metrics, "peak_memory_gib": report.memory.peak_gib}
         return Result(self.folder, self.folder / "best", position.step, metrics, finished)
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from adapters.artefact.facts import Facts
 from adapters.data.caption_batches import CaptionedPicture, group_captions
+from adapters.data.examples import sample_evenly
 from adapters.data.views import all_views
 from adapters.loading.assembly import chosen_dtype
 from adapters.loading.vision_side import VisionSide, load_vision_side
 from adapters.training.checkpoint import RunState
-from adapters.training.run_data import sample_evenly
 from adapters.training.setup import Opened, dtype_of, encode_pictures, facts_of, optimiser_of, position_of, take_over
 from qformer.errors import UserError
 from qformer.representation import RepresentationModel

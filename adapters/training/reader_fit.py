@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from adapters.data.batches import TokenisedPicture
+from adapters.data.examples import sample_evenly
 from adapters.data.image_ref import ImageRef
 from adapters.loading.assembly import Assembly
-from adapters.loading.reader import SPELLED, Reader, Scores, ngrams_of, question_numbers
+from adapters.loading.reader import SPELLED, AnswerReader, Reader, Scores, ngrams_of, question_numbers
 from adapters.training.alignment import distinctive_names, is_word, names_in
-from adapters.training.run_data import sample_evenly
 from qformer.ridge_reader import NameRidge, PairRidge, PictureNumbers
 
-MOST_PAIRS = 4000  # time grows by the cube: about a minute on one core
+MOST_PAIRS = 3000  # time grows by the cube: about 15 s on one core
 MOST_NAMES = 512
 MOST_MAPPED = 512  # pictures that the map to numbers is fitted to
 _CHUNK = 64  # pictures whose features are in memory at once
 _FEWEST = 10
+
+Look = Callable[[Sequence[ImageRef]], Sequence[Tensor]]
+"""Pictures to what is read of them, [B, P_i, D_i] each, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -30,89 +33,179 @@ class FittedReader:
 
     Attributes:
         reader: the reader.
-        pairs: how many pairs of picture and question it was fitted to, of how many.
-        hit_rate: how often the likeliest answer of a pair is right if its picture is left out.
+        line: one sentence for the run to print.
         names: left-out scores of names by the picture's digest, each [W].
-        answers: left-out scores of answers by the picture's digest and the question, each [K].
+        answers: left-out scores of answers by the picture's digest and the question, each [K]; empty if the reader
+            reads no questions.
     """
 
     reader: Reader
-    pairs: tuple[int, int]
-    hit_rate: float
+    line: str
     names: Mapping[str, Tensor]
     answers: Mapping[tuple[str, str], Tensor]
 
     def left_out(self, images: Sequence[ImageRef], questions: Sequence[str]) -> Scores | None:
         """Scores of training pairs by all other pictures; None if one of them was not fitted to."""
-        keys = [(image.digest(), question) for image, question in zip(images, questions, strict=True)]
+        digests = [image.digest() for image in images]
+        keys = list(zip(digests, questions, strict=True))
+        if not all(digest in self.names for digest in digests):
+            return None
+        if self.reader.answers is None:
+            return Scores(torch.stack([self.names[digest] for digest in digests]), None)
         if not all(key in self.answers for key in keys):
             return None
-        names = torch.stack([self.names[digest] for digest, _ in keys])
-        return Scores(names, torch.stack([self.answers[key] for key in keys]))
-
-    def __str__(self) -> str:
-        fitted, all_pairs = self.pairs
-        some = "" if fitted == all_pairs else f" (of {all_pairs})"
-        return (
-            f"closed-form reader: right on {self.hit_rate:.0%} of {fitted}{some} training questions, each with its"
-            " picture left out"
+        return Scores(
+            torch.stack([self.names[digest] for digest in digests]), torch.stack([self.answers[key] for key in keys])
         )
 
+    def __str__(self) -> str:
+        return self.line
 
-@torch.no_grad()
-def fit_reader(assembly: Assembly, pictures: Sequence[TokenisedPicture]) -> FittedReader | None:
-    """Fit a reader to tokenised questions; None if there are too few of them, or too many different answers.
 
-    At most `MOST_PAIRS` pairs are fitted, of pictures evenly over the data; the others are scored as new ones are.
+@dataclass(frozen=True)
+class _Pairs:
+    """Training questions about single pictures, as a regression takes them.
+
+    Attributes:
+        images: the M images of those that are fitted, each once, evenly over the data.
+        questions: the U texts.
+        keys: N pairs of an image's digest and a question's text.
+        rows: [N, 2] long, a row of `images` and one of `questions`.
+        answers: K answers, as token ids.
+        wanted: [N, K], each row a distribution.
+        whole: how many pairs the data have.
     """
+
+    images: Sequence[ImageRef]
+    questions: Sequence[str]
+    keys: Sequence[tuple[str, str]]
+    rows: Tensor
+    answers: Sequence[tuple[int, ...]]
+    wanted: Tensor
+    whole: int
+
+
+def _gather(pictures: Sequence[TokenisedPicture]) -> _Pairs | None:
+    """At most `MOST_PAIRS` pairs; None if there are too few of them, or too many different answers."""
     single = [picture for picture in pictures if len(picture.images) == 1]
     whole = sum(len(picture.questions) for picture in single)
     chosen = sample_evenly(single, max(1, len(single) * MOST_PAIRS // whole)) if whole > MOST_PAIRS else tuple(single)
-    pairs = [(picture, question) for picture in chosen for question in picture.questions]
+    pairs = [(picture.images[0], question) for picture in chosen for question in picture.questions]
     answers = sorted({answer for _, question in pairs for answer in question.answers})
     if len(pairs) < _FEWEST or not 2 <= len(answers) <= max(_FEWEST, len(pairs) * 3 // 4):
         return None
-    images = list({picture.images[0].digest(): picture.images[0] for picture in chosen}.values())
-    row_of = {image.digest(): row for row, image in enumerate(images)}
-    numbers_of = PictureNumbers.fit(assembly.features(sample_evenly(images, MOST_MAPPED)))
-    chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
-    numbers = torch.cat([numbers_of([tower.cpu() for tower in assembly.features(chunk)]) for chunk in chunks])
-
-    names, said = _names(assembly, chosen, row_of)
-    name_ridge, left_names = NameRidge.fit(numbers, said)
-    tokenizer = assembly.prompts.tokenizer
+    images = list({image.digest(): image for image, _ in pairs}.values())
     questions = list(dict.fromkeys(question.instruction for _, question in pairs))
+    keys = [(image.digest(), question.instruction) for image, question in pairs]
+    row_of = {image.digest(): row for row, image in enumerate(images)}
     place_of = {question: place for place, question in enumerate(questions)}
-    ngrams, rarity = _ngrams([question.instruction for _, question in pairs], tokenizer)
-    rows = torch.tensor([[row_of[picture.images[0].digest()], place_of[q.instruction]] for picture, q in pairs])
-    wanted = torch.zeros(len(pairs), len(answers))
     column = {answer: index for index, answer in enumerate(answers)}
+    wanted = torch.zeros(len(pairs), len(answers))
     for row, (_, question) in enumerate(pairs):
         for answer in question.answers:
             wanted[row, column[answer]] += 1 / len(question.answers)
-    asked = question_numbers(questions, ngrams, rarity, tokenizer)
-    pair_ridge, left_answers = PairRidge.fit(numbers, asked, rows, wanted)
-    reader = Reader(
-        numbers_of, name_ridge, pair_ridge, _name_vectors(assembly, names), _spelled(assembly, answers), ngrams, rarity
-    )
+    rows = torch.tensor([[row_of[digest], place_of[question]] for digest, question in keys])
+    return _Pairs(images, questions, keys, rows, answers, wanted, whole)
+
+
+@torch.no_grad()
+def fit_reader(
+    assembly: Assembly, pictures: Sequence[TokenisedPicture], *, questions: bool = True
+) -> FittedReader | None:
+    """Fit a reader to tokenised questions; None if there are too few of them, or too many different answers.
+
+    At most `MOST_PAIRS` pairs are fitted, of pictures evenly over the data; the others are scored as new ones are.
+
+    Args:
+        assembly: its towers and its LLM's embeddings are used.
+        pictures: tokenised training data.
+        questions: read the likely answer to each question too.
+    """
+    single = [picture for picture in pictures if len(picture.images) == 1]
+    if (pairs := _gather(pictures)) is None:
+        return None
+    named = sample_evenly(single, MOST_PAIRS)
+    images = list({picture.images[0].digest(): picture.images[0] for picture in named}.values())
+    numbers_of, numbers = _numbers(assembly.features, images, places=True)
+    names, said = _names(assembly, named, images)
+    name_ridge, left_names = NameRidge.fit(numbers, said)
+    reader = Reader(numbers_of, name_ridge, _name_vectors(assembly, names))
+    by_digest = {image.digest(): scores for image, scores in zip(images, left_names, strict=True)}
+    if not questions:
+        line = f"closed-form reader: {len(names)} names of {len(images)} pictures"
+        return FittedReader(reader, line, by_digest, {})
+    known = {image.digest(): row for row, image in enumerate(images)}
+    if all(image.digest() in known for image in pairs.images):
+        numbers = numbers[[known[image.digest()] for image in pairs.images]]
+    else:
+        numbers = _apply(assembly.features, numbers_of, pairs.images)
+    ngrams, rarity = _ngrams([question for _, question in pairs.keys], assembly.prompts.tokenizer)
+    asked = question_numbers(pairs.questions, ngrams, rarity, assembly.prompts.tokenizer)
+    ridge, left_answers = PairRidge.fit(numbers, asked, pairs.rows, pairs.wanted)
+    hits = (left_answers.argmax(dim=1) == pairs.wanted.argmax(dim=1)).float().mean().item()
+    some = "" if len(pairs.keys) == pairs.whole else f" (of {pairs.whole})"
     return FittedReader(
-        reader,
-        (len(pairs), whole),
-        (left_answers.argmax(dim=1) == wanted.argmax(dim=1)).float().mean().item(),
-        {digest: left_names[row] for digest, row in row_of.items()},
-        {
-            (picture.images[0].digest(), question.instruction): left_answers[row]
-            for row, (picture, question) in enumerate(pairs)
-        },
+        replace(reader, answers=AnswerReader(ridge, _spelled(assembly, pairs.answers), ngrams, rarity)),
+        f"closed-form reader: right on {hits:.0%} of {len(pairs.keys)}{some} training questions, each with its picture"
+        " left out",
+        by_digest,
+        dict(zip(pairs.keys, left_answers, strict=True)),
     )
+
+
+@torch.no_grad()
+def probe_answers(
+    assembly: Assembly,
+    pictures: Sequence[TokenisedPicture],
+    asked: Sequence[tuple[ImageRef, str]],
+    *,
+    look: Look | None = None,
+) -> list[str] | None:
+    """Answers of a linear probe: ridge regression from a picture's mean and maximum, and the question's words.
+
+    It has no bridge and no LLM, so it says what the frozen features alone are worth.
+
+    Args:
+        assembly: its towers, and its tokenizer for the questions.
+        pictures: tokenised training data.
+        asked: pictures with a question each.
+        look: gives what is pooled of pictures; left out, the first tower's features.
+
+    Returns:
+        An answer to each; None if the training data do not suit a probe.
+    """
+    if (pairs := _gather(pictures)) is None:
+        return None
+    tokenizer = assembly.prompts.tokenizer
+    look = look or (lambda images: assembly.features(images)[:1])
+    numbers_of, numbers = _numbers(look, pairs.images, places=False)
+    ngrams, rarity = _ngrams([question for _, question in pairs.keys], tokenizer)
+    known = question_numbers(pairs.questions, ngrams, rarity, tokenizer)
+    ridge, _ = PairRidge.fit(numbers, known, pairs.rows, pairs.wanted)
+    new = _apply(look, numbers_of, [image for image, _ in asked])
+    scores = ridge(new, question_numbers([question for _, question in asked], ngrams, rarity, tokenizer))
+    texts = [assembly.prompts.decode(answer) for answer in pairs.answers]
+    return [texts[index] for index in scores.argmax(dim=1).tolist()]
+
+
+def _numbers(look: Look, images: Sequence[ImageRef], *, places: bool) -> tuple[PictureNumbers, Tensor]:
+    """A map from features to numbers, fitted to some of the images, and all their numbers [M, r]."""
+    fitted = PictureNumbers.fit(look(sample_evenly(images, MOST_MAPPED)), places=places)
+    return fitted, _apply(look, fitted, images)
+
+
+def _apply(look: Look, numbers_of: PictureNumbers, images: Sequence[ImageRef]) -> Tensor:
+    chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+    return torch.cat([numbers_of(look(chunk)) for chunk in chunks])
 
 
 def _names(
-    assembly: Assembly, pictures: Sequence[TokenisedPicture], row_of: Mapping[str, int]
+    assembly: Assembly, pictures: Sequence[TokenisedPicture], images: Sequence[ImageRef]
 ) -> tuple[list[tuple[int, ...]], Tensor]:
     """Names that tell pictures apart, and which of them each picture's answers say, [M, W]."""
     bags = [names_in(assembly, picture) for picture in pictures]
     names = distinctive_names(bags, partial(is_word, assembly.prompts.tokenizer))
+    row_of = {image.digest(): row for row, image in enumerate(images)}
     said = torch.zeros(len(row_of), len(names))
     column = {name: index for index, name in enumerate(names)}
     for picture, bag in zip(pictures, bags, strict=True):

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from adapters.data.examples import Example
 from qformer.errors import UserError
 
 
@@ -61,7 +62,8 @@ class Reporter:
     """Reports a run of `total` steps into `folder`. On a terminal a bar; elsewhere a line every few seconds.
 
     Args:
-        folder: the run's folder; metrics.jsonl, tensorboard/ and loss.png are written there. None writes nothing.
+        folder: the run's folder; metrics.jsonl, tensorboard/, loss.png, samples.png and samples.jsonl are
+            written there. None writes nothing.
         total: steps of the whole run.
         device: where the model is; tells whose memory is watched.
         start: steps already taken.
@@ -90,6 +92,7 @@ class Reporter:
             with _written(folder):
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
                 _cut_after(folder / "metrics.jsonl", start)
+                _cut_after(folder / "samples.jsonl", start)
 
     def __enter__(self) -> Reporter:
         self.memory.start()
@@ -134,6 +137,17 @@ class Reporter:
         """One validation's figures."""
         self._write(step, values)
         self.say(f"step {step}: " + " · ".join(f"{name} {value:.3f}" for name, value in values.items()))
+
+    def samples(self, step: int, examples: Sequence[Example], texts: Sequence[str]) -> None:
+        """A few predictions of a validation with their pictures: samples.png, samples.jsonl and TensorBoard."""
+        if self.folder is None:
+            return
+        from adapters.training.samples import save_samples
+
+        with _written(self.folder):
+            sheet = save_samples(self.folder, step, examples, texts)
+            if self._board is not None:
+                self._board.add_image("samples", sheet, step, dataformats="HWC")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.folder is None:

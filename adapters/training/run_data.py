@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 
+from adapters.data.duplicates import copies_between
 from adapters.data.examples import DataSet
 from adapters.data.image_ref import ImageRef
 from adapters.features.cache import FeatureCache
@@ -18,6 +19,7 @@ from adapters.training.checkpoint import RunState
 from adapters.training.reporting import Reporter
 
 Item = TypeVar("Item")
+NEWEST_SHARE = 0.7  # of the newest validation in the running mean that weights are chosen by
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,6 @@ class Result:
     steps: int
     metrics: dict[str, float]
     finished: bool
-
-
-def sample_evenly(items: Sequence[Item], most: int | None) -> tuple[Item, ...]:
-    """At most so many items, evenly over all: a mixture of files keeps its mixture."""
-    if most is None or len(items) <= most:
-        return tuple(items)
-    return tuple(items[index * len(items) // most] for index in range(most))
 
 
 def fill_caches(
@@ -76,7 +71,7 @@ def note_validation(position: RunState, score: float, metrics: dict[str, float],
 
     Args:
         position: changed in place.
-        score: higher is better.
+        score: higher is better; a running mean of it decides.
         metrics: what was measured.
         patience: validations without a gain before stopping.
 
@@ -84,12 +79,20 @@ def note_validation(position: RunState, score: float, metrics: dict[str, float],
         Whether this one is the best.
     """
     score = broadcast_from_main(score)
+    if position.smoothed is not None:  # one lucky validation does not choose
+        score = NEWEST_SHARE * score + (1 - NEWEST_SHARE) * position.smoothed
+    position.smoothed = score
     if position.best is None or score > position.best:
-        position.best, position.stale, position.metrics = score, 0, metrics
+        position.best, position.best_step, position.stale, position.metrics = score, position.step, 0, metrics
         return True
     position.stale += 1
     position.stopped_early = patience is not None and position.stale >= patience
     return False
+
+
+def steps_between_validations(total: int) -> int:
+    """For a recipe that does not say: four validations a run, and one every 200 steps at least."""
+    return min(200, -(-total // 4))
 
 
 def report_terms(terms: Iterable[str]) -> None:
@@ -97,6 +100,21 @@ def report_terms(terms: Iterable[str]) -> None:
     if bound := list(dict.fromkeys(terms)):
         print(
             f"the image encoder was trained on data whose terms this run inherits: {'; '.join(bound)}", file=sys.stderr
+        )
+
+
+def report_copies(train: DataSet, val: DataSet) -> None:
+    """Say on stderr which validation pictures are in training too, near copies included: scores on them mislead."""
+    images = ((image for row in data.examples for image in row.images) for data in (train, val))
+    copies = copies_between(*images)
+    for line in copies.unreadable[:3]:
+        print(f"not compared: {line}", file=sys.stderr)
+    if copies.pairs:
+        shown = "; ".join(f"{copy.test} ({copy.how}: {copy.train})" for copy in copies.pairs[:3])
+        print(
+            f"{len(copies.pairs)} validation pictures are in the training data too, so scores flatter: {shown}"
+            f"{' …' if len(copies.pairs) > 3 else ''}; take them out of one of the two (querybridge data check)",
+            file=sys.stderr,
         )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts
-from adapters.data.examples import DataSet, merge, repeat, split_by_image
+from adapters.data.examples import DataSet, merge, repeat, sample_evenly, split_by_image
 from adapters.data.image_ref import ImageRef
 from adapters.data.readers import read_data
 from adapters.features.cache import FeatureCache
@@ -24,7 +24,7 @@ from adapters.loading.vision_side import VisionSide, check_device, default_devic
 from adapters.recipe import Recipe, Sources, SourceSection, differing_keys, load_recipe
 from adapters.training.checkpoint import RunState, find_state, load_state, read_run_state
 from adapters.training.optimiser import build_optimiser
-from adapters.training.run_data import broadcast_from_main, fill_caches, report_terms, sample_evenly
+from adapters.training.run_data import broadcast_from_main, fill_caches, report_terms
 from adapters.training.start import Start, start_from_artefact
 from qformer.errors import UserError
 from qformer.precision import default_compute_dtype
@@ -223,6 +223,11 @@ def facts_of(opened: Opened, position: RunState, fingerprints: dict[str, str], c
     )
 
 
+def held_out_share(rows: int) -> float:
+    """The share of the pictures that is held out of so many rows: 5 %, or more to have 100 rows, at most a quarter."""
+    return min(0.25, max(0.05, 100 / rows))
+
+
 def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataSet]:
     """The training and the validation data of a recipe; without a validation set, whole pictures are held out."""
     data = recipe.data
@@ -242,7 +247,8 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
         train = replace(train, terms="; ".join(filter(None, (train.terms, data.terms))))
     if data.val is not None:
         return train, read(data.val, data.val_limit)
-    train, val = split_by_image(train, data.val_fraction, seed=0)  # the split does not depend on the run's seed
+    share = data.val_fraction or held_out_share(len(train.examples))
+    train, val = split_by_image(train, share, seed=0)  # the split does not depend on the run's seed
     once = [example for example in val.examples if example.turn == 0]
     return train, replace(val, examples=sample_evenly(once, data.val_limit))
 

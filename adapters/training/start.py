@@ -127,11 +127,21 @@ def _is_patched_alike(theirs: LoraSection | None, ours: LoraSection | None) -> b
 
 
 def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:
-    """Equal but for dropout and the text side, which may be left behind, or read instructions, but not come fresh."""
+    """Equal but for dropout, a reader, which each run fits for itself, and the text side.
+
+    The text side may be left behind, or read instructions, but not come fresh.
+    """
     reads, has = ours.text_branch or ours.instruction_aware, theirs.text_branch or theirs.instruction_aware
     if (reads and not has) or (ours.text_branch and not theirs.text_branch):
         return False
-    free: dict[str, Any] = {"dropout": None, "patch_dropout": 0.0, "text_branch": False, "instruction_aware": False}
+    free: dict[str, Any] = {
+        "reader": None,
+        "hide_queries": 0.0,
+        "dropout": None,
+        "patch_dropout": 0.0,
+        "text_branch": False,
+        "instruction_aware": False,
+    }
     if not ours.text_branch:
         free["text_pooling"] = "first"  # nothing is left to pool
     return theirs.model_copy(update=free) == ours.model_copy(update=free)
@@ -157,5 +167,5 @@ def sections_of(name: str) -> dict[str, dict[str, Any]]:
         if tower["difference"] is not None:
             found = read_weight_delta(tower["difference"], folder)
             tower["difference"] = tower["difference"] if found.ships else str(found.folder)
-    recipe["bridge"] |= {"text_branch": False, "patch_dropout": 0.0}
+    recipe["bridge"] |= {"text_branch": False, "patch_dropout": 0.0, "reader": None, "hide_queries": 0.0}
     return {key: recipe[key] for key in ("vision", "bridge", "language", "prompt")}

@@ -18,11 +18,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.chat import ChatService, Limits
+from serve.api.chat import ChatService
 from serve.api.errors import ApiError, closing, fault
 from serve.api.metrics import MEDIA_TYPE, Metrics
 from serve.engine import Engine
 from serve.hosts import LOOPBACK_NAMES, host_name
+from serve.limits import Limits
 
 _GONE = 499  # what other servers log if a client did not wait for its answer
 

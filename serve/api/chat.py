@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,29 +24,13 @@ from serve.api.plan import plan_of
 from serve.api.progress import PartialAnswer, Progress
 from serve.api.schemas import ChatRequest, Reply, parse_request
 from serve.engine import Engine
+from serve.limits import Limits
 from serve.pending import Answer, Busy, PendingAnswer
 
 LOG = logging.getLogger("querybridge.http")
 _PREPARERS = 2  # threads that read bodies and tokenise; more would only get in the engine's way
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask for.
-
-    Attributes:
-        request_timeout: seconds for a whole request, its waiting included.
-        max_body: bytes of a request's body; and of its pictures that are fetched from elsewhere, together.
-        max_images: pictures of one request.
-        max_tokens: the longest answer; what is given to who asks for more, or names no number. No reasons are longer.
-    """
-
-    request_timeout: float = 120.0
-    max_body: int = 20 * 2**20
-    max_images: int = 8
-    max_tokens: int = 512
 
 
 class ChatService:

@@ -37,6 +37,7 @@ from serve.cli.common import (
     progress,
     report,
 )
+from serve.cli.scores import describe_scores
 
 app = typer.Typer(
     help="A Q-Former bridges a frozen image encoder and a frozen 4-bit LLM: train it, ask it, serve it.",
@@ -184,6 +185,9 @@ def evaluate(
     beams: BeamsOption = None,
     max_new_tokens: MaxTokensOption = None,
     rationale_tokens: RationaleTokensOption = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="For vqa: a JSONL file to write, an answer a line.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
@@ -202,6 +206,10 @@ def evaluate(
     if task != "retrieval" and not rerank:
         raise UserError(f"--no-rerank goes with --task retrieval, not {task}")
     check_source(data)
+    if predictions is not None:
+        from serve.evaluate import check_predictions
+
+        check_predictions(predictions, data, task)
     on_progress = None if quiet else progress("done")
     if task == "reason":
         from qformer.decoding import Decoding
@@ -233,10 +241,9 @@ def evaluate(
         scores = run(
             engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
             offline=offline, batch_size=batch_size, decoding=over(engine.default_decoding(task)),
-            on_progress=on_progress, tell=None if quiet else partial(typer.echo, err=True),
+            predictions=predictions, on_progress=on_progress, tell=None if quiet else partial(typer.echo, err=True),
         )  # fmt: skip
-    width = max(28, 2 + max(map(len, scores)))
-    report(scores, as_json, "\n".join(f"{key:<{width}}{value:.4g}" for key, value in scores.items()))
+    report(scores, as_json, describe_scores(scores))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,8 +13,9 @@ from serve.cli.common import JsonOption, OfflineOption, QuietOption, progress, r
 
 if TYPE_CHECKING:
     from adapters.data.check import DataCheck
+    from adapters.data.duplicates import Copies
 
-SHOWN = 20  # bad rows that people are shown; --json has all
+SHOWN = 20  # bad rows, and copies, that people are shown; --json has all
 
 app = typer.Typer(
     help="Check and look at a data file before it is used.",
@@ -30,6 +31,10 @@ TaskOption = Annotated[
 @app.command()
 def check(
     file: FileArgument,
+    val: Annotated[
+        str | None,
+        typer.Option("--val", help="A second file, to validate or test on: checked too, and searched for copies."),
+    ] = None,
     task: TaskOption = None,
     no_answers: Annotated[
         bool, typer.Option("--no-answers", help="Rows to be answered, as batch takes them: answers may be absent.")
@@ -38,14 +43,26 @@ def check(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every row and open every picture; exit code 2 if one is bad."""
-    from adapters.data.check import check_data
+    """Read every row and open every picture; exit code 2 if one is bad. With --val, name pictures of both files."""
+    from adapters.data.check import check_data, check_pair
 
-    found = check_data(
-        file, task=task, need_answers=not no_answers, offline=offline, on_progress=None if quiet else progress("opened")
-    )
-    report(_values(found), as_json, _describe(found))
-    if found.faults:
+    how: Any = {
+        "task": task,
+        "need_answers": not no_answers,
+        "offline": offline,
+        "on_progress": None if quiet else progress("opened"),
+    }
+    if val is None:
+        found = check_data(file, **how)
+        report(_values(found), as_json, _describe(found))
+        bad = bool(found.faults)
+    else:
+        found, second, copies = check_pair(file, val, **how)
+        values = {**_values(found), "val": _values(second), **_shared(copies)}
+        parts = [_describe(found), f"{val}\n{_describe(second)}", _describe_shared(copies)]
+        report(values, as_json, "\n\n".join(parts))
+        bad = bool(found.faults or second.faults)
+    if bad:
         raise typer.Exit(2)
 
 
@@ -83,6 +100,20 @@ def _values(found: DataCheck) -> dict[str, object]:
     del values["faults"]
     bad = [{"row": fault.row, "where": fault.where, "error": fault.message} for fault in found.faults]
     return {**values, "bad": len(bad), "bad_rows": bad}
+
+
+def _shared(copies: Copies) -> dict[str, object]:
+    return {"in_both": len(copies.pairs), "copies": [dataclasses.asdict(pair) for pair in copies.pairs]}
+
+
+def _describe_shared(copies: Copies) -> str:
+    from adapters.data.duplicates import describe_copies
+
+    lines = [f"{'pictures in both':<20}{len(copies.pairs):,}"]
+    lines += [f"  {line}" for line in describe_copies(copies.pairs, SHOWN)]
+    if len(copies.pairs) > SHOWN:
+        lines.append(f"  … and {len(copies.pairs) - SHOWN:,} more; --json lists all")
+    return "\n".join(lines)
 
 
 def _describe(found: DataCheck) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from qformer.errors import UserError
 from serve.cli.common import DeviceOption, DtypeOption, OfflineOption
+from serve.limits import Limits
 
 
 def serve(
@@ -30,16 +31,20 @@ def serve(
     ] = False,
     request_timeout: Annotated[
         float, typer.Option("--request-timeout", min=0.1, help="Seconds for a request, its waiting included.")
-    ] = 120.0,
+    ] = Limits.request_timeout,
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", min=1, help="Requests that may wait; the next one gets status 429.")
     ] = 64,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests answered together.")] = 16,
     max_body: Annotated[
         float, typer.Option("--max-body", min=0.001, max=4096, help="The largest request, in MiB.")
-    ] = 20.0,
-    max_images: Annotated[int, typer.Option("--max-images", min=0, help="Pictures of one request.")] = 8,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")] = 512,
+    ] = Limits.max_body / 2**20,
+    max_images: Annotated[
+        int, typer.Option("--max-images", min=0, help="Pictures of one request.")
+    ] = Limits.max_images,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")
+    ] = Limits.max_tokens,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
@@ -55,7 +60,6 @@ def serve(
     give_back_large_blocks()
     listener = Listener(host, port)
     from serve.api.app import build_app
-    from serve.api.chat import Limits
     from serve.api.server import serve as run
     from serve.engine import Engine
     from serve.hosts import LOOPBACK_NAMES

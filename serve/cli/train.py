@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,9 @@ def finetune(
         str | None, typer.Option("--task", help="vqa, caption or reason; the recipe's, or inferred from the data.")
     ] = None,
     start_from: StartOption = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Time for the whole run, such as 10m: as many steps as fit.")
+    ] = None,
     set_: SetOption = None,
     resume: ResumeOption = False,
     seed: SeedOption = None,
@@ -42,7 +46,11 @@ def finetune(
     from adapters.finetune import finetune as run
 
     given = _overrides(set_, task=task, seed=seed)
-    chosen, name = _recipe_for(recipe, given, offline=offline, start_from=start_from)
+    if budget is not None:
+        from adapters.choice import minutes_of
+
+        given.append(f"train.minutes={minutes_of(budget):g}")
+    chosen, name = _recipe_for(recipe, given, offline=offline, start_from=start_from, quiet=quiet)
     folder = out or Path("runs") / name
     result = run(
         chosen, folder, resume=resume, start_from=start_from, device=device, dtype=dtype, offline=offline, quiet=quiet
@@ -115,14 +123,22 @@ def _overrides(set_: list[str] | None, *, task: str | None, seed: int | None) ->
 
 
 def _recipe_for(
-    name: str, overrides: Sequence[str], *, offline: bool, start_from: str | None = None, base: str | None = None
+    name: str,
+    overrides: Sequence[str],
+    *,
+    offline: bool,
+    start_from: str | None = None,
+    base: str | None = None,
+    quiet: bool = True,
 ) -> tuple[Any, str]:
     """A recipe and the name of its run.
 
     A data file is learned from by the recipe `base`, or the default one of its rows' task, and on the models of the
-    adapter that the run starts from, if there is one. ScienceQA has its own rows to choose on, and is answered by
+    adapter that the run starts from, if there is one. By how many questions and pictures there are, `choose_settings`
+    sets what was not set, and says why. ScienceQA has its own rows to choose on, and is answered by
     letters.
     """
+    from adapters.choice import WITHOUT_READER, choose_settings
     from adapters.data.readers import read_data
     from adapters.data.scienceqa import scienceqa_folder
     from adapters.recipe import find_recipe, load_recipe
@@ -135,12 +151,21 @@ def _recipe_for(
     source = name if packaged else str(path.resolve())
     given = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
     skips = load_recipe("domain_cpu", overrides).data.skip_bad_rows
-    task = given.get("task") or read_data(source, skip_bad_rows=skips, offline=offline).task
+    rows = read_data(source, task=given.get("task"), skip_bad_rows=skips, offline=offline)
+    task = rows.task
     held_out = None if science is None else f"{science[0].resolve()}:val"
     data = [f"data.train={json.dumps(source)}", f"data.val={json.dumps(held_out)}", f"task={task}"]
     if science is not None:
         data.append("prompt.letters=true")
     theirs = sections_of(start_from) if start_from is not None else {}
     sections = [f"{key}={json.dumps(section)}" for key, section in theirs.items()]
+    chosen: tuple[str, ...] = ()
+    if base is None and task in ("caption", "mixed"):
+        chosen = WITHOUT_READER
+    elif base is None and task == "vqa" and "bridge.reader" not in given:
+        choice = choose_settings(rows.examples)
+        chosen = choice.settings
+        if not quiet:
+            print("\n".join(choice.reasons), file=sys.stderr)
     base = base or ("reason_cpu" if task == "reason" else "domain_cpu")
-    return load_recipe(base, [*data, *sections, *overrides]), path.stem.replace(":", "-")
+    return load_recipe(base, [*data, *sections, *chosen, *overrides]), path.stem.replace(":", "-")

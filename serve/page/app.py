@@ -21,6 +21,7 @@ from starlette.middleware import Middleware
 from qformer.errors import UserError
 from serve.engine import Engine
 from serve.hosts import OwnNamesOnly
+from serve.limits import MAX_FILE_SIZE
 from serve.page.context import IMMEDIATE, PageContext
 from serve.page.examples import find_examples
 from serve.page.inputs import MAX_BEAMS, MAX_TOKENS
@@ -36,7 +37,6 @@ from serve.page.theme import CSS, make_theme
 from serve.retrieval import find_folder
 
 HOST = "127.0.0.1"
-MAX_FILE_SIZE = "64mb"
 MAX_WAITING = 32  # events in the queue; the next one gets the message that the page is busy
 
 _HOUR = 3600

@@ -82,12 +82,15 @@ class PageContext:
 
         Args:
             picture: what was asked about; None if only another adapter changes the answer.
-            answered: the components that show the answer, each with its value if there is none.
+            answered: the components that show the answer, each with its value, or its update, if there is none.
             asking: the event that asks.
         """
         changes = [self.adapter.change, *([] if picture is None else [picture.change])]
+        # An event's listeners run one after the other. If the end came second, a question that is asked while the
+        # answer is being taken off would be ended too.
+        gr.on(changes, None, cancels=asking, **IMMEDIATE)
         # the page's own JavaScript would be quicker than the last word of what is ended, which would then stay
-        gr.on(changes, lambda: answered, None, list(answered), cancels=asking, **IMMEDIATE)
+        gr.on(changes, lambda: answered, None, list(answered), **IMMEDIATE)
 
     def endpoint(
         self, name: str, call: Callable[..., Any], inputs: Sequence[Any], outputs: Callable[[], Any] = _json

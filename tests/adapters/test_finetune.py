@@ -53,7 +53,8 @@ def test_a_run_learns_and_leaves_all_that_is_promised(recipe_of: Any, tmp_path: 
     assert losses[-1] < 0.5 * losses[0]
     assert result.finished and result.steps == 60
     assert {p.name for p in out.iterdir()} == {
-        "recipe.yaml", "metrics.jsonl", "tensorboard", "loss.png", "best", "last", "state",
+        "recipe.yaml", "metrics.jsonl", "samples.jsonl", "samples.png", "tensorboard", "loss.png", "best", "last",
+        "state",
     }  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert any((out / "tensorboard").iterdir())
@@ -169,9 +170,9 @@ def test_the_second_run_does_not_encode_again(recipe_of: Any, tmp_path: Path, mo
     forward = ImageEncoder.forward
     monkeypatch.setattr(ImageEncoder, "forward", lambda self, pixels: seen.append(len(pixels)) or forward(self, pixels))
     run(recipe_of(max_steps=6), tmp_path / "one")
-    assert sum(seen) == 12  # each distinct picture once, over all epochs and validations
+    assert sum(seen) == 13  # each distinct picture once, over all epochs and validations, and the blank one
     run(recipe_of(max_steps=6), tmp_path / "two")
-    assert sum(seen) == 12
+    assert sum(seen) == 13
 
 
 def test_starting_from_an_adapter_inherits_its_terms(recipe_of: Any, tmp_path: Path) -> None:

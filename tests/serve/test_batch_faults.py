@@ -136,10 +136,10 @@ def test_a_row_that_only_the_prompt_refuses_is_a_bad_row_too(
     prompts = predictor.engine.assembly.prompts
     real = prompts.vqa
 
-    def refuse(question: str, num_images: int = 1, *, where: str = "question") -> Any:
+    def refuse(question: str, num_images: int = 1, *, where: str = "question", **asked: Any) -> Any:
         if question == "is it red?":
             raise UserError(f"{where}: not that one")
-        return real(question, num_images, where=where)
+        return real(question, num_images, where=where, **asked)
 
     monkeypatch.setattr(prompts, "vqa", refuse)
     report = run_batch(source, tmp_path / "out.jsonl", predictor, skip_bad_rows=True)

@@ -60,6 +60,8 @@ def test_captions_belong_to_all_their_pictures_together(tmp_path: Path) -> None:
     asked: list[Example] = []
 
     class Parrot:
+        name = "parrot"
+
         def answer(self, examples: list[Example], task: str, **_: object) -> list[str]:
             asked.extend(examples)
             return ["one"] * len(examples)
@@ -68,4 +70,5 @@ def test_captions_belong_to_all_their_pictures_together(tmp_path: Path) -> None:
     found = evaluate(cast(Any, Parrot()), data, task="caption", tell=told.append)
     assert found["n"] == 2
     assert [example.answers for example in asked] == [("one", "three"), ("two",)]
+    assert found["in_training"] is None and "training data are not here" in told.pop(0)
     assert [line.split()[0] for line in told] == [name for name in ("METEOR", "SPICE") if name not in found]

@@ -94,10 +94,6 @@ def attention_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
     def choose(event: gr.SelectData) -> int:
         return int(event.index) + 1
 
-    def forget() -> tuple[Any, ...]:
-        """Nothing is seen in another picture yet."""
-        return None, None, f"<p>{CAVEAT}</p>", gr.Slider(value=0, interactive=False), gr.Gallery([], visible=False)
-
     def draw_attention(
         picture: Any, question: str | None = None, query: int = 0, layer: int = 0, adapter: str = ""
     ) -> tuple[Image.Image, str]:
@@ -122,10 +118,14 @@ def attention_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
     every.select(choose, None, query, **IMMEDIATE).then(
         redraw, [looked, query, layer], [seen, caption], show_progress="hidden", **drawn
     )
-    gr.on(
-        [picture.change, context.adapter.change], forget, None, [looked, seen, caption, query, every], cancels=asking,
-        **IMMEDIATE,
-    )  # fmt: skip
+    nothing_seen = {
+        looked: None,
+        seen: None,
+        caption: f"<p>{CAVEAT}</p>",
+        query: gr.update(value=0, interactive=False),
+        every: gr.update(value=[], visible=False),
+    }
+    context.forget(picture, nothing_seen, asking)
     context.endpoint("look", draw_attention, [picture, question, query, layer, context.adapter], _picture_and_words)
     return note, question
 

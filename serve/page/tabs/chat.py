@@ -15,12 +15,12 @@ from adapters.data.prompts import IMAGE_MARK, Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
+from serve.limits import MAX_TURN_PICTURES
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext, read_along
 from serve.page.inputs import Settings, check_kept, file_data, show_user_errors, uploaded, words
 from serve.page.notes import how_it_went
 from serve.pending import Answer, PendingAnswer
 
-MAX_PICTURES = 8  # in a turn
 USUAL = Decoding(max_new_tokens=128)
 AGAIN = 0.7  # temperature of another try, if none is set: the same settings would give the same words
 # Of any conversation: two requests of one session may come at once. If what is left over is collected meanwhile, its
@@ -228,8 +228,8 @@ def read_turn(message: Any, uploads: Path) -> Turn:
         raise UserError('The message is of the form {"text": "…", "files": […]}')
     text = words(message.get("text"), "There is no question yet: write one beside the picture")
     files = message.get("files") or []
-    if len(files) > MAX_PICTURES:
-        raise UserError(f"{len(files)} pictures in one turn are too many: send at most {MAX_PICTURES}")
+    if len(files) > MAX_TURN_PICTURES:
+        raise UserError(f"{len(files)} pictures in one turn are too many: send at most {MAX_TURN_PICTURES}")
     images = tuple(uploaded(file, uploads) for file in files)
     if text.count(IMAGE_MARK) not in (0, len(images)):
         raise UserError(f"{text.count(IMAGE_MARK)} {IMAGE_MARK} marks but {len(images)} pictures: make them as many")

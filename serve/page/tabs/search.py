@@ -21,12 +21,12 @@ from adapters.inference.retrieval import Retriever
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter
 from serve.engine import Engine
+from serve.limits import MAX_SEARCHED_UPLOADS
 from serve.page.context import ASKS_MODELS, PRIVATE, PageContext
 from serve.page.inputs import show_user_errors, uploaded, whole
 from serve.page.notes import can_search, search_note, shown_note
 from serve.retrieval import Hit, IndexReport, PictureIndex, rank
 
-MAX_UPLOADS = 200
 MOST = 24  # pictures shown
 _TOGETHER = 16  # pictures embedded before whoever else asks has a turn
 _THUMBNAIL = 480  # pixels, the longest side
@@ -243,9 +243,9 @@ def _files(files: Any, uploads: Path) -> list[ImageRef]:
     listed = files if isinstance(files, list) else [files] if files else []
     if not listed:
         raise UserError("There are no pictures to search among yet: upload some")
-    if len(listed) > MAX_UPLOADS:
+    if len(listed) > MAX_SEARCHED_UPLOADS:
         raise UserError(
-            f"{len(listed)} pictures are too many: upload at most {MAX_UPLOADS}, or start with --search-folder"
+            f"{len(listed)} pictures are too many: upload at most {MAX_SEARCHED_UPLOADS}, or start with --search-folder"
         )
     return [uploaded(file, uploads) for file in listed]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_rows import CAPTION, VQA
+from data_rows import CAPTION, VQA, write_jsonl
 from PIL import Image
 
-from adapters.data.check import check_data
+from adapters.data.check import check_data, check_pair
 from qformer.errors import UserError
 
 
@@ -39,7 +39,7 @@ def test_a_good_file_is_counted(pictures: Path, jsonl: Callable[..., Path]) -> N
 
 
 def test_captions_have_no_question(pictures: Path, jsonl: Callable[..., Path]) -> None:
-    found = check_data(jsonl(CAPTION, CAPTION | {"captions": ["x"], "language": "zh"}))
+    found = check_data(jsonl(CAPTION, {"image": "a.png", "captions": ["x"], "language": "zh"}))
     assert (found.task, found.answers, found.languages) == ("caption", 2, {"en": 1, "zh": 1})
     assert (found.longest_question, found.longest_question_row) == (0, 0)
 
@@ -111,3 +111,21 @@ def test_progress_counts_the_pictures_a_few_times(pictures: Path, jsonl: Callabl
     seen: list[tuple[int, int]] = []
     check_data(path, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(done, 95) for done in (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)]
+
+
+def test_a_second_file_is_checked_and_searched_for_copies(
+    pictures: Path, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    train = jsonl(VQA, VQA | {"image": "b.png"}, VQA | {"image": "d.png"})
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.bmp")
+    rows = [VQA | {"image": name} for name in ("c.png", "red.bmp", "d.png")]
+    val = write_jsonl(tmp_path / "val.jsonl", rows)
+    seen: list[tuple[int, int]] = []
+    first, second, copies = check_pair(train, val, on_progress=lambda done, total: seen.append((done, total)))
+    assert first == check_data(train) and second == check_data(val)
+    assert [len(one.faults) for one in (first, second)] == [1, 1]
+    assert [(pair.train, pair.test, pair.how) for pair in copies.pairs] == [
+        ("b.png", "c.png", "bytes"),
+        ("a.png", "red.bmp", "pixels"),
+    ]
+    assert copies.unreadable == () and seen[-1] == (3, 3)  # a.png, b.png and red.bmp

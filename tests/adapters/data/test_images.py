@@ -109,6 +109,38 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
     assert (opened[..., 0] == opened[..., 1]).all() and (opened[..., 0] == opened[..., 2]).all()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("white", [255, 4095])
+def test_twelve_or_eight_bits_of_sixteen_are_not_dark(kind: str, white: int) -> None:
+    values = np.array([[0, white // 2, white]])
+    for dtype in (np.uint16, np.int32) if kind == "TIFF" and white > 255 else (np.uint16,):
+        opened = np.asarray(open_image(encoded(Image.fromarray(values.astype(dtype)), kind)))
+        assert opened[0, :, 0].tolist() == [0, 127, 255]
+
+
+def wide_png(colour: int, samples: list[int]) -> bytes:
+    """A PNG of one row with 16 bits a sample; colour type 2 is RGB, 4 grey with transparency."""
+    channels = {2: 3, 4: 2}[colour]
+    header = struct.pack(">IIBBBBB", len(samples) // channels, 1, 16, colour, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + struct.pack(f">{len(samples)}H", *samples))
+    parts = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(("colour", "samples"), [(2, [0, 2000, 4095]), (4, [4095, 65535])])
+def test_colours_of_twelve_bits_in_sixteen_are_refused(colour: int, samples: list[int]) -> None:
+    with pytest.raises(UserError, match=r"uses 12 or fewer of its 16 bits a colour.*: save it with 8 bits"):
+        open_image(wide_png(colour, samples))
+
+
+def test_colours_of_sixteen_bits_are_read() -> None:
+    assert open_image(wide_png(2, [65535, 32768, 0])).getpixel((0, 0)) == (255, 128, 0)
+    assert open_image(wide_png(2, [0, 0, 0])).getpixel((0, 0)) == (0, 0, 0)
+
+
 def test_big_endian_sixteen_bits() -> None:
     picture = Image.frombytes("I;16B", (2, 1), bytes([0xFF, 0xFF, 0x80, 0x00]))
     assert np.asarray(open_image(picture))[0, :, 0].tolist() == [255, 128]

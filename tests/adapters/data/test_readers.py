@@ -81,6 +81,8 @@ def test_a_forgotten_question_is_told_where_it_was_forgotten(jsonl: Callable[...
     picture, asked = {"image": "a.png"}, {"image": "b.png", "question": "Why?"}
     path = jsonl(picture, asked)
     message = complaint(path, need_answers=False)
+    assert message.startswith(f"{path} row 1 (line 1): field 'question' is missing, which {path} row 2 (line 2) has")
+    message = complaint(path, need_answers=False, task="caption")
     assert message.startswith(f"{path} row 2") and f"but {path} row 1 (line 1), a picture alone" in message
     assert len(read_data(path, need_answers=False, task="caption", skip_bad_rows=True).examples) == 1
     assert "row 2 (line 2): field 'question' is missing" in complaint(jsonl(asked, picture), need_answers=False)

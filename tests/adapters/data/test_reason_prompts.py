@@ -83,7 +83,7 @@ def test_a_prompt_for_each_stage() -> None:
     for task in ("rationale", "reason"):
         assert prompt_for(example, task, builder) == builder.rationale("Is it?", **options)
     assert prompt_for(example, "answer", builder) == builder.answer("Is it?", rationale="So.", **options)
-    assert prompt_for(example, "vqa", builder) == builder.vqa("Is it?")
+    assert prompt_for(example, "vqa", builder) == builder.vqa("Is it?", **options)
 
 
 # -- what is learned -------------------------------------------------------------------------------------------------

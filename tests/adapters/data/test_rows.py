@@ -128,3 +128,10 @@ def test_punctuation_of_captions_is_closed_up(jsonl: Callable[..., Path], writte
 def test_answers_stay_as_they_were_written(jsonl: Callable[..., Path]) -> None:
     (example,) = read_data(jsonl({"image": "a.png", "question": "what ?", "answer": "yes ."})).examples
     assert (example.question, example.answers) == ("what ?", ("yes .",))
+
+
+def test_a_rows_kind_is_kept_and_changes_no_fingerprint(jsonl: Callable[..., Path]) -> None:
+    plain = read_data(jsonl(VQA, VQA, VQA))
+    kinds = read_data(jsonl(VQA | {"kind": "open"}, VQA | {"kind": 3}, VQA))
+    assert [example.kind for example in kinds.examples] == ["open", None, None]
+    assert kinds.fingerprint == plain.fingerprint

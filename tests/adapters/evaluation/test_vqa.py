@@ -89,6 +89,22 @@ def test_scores_and_the_commonest_answer() -> None:
     assert commonest_answer_score(["colour?", "Colour?", "colour?", "is it?"], answers) == 0.75
 
 
+def test_the_commonest_answer_of_training() -> None:
+    """Each question as training answers it most; one that training never asks by training's commonest answer."""
+    learned = [
+        ("colour?", ["blue"]),
+        ("colour?", ["red", "Red", "blue"]),
+        ("is it?", ["no", "no", "no"]),
+        ("is it?", ["yes"]),
+    ]
+    asked = ["Colour?", "colour?", "is it?", "how many?", "where?"]
+    answers = [("blue",), ("red",), ("no",), ("no",), ("2",)]
+    # "colour?": blue and red twice each, and blue came first; "no" three times is the commonest over all
+    assert commonest_answer_score(asked, answers, learned) == pytest.approx(3 / 5)
+    assert commonest_answer_score(asked, answers, learned[:1]) == pytest.approx(1 / 5)
+    assert commonest_answer_score(asked, answers) == pytest.approx(4 / 5)  # the very answers: half of "colour?"
+
+
 def test_the_interval_of_pictures_with_one_question_each_is_the_binomial_one() -> None:
     hits = [1.0] * 30 + [0.0] * 70
     low, high = interval_by_picture(hits, range(100))

@@ -18,8 +18,8 @@ import yaml
 from api_server import PNG, served
 from command import Call
 
-from serve.api.chat import Limits
 from serve.engine import Engine
+from serve.limits import Limits
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ from api_server import (
     user,
 )
 
-from serve.api.chat import Limits
+from serve.limits import Limits
 from serve.pending import PendingAnswer
 
 

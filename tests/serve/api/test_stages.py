@@ -19,7 +19,7 @@ from reason_client import ask
 from adapters.inference.answering import Request
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.api.chat import Limits
+from serve.limits import Limits
 from serve.pending import PendingAnswer
 
 CHAT = "/v1/chat/completions"

@@ -82,6 +82,41 @@ def test_questions_without_answers_can_be_checked(call: Call, tmp_path: Path) ->
     assert call("data", "check", path, "--no-answers", "--json").values["bad"] == 0
 
 
+def test_pictures_of_both_files_are_listed(call: Call, data_file: Path, tmp_path: Path) -> None:
+    with Image.open(data_file.parent / "3.png") as picture:
+        picture.save(tmp_path / "again.bmp")
+    rows = [{"image": "again.bmp", "question": "what?", "answer": "x"}]
+    val = write_jsonl(tmp_path / "val.jsonl", rows)
+    found = call("data", "check", data_file, "--val", val, "--json", "--quiet").values
+    alone = call("data", "check", data_file, "--json", "--quiet").values
+    assert {name: found[name] for name in alone} == alone
+    assert found["val"] == call("data", "check", val, "--json", "--quiet").values
+    assert found["in_both"] == 1
+    assert found["copies"] == [{"train": "3.png", "test": "again.bmp", "how": "pixels"}]
+
+    shown = call("data", "check", data_file, "--val", val, "--quiet")
+    assert (shown.code, shown.err) == (0, "")
+    first, second, both = shown.out.split("\n\n")
+    assert first.startswith("task ") and second.startswith(f"{val}\ntask ")
+    assert both == "pictures in both    1\n  again.bmp is 3.png (the same pixels)\n"
+    assert call("data", "check", data_file, "--val", tmp_path / "gone.jsonl").code == 2
+
+
+def test_a_bad_row_of_the_second_file_gives_code_2(call: Call, data_file: Path, bad_file: Path) -> None:
+    assert call("data", "check", data_file, "--val", bad_file, "--quiet").code == 2
+
+
+def test_many_copies_are_cut_short(call: Call, tmp_path: Path) -> None:
+    rows = []
+    for number in range(22):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": "what?", "answer": "x"})
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    lines = call("data", "check", file, "--val", file, "--quiet").out.splitlines()
+    assert lines[-22:-19] == ["pictures in both    22", *(f"  {n}.png is {n}.png (the same bytes)" for n in range(2))]
+    assert lines[-1] == "  … and 2 more; --json lists all"
+
+
 def test_preview_leaves_a_sheet_here(
     call: Call, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

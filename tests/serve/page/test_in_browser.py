@@ -294,6 +294,29 @@ def test_what_is_under_way_ends_with_its_picture(
     assert page.inner_text("#answers") == ""
 
 
+def test_a_question_outlives_the_slow_removal_of_the_answer_before(
+    open_view: Callable[..., View], engine: FakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "pause", 0.02)
+    view = open_view()
+    page = view.page
+    held: list[Any] = []
+    page.route("**/run/predict", lambda route: held.append(route))  # a slow network
+    view.tab("VQA")
+    view.put_picture("#picture-0", folder / "red.png")
+    page.fill("#questions textarea", "what is it?\ncount")
+    page.press("#questions textarea", "Shift+Enter")
+    view.says("asked 'what is it?' about red.png")
+    running = engine.pending[-1]
+    assert held
+    for route in held:
+        route.continue_()
+    page.wait_for_timeout(1000)
+    view.says("asked 'what is it?' about red.png")
+    assert not running.stopped
+    running.stop()
+
+
 @pytest.mark.parametrize(("size", "scheme"), [("phone", "light"), ("phone", "dark"), ("desk", "dark")])
 def test_no_tab_scrolls_sideways_and_dark_is_dark(
     open_view: Callable[..., View], folder: Path, tmp_path: Path, size: str, scheme: str

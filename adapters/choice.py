@@ -1,0 +1,65 @@
+"""What `querybridge finetune DATA` sets by the size of the data, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapters.data.examples import Example
+from qformer.errors import UserError
+
+FEW_QUESTIONS = 3000  # up to here a reader of questions is fitted to all of them
+SHARED = 3  # questions a picture, from which sharing a sequence saves more than a reader of questions gains
+WITHOUT_READER = ("bridge.reader=null", "bridge.hide_queries=0.0")
+"""For captions, which are too many different answers to score one by one."""
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
+_MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings as `--set` takes them, and a line for each reason."""
+
+    settings: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+def choose_settings(examples: Sequence[Example]) -> Choice:
+    """Settings for questions with short answers.
+
+    Args:
+        examples: all rows of the data, before any is held out.
+    """
+    pictures = len({tuple(image.digest() for image in example.images) for example in examples})
+    questions = len(examples)
+    size = f"{questions} questions about {pictures} pictures"
+    if questions <= FEW_QUESTIONS and questions < SHARED * pictures:
+        return Choice(
+            ("bridge.reader=answers", "bridge.hide_queries=0.5"),
+            (
+                f"{size}: a closed-form reader of pictures and questions stands beside the Q-Former, since so few teach"
+                " it little (bridge.reader=answers)",
+                "half of the training hides the queries, so that the LLM learns to use the reader"
+                " (bridge.hide_queries=0.5)",
+            ),
+        )
+    return Choice(
+        ("bridge.reader=names", "bridge.hide_queries=0.0"),
+        (
+            f"{size}: a closed-form reader names what pictures show, beside the Q-Former, and a picture's questions"
+            " share its sequence (bridge.reader=names)",
+        ),
+    )
+
+
+def minutes_of(budget: str) -> float:
+    """A budget of time, such as "90s", "10m" or "1.5h", in minutes.
+
+    Raises:
+        UserError: it is none, or nothing.
+    """
+    found = _BUDGET.fullmatch(budget.strip())
+    if found is None or float(found[1]) <= 0:
+        raise UserError(f"--budget {budget}: write a number and s, m or h, such as 10m")
+    return float(found[1]) * _MINUTES[found[2]]

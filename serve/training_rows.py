@@ -1,0 +1,22 @@
+"""The rows that an adapter learned from, if they are still here as they were: the controls of its scores need them."""
+
+from __future__ import annotations
+
+from adapters.artefact.artefact import find_artefact, read_recipe
+from adapters.data.examples import DataSet
+from adapters.training.setup import read_split
+from qformer.errors import UserError
+from serve.adapter import LoadedAdapter
+
+
+def training_rows(engine: LoadedAdapter) -> DataSet | None:
+    """What an adapter was trained on last, without what was held out; nothing is fetched.
+
+    Returns:
+        The rows; None if they cannot be read any more, or are not those that the adapter's facts name.
+    """
+    try:
+        rows, _ = read_split(read_recipe(find_artefact(engine.name)), offline=True)
+    except UserError:
+        return None
+    return rows if rows.fingerprint == engine.facts.data.get("fingerprint") else None
