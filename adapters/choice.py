@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from adapters.data.examples import Example
 from qformer.errors import UserError
 
-FEW_QUESTIONS = 3000  # up to here a reader of questions is fitted to all of them
-SHARED = 3  # questions a picture, from which sharing a sequence saves more than a reader of questions gains
+FEW_QUESTIONS = 1500  # up to here each question has a sequence of its own: a reader of questions is worth the time
 WITHOUT_READER = ("bridge.reader=null", "bridge.hide_queries=0.0")
 """For captions, which are too many different answers to score one by one."""
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
@@ -34,7 +33,7 @@ def choose_settings(examples: Sequence[Example]) -> Choice:
     pictures = len({tuple(image.digest() for image in example.images) for example in examples})
     questions = len(examples)
     size = f"{questions} questions about {pictures} pictures"
-    if questions <= FEW_QUESTIONS and questions < SHARED * pictures:
+    if questions <= FEW_QUESTIONS:
         return Choice(
             ("bridge.reader=answers", "bridge.hide_queries=0.5"),
             (

@@ -165,7 +165,7 @@ def finetune(
                 )
                 losses, rewards, text_side, samples, timer = [], [], [], 0, time.monotonic()
             if position.step % every == 0 or position.step == total:
-                report_samples = partial(report.samples, position.step)
+                report_samples = partial(report.samples, position.step, sets=recipe.data.match == "set")
                 metrics = validate(assembly, run.validation, run.opened.val.examples, recipe, report_samples)
                 metrics |= run.controls | {"train_loss": sum(recent) / len(recent)}
                 keeper.validated(report, metrics, selection_score(metrics))
@@ -231,7 +231,7 @@ def validate(
         summed += loss.item()
     metrics = {"val_loss": summed / validation.supervised}
     if asked := [example for example in examples if (example.task or recipe.task) == "vqa"]:
-        metrics |= validate_answers(assembly, asked, on_answers)
+        metrics |= validate_answers(assembly, asked, on_answers, sets=recipe.data.match == "set")
     if recipe.train.self_critical:
         metrics["val_CIDEr"] = greedy_cider(assembly, examples, recipe.task)
     if reasoned := [example for example in examples if (example.task or recipe.task) == "reason"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -10,7 +11,7 @@ from qformer.errors import UserError
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Apply one `key=value` to a recipe's mapping in place; the key is dotted, the value is read as YAML.
+    """Apply one `key=value` to a recipe's mapping in place; the key is dotted, the value is read by `_value`.
 
     Raises:
         UserError: it is no `key=value`, its value is not YAML, or the key leads through a value.
@@ -32,14 +33,30 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict | list):
             raise UserError(f"--set {override}: '{'.'.join(parts[: index + 1])}' is a value, not a section")
     try:
-        value = yaml.safe_load(text)
-        if isinstance(value, str):  # YAML reads 1e-4 as text
-            value = _number(value)
+        value = _value(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML") from error
     if isinstance(section, list):
         raise UserError(f"--set {override}: name an entry of the list that exists, such as vision.towers.0.layer=-2")
     section[parts[-1]] = value
+
+
+def _value(text: str) -> Any:
+    """Read a value as YAML, but keep text whole: " #" begins no comment, and a line break is no space.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    value = yaml.safe_load(text)
+    tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
+    between = (text[one.end_mark.index : other.start_mark.index] for one, other in pairwise(tokens))
+    if any("#" in gap for gap in between):
+        return text.strip()
+    if not isinstance(value, str):
+        return value
+    first = tokens[1]  # after the beginning of the stream
+    quoted_or_tagged = isinstance(first, yaml.TagToken) or (isinstance(first, yaml.ScalarToken) and not first.plain)
+    return value if quoted_or_tagged else _number(text.strip())  # YAML reads 1e-4 as text
 
 
 def _number(text: str) -> str | float:

@@ -55,6 +55,9 @@ class DataSection(_Section):
     )
     limit: int | None = Field(default=None, ge=1, description="only the first so many training rows, of each file")
     skip_bad_rows: bool = Field(default=False, description="leave bad rows out, count and tell them")
+    match: Literal["exact", "set"] = Field(
+        default="exact", description="how validation compares answers; set: lists with commas, in any order"
+    )
     views: int = Field(
         default=1, ge=1, le=64, description="of each training picture: itself, a part, a mirrored part, a part, …"
     )

@@ -171,7 +171,7 @@ def main() -> int:
         make_questions(data, part)
     for run in RUNS_OF_STAGE2:
         second = [f"data.train={json.dumps(sources(data, 'train', run.mixture))}", f"data.terms={ADDED_TERMS}"]
-        second += [f"data.val={json.dumps(sources(data, 'val', run.validation))}"]
+        second += [f"data.val={json.dumps(sources(data, 'val', run.validation))}", "data.match=set"]
         overrides = [*second, *FASTER, *run.overrides, *options.set2]
         train(finetune, "photo_stage2", run.out, overrides, start_from=str(run.start))
     average_artefacts(SHARES, MEAN)
@@ -251,7 +251,9 @@ def scores(data: Path, limit: int | None) -> dict[str, float]:
         where = " on a blank picture" if blank else ""
         for preset in ("greedy", "likeliest"):
             decoding = Decoding.preset(preset)
-            told = evaluate(engine, questions, task="vqa", limit=limit, blank_images=blank, decoding=decoding)
+            told = evaluate(
+                engine, questions, task="vqa", limit=limit, blank_images=blank, decoding=decoding, match="set"
+            )
             name = f"DAQUAR, exact match, {preset}{where}"
             found[name] = told["exact_match"]
             if "exact_match_low" in told:  # not if --limit leaves one picture

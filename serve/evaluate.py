@@ -41,6 +41,7 @@ def evaluate(
     batch_size: int = 64,
     decoding: Decoding | None = None,
     predictions: str | Path | None = None,
+    match: str = "exact",
     on_progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def evaluate(
         decoding: how tokens are chosen; as the adapter usually does if left out.
         predictions: a JSONL file to write, a line for each row in its order: "row", "image" (or "images"), "question",
             "kind" if the row has one, "answer", "prediction", "right" and "confidence". Of answers only.
+        match: "exact", or "set": answers with commas are lists, in any order, and what is in one twice counts once, as
+            DAQUAR's are.
         on_progress: called with (done, total) distinct questions or pictures.
         tell: called with a line for whatever the reader of the scores must know: pictures that training has too, what
             could not be compared, and each score of captions that is left out, and why.
@@ -77,6 +80,7 @@ def evaluate(
     """
     if task not in ("vqa", "caption"):
         raise UserError(f"--task {task}: an LLM's answers are scored as vqa or caption")
+    check_match(match)
     if predictions is not None:
         check_predictions(predictions, data, task)
     rows = read_data(
@@ -106,24 +110,34 @@ def evaluate(
                 tell(reason)
         found = {**score_captions(said, answers, language=language), **by_java}
         return {**found, "in_training": in_training, "skipped": len(rows.skipped)}
+    sets = match == "set"
     told = engine.reply(asked, task, **how)
     said = [one.text for one in told]
     if predictions is not None:
-        _write_predictions(Path(predictions), examples, told)
+        _write_predictions(Path(predictions), examples, told, sets=sets)
     known = [(row.question, row.answers) for row in learned.examples if row.question] if learned is not None else []
     pictures = [_digests(example) for example in examples]
-    scores: dict[str, Any] = {"n": len(examples), "pictures": len(set(pictures)), **score(said, answers)}
+    scores: dict[str, Any] = {"n": len(examples), "pictures": len(set(pictures)), **score(said, answers, sets=sets)}
+    hits = [exact_match(*pair, sets=sets) for pair in zip(said, answers, strict=True)]
+    in_any_order = sum(exact_match(*pair, sets=True) for pair in zip(said, answers, strict=True)) - sum(hits)
+    if in_any_order and tell is not None:
+        tell(f"{in_any_order} more answers would be right as lists in any order, which --match set is for")
     if scores["pictures"] > 1:
-        hits = [exact_match(*pair) for pair in zip(said, answers, strict=True)]
         scores["exact_match_low"], scores["exact_match_high"] = interval_by_picture(hits, pictures)
     return {
         **scores,
-        "commonest_answer": commonest_answer_score([example.question for example in examples], answers, known),
+        "commonest_answer": commonest_answer_score([row.question for row in examples], answers, known, sets=sets),
         "commonest_answer_from": "training" if known else "test",
         "in_training": in_training,
         "skipped": len(rows.skipped),
-        **break_down(said, examples),
+        **break_down(said, examples, sets=sets),
     }
+
+
+def check_match(match: str) -> None:
+    """Raise a UserError for a way of comparing that there is not."""
+    if match not in ("exact", "set"):
+        raise UserError(f"--match {match}: take exact or set")
 
 
 def check_predictions(predictions: str | Path, data: str | Path, task: str) -> None:
@@ -148,16 +162,16 @@ def _unwritable(path: Path, error: OSError) -> str:
     return f"--predictions {path}: cannot be written ({error.strerror}); free space or name another file"
 
 
-def _write_predictions(path: Path, examples: Sequence[Example], told: Sequence[Completion]) -> None:
+def _write_predictions(path: Path, examples: Sequence[Example], told: Sequence[Completion], *, sets: bool) -> None:
     try:
         with whole_file(path) as building, building.open("w", encoding="utf-8") as file:
             for example, one in zip(examples, told, strict=True):
-                file.write(json.dumps(_prediction(example, one), ensure_ascii=False) + "\n")
+                file.write(json.dumps(_prediction(example, one, sets), ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(_unwritable(path, error)) from error
 
 
-def _prediction(example: Example, said: Completion) -> dict[str, Any]:
+def _prediction(example: Example, said: Completion, sets: bool) -> dict[str, Any]:
     """A row as its file has it, with what was answered."""
     labels = [image.label for image in example.images]
     return {
@@ -167,7 +181,7 @@ def _prediction(example: Example, said: Completion) -> dict[str, Any]:
         **({"kind": example.kind} if example.kind else {}),
         "answer": example.answers[0] if len(example.answers) == 1 else example.answers,
         "prediction": said.text,
-        "right": exact_match(said.text, example.answers),
+        "right": exact_match(said.text, example.answers, sets=sets),
         "confidence": round(said.confidence, 4),
     }
 

@@ -13,12 +13,13 @@ from adapters.evaluation.vqa import exact_match, interval_by_picture
 CONFUSIONS = 20  # pairs of answers that are named
 
 
-def break_down(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
+def break_down(predictions: Sequence[str], examples: Sequence[Example], *, sets: bool = False) -> dict[str, Any]:
     """Scores of short answers by group.
 
     Args:
         predictions: one answer for each example.
         examples: the rows, each with one answer or several.
+        sets: as in `adapters.evaluation.vqa.exact_match`.
 
     Returns:
         "by_kind", of the rows that say their kind; "by_question", by its words; "by_opening", by the question's first
@@ -26,7 +27,8 @@ def break_down(predictions: Sequence[str], examples: Sequence[Example]) -> dict[
         Each maps a group to what `score_groups` says of it, and is left out if no row belongs to one. "confusions" is
         what `confusions` returns.
     """
-    hits = [exact_match(said, example.answers) for said, example in zip(predictions, examples, strict=True)]
+    pairs = list(zip(predictions, examples, strict=True))
+    hits = [exact_match(said, example.answers, sets=sets) for said, example in pairs]
     pictures = [tuple(image.digest() for image in example.images) for example in examples]
     labels: dict[str, list[str | None]] = {
         "by_kind": [example.kind for example in examples],
@@ -35,7 +37,8 @@ def break_down(predictions: Sequence[str], examples: Sequence[Example]) -> dict[
         "by_answer": [right_answer(example.answers) for example in examples],
     }
     groups = {name: score_groups(each, hits, pictures) for name, each in labels.items()}
-    return {name: found for name, found in groups.items() if found} | {"confusions": confusions(predictions, examples)}
+    found = {name: group for name, group in groups.items() if group}
+    return found | {"confusions": confusions(predictions, examples, sets=sets)}
 
 
 def score_groups(
@@ -67,7 +70,7 @@ def score_groups(
 
 
 def confusions(
-    predictions: Sequence[str], examples: Sequence[Example], *, most: int = CONFUSIONS
+    predictions: Sequence[str], examples: Sequence[Example], *, most: int = CONFUSIONS, sets: bool = False
 ) -> list[dict[str, str | int]]:
     """The most frequent mistakes: which right answer was taken for which other.
 
@@ -80,7 +83,7 @@ def confusions(
     wrong = Counter(
         (right, normalise(said))
         for right, said, example in zip(rights, predictions, examples, strict=True)
-        if not exact_match(said, example.answers)
+        if not exact_match(said, example.answers, sets=sets)
     )
     return [
         {"right": right, "given": given, "n": count, "of": totals[right]}

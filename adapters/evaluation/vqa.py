@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
@@ -37,10 +38,18 @@ _CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}  # as the official table has it
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether a prediction equals one of the answers; a list answer matches as a set (DAQUAR's rule)."""
-    said = answer_set(prediction)
-    return any(said == answer_set(answer) for answer in answers)
+def exact_match(prediction: str, answers: Sequence[str], *, sets: bool = False) -> bool:
+    """Whether a prediction equals one of the answers, in the form of `adapters.data.answers.normalise`.
+
+    Args:
+        prediction: what was said.
+        answers: the right ones.
+        sets: an answer with commas is a list, in any order, and what is in it twice counts once. DAQUAR's answers
+            are such lists (Malinowski and Fritz 2014, arXiv 1410.0210).
+    """
+    form = answer_set if sets else normalise
+    said = form(prediction)
+    return any(said == form(answer) for answer in answers)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -65,9 +74,10 @@ def vqa_form(answer: str) -> str:
     """The form VQAv2 compares in: lower case, no punctuation and articles, digits for number words, apostrophes.
 
     A mark that is beside a space anywhere in the answer is left out everywhere, and so are all marks if there is a
-    comma between digits; other marks become spaces. A full stop is left out unless a digit follows it.
+    comma between digits; other marks become spaces. A full stop is left out unless a digit follows it. Characters are
+    in Unicode's form NFKC first: a full-width digit is a digit.
     """
-    said = answer.replace("\n", " ").replace("\t", " ").strip()
+    said = unicodedata.normalize("NFKC", answer).replace("\n", " ").replace("\t", " ").strip()
     text, close = said, _COMMA_IN_NUMBER.search(said) is not None
     for mark in _PUNCTUATION:
         text = text.replace(mark, "" if close or f"{mark} " in said or f" {mark}" in said else " ")
@@ -75,12 +85,12 @@ def vqa_form(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`exact_match` and `vqa_accuracy` as fractions, and `n`."""
+def score(predictions: Sequence[str], answers: Sequence[Sequence[str]], *, sets: bool = False) -> dict[str, float]:
+    """`exact_match` (with its `sets`) and `vqa_accuracy` as fractions, and `n`."""
     pairs = list(zip(predictions, answers, strict=True))
     return {
         "n": len(pairs),
-        "exact_match": sum(exact_match(said, given) for said, given in pairs) / max(len(pairs), 1),
+        "exact_match": sum(exact_match(said, given, sets=sets) for said, given in pairs) / max(len(pairs), 1),
         "vqa_accuracy": sum(vqa_accuracy(said, given) for said, given in pairs) / max(len(pairs), 1),
     }
 
@@ -123,6 +133,8 @@ def commonest_answer_score(
     questions: Sequence[str],
     answers: Sequence[Sequence[str]],
     learned_from: Sequence[tuple[str, Sequence[str]]] = (),
+    *,
+    sets: bool = False,
 ) -> float:
     """Exact match of answering each question as it is most often answered: what can be scored without the picture.
 
@@ -132,6 +144,7 @@ def commonest_answer_score(
         learned_from: questions with their answers, such as training's; a question that is not among them is answered
             by their commonest answer over all. If there are none, the very answers that are scored are counted, which
             flatters: a question that is asked once is then always right.
+        sets: as in `exact_match`.
     """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
@@ -140,4 +153,4 @@ def commonest_answer_score(
         by_question[normalise(question)].update(counted)
         overall.update(counted)
     seen = (by_question.get(normalise(question)) or overall for question in questions)
-    return score([known.most_common(1)[0][0] for known in seen], answers)["exact_match"]
+    return score([known.most_common(1)[0][0] for known in seen], answers, sets=sets)["exact_match"]

@@ -23,7 +23,12 @@ _LEARNED_BY_HEART = 3.0  # times the training loss
 
 
 def fixed_controls(
-    assembly: Assembly, pictures: Sequence[TokenisedPicture], train: Sequence[Example], asked: Sequence[Example]
+    assembly: Assembly,
+    pictures: Sequence[TokenisedPicture],
+    train: Sequence[Example],
+    asked: Sequence[Example],
+    *,
+    sets: bool = False,
 ) -> dict[str, float]:
     """Exact match of two answerers that a run does not change.
 
@@ -32,6 +37,7 @@ def fixed_controls(
         pictures: tokenised training data.
         train: the same as rows.
         asked: validation questions.
+        sets: as in `adapters.evaluation.vqa.exact_match`.
 
     Returns:
         "val_commonest_answer": each question's commonest training answer, or the commonest of all; and if the data
@@ -40,11 +46,11 @@ def fixed_controls(
     if not asked:
         return {}
     guesses = commonest_answers(train, [example.question for example in asked])
-    found = {"val_commonest_answer": score(guesses, [example.answers for example in asked])["exact_match"]}
+    found = {"val_commonest_answer": score(guesses, [row.answers for row in asked], sets=sets)["exact_match"]}
     single = [example for example in asked if len(example.images) == 1]
     probed = probe_answers(assembly, pictures, [(one.images[0], one.question) for one in single]) if single else None
     if probed is not None:
-        found["val_linear_probe"] = score(probed, [example.answers for example in single])["exact_match"]
+        found["val_linear_probe"] = score(probed, [row.answers for row in single], sets=sets)["exact_match"]
     return found
 
 
@@ -63,7 +69,7 @@ def commonest_answers(train: Sequence[Example], questions: Sequence[str]) -> lis
 
 
 def validate_answers(
-    assembly: Assembly, asked: Sequence[Example], on_answers: OnAnswers | None = None
+    assembly: Assembly, asked: Sequence[Example], on_answers: OnAnswers | None = None, *, sets: bool = False
 ) -> dict[str, float]:
     """Exact match of greedy answers, its 95 % interval by picture, and exact match on blank pictures.
 
@@ -71,6 +77,7 @@ def validate_answers(
         assembly: what answers.
         asked: validation questions.
         on_answers: called with them and the answers.
+        sets: as in `adapters.evaluation.vqa.exact_match`.
 
     Returns:
         "val_exact_match", "val_exact_match_low", "val_exact_match_high" and "val_blank_images", as fractions.
@@ -79,14 +86,14 @@ def validate_answers(
     texts = answer_examples(assembly, asked, "vqa", decoding=SHORT)
     if on_answers is not None:
         on_answers(asked, texts)
-    hits = [exact_match(text, right) for text, right in zip(texts, answers, strict=True)]
+    hits = [exact_match(text, right, sets=sets) for text, right in zip(texts, answers, strict=True)]
     found = {"val_exact_match": sum(hits) / len(hits)}
     pictures = [tuple(image.digest() for image in example.images) for example in asked]
     found["val_exact_match_low"], found["val_exact_match_high"] = interval_by_picture(hits, pictures)
     blank = blank_image()
     unseen = [replace(example, images=(blank,) * len(example.images)) for example in asked]
     texts = answer_examples(assembly, unseen, "vqa", decoding=SHORT)
-    found["val_blank_images"] = score(texts, answers)["exact_match"]
+    found["val_blank_images"] = score(texts, answers, sets=sets)["exact_match"]
     return found
 
 
@@ -124,7 +131,7 @@ def describe_controls(metrics: Mapping[str, float], *, step: int, total: int, st
     if exact < metrics.get("val_linear_probe", 0.0):
         lines.append(
             "below the linear probe: the features hold more than the adapter says; try more epochs"
-            " (--set train.epochs=8), or --set bridge.reader=ridge if it is off"
+            " (--set train.epochs=8), or --set bridge.reader=answers if it is another"
         )
     if exact <= max(metrics.get("val_blank_images", 0.0), metrics.get("val_commonest_answer", 0.0)):
         lines.append(

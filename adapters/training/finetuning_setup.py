@@ -138,7 +138,7 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         validation,
         row_tokens,
         fitted,
-        fixed_controls(assembly, pictures, opened.train.examples, _questions(opened)),
+        fixed_controls(assembly, pictures, opened.train.examples, _questions(opened), sets=recipe.data.match == "set"),
         text_side,
         sampler,
     )

@@ -138,14 +138,14 @@ class Reporter:
         self._write(step, values)
         self.say(f"step {step}: " + " · ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
-    def samples(self, step: int, examples: Sequence[Example], texts: Sequence[str]) -> None:
+    def samples(self, step: int, examples: Sequence[Example], texts: Sequence[str], *, sets: bool = False) -> None:
         """A few predictions of a validation with their pictures: samples.png, samples.jsonl and TensorBoard."""
         if self.folder is None:
             return
         from adapters.training.samples import save_samples
 
         with _written(self.folder):
-            sheet = save_samples(self.folder, step, examples, texts)
+            sheet = save_samples(self.folder, step, examples, texts, sets=sets)
             if self._board is not None:
                 self._board.add_image("samples", sheet, step, dataformats="HWC")
 

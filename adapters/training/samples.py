@@ -18,7 +18,9 @@ from qformer.atomic import whole_file
 SAMPLES = 8
 
 
-def save_samples(folder: Path, step: int, examples: Sequence[Example], texts: Sequence[str]) -> NDArray[np.uint8]:
+def save_samples(
+    folder: Path, step: int, examples: Sequence[Example], texts: Sequence[str], *, sets: bool = False
+) -> NDArray[np.uint8]:
     """Draw `samples.png` of the newest validation and add its predictions to `samples.jsonl`.
 
     Args:
@@ -26,6 +28,7 @@ def save_samples(folder: Path, step: int, examples: Sequence[Example], texts: Se
         step: of the validation.
         examples: validation questions.
         texts: the adapter's answers to them.
+        sets: as in `adapters.evaluation.vqa.exact_match`.
 
     Returns:
         The sheet, [height, width, 3].
@@ -36,7 +39,7 @@ def save_samples(folder: Path, step: int, examples: Sequence[Example], texts: Se
     chosen = sample_evenly(list(zip(examples, texts, strict=True)), SAMPLES)
     cells, lines = [], []
     for example, text in chosen:
-        right = bool(exact_match(text, example.answers))
+        right = exact_match(text, example.answers, sets=sets)
         verdict = f"{text or '(nothing)'} – right" if right else f"{text or '(nothing)'} – wrong: {example.answers[0]}"
         cells.append(replace(example, answers=(verdict,)))
         lines.append(

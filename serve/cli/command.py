@@ -22,6 +22,7 @@ from serve.cli.common import (
     AdapterOption,
     AnswerAdapterOption,
     BeamsOption,
+    ChoicesOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -36,6 +37,7 @@ from serve.cli.common import (
     decoding_over,
     progress,
     report,
+    split_list,
 )
 from serve.cli.scores import describe_scores
 
@@ -62,10 +64,7 @@ app.add_typer(cache.app, name="cache")
 def ask(
     pictures: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then one question.")],
     adapter: AdapterOption = None,
-    choices: Annotated[
-        str | None,
-        typer.Option("--choices", help="Answers to choose from, with commas between; each gets its probability."),
-    ] = None,
+    choices: ChoicesOption = None,
     decoding: PresetOption = None,
     beams: BeamsOption = None,
     max_new_tokens: MaxTokensOption = None,
@@ -86,7 +85,7 @@ def ask(
     if choices is not None:
         if decoding is not None or beams is not None or max_new_tokens is not None:
             raise UserError("--choices gives each its probability and writes nothing: leave the decoding's flags out")
-        named = checked_choices(choices.split(","), where="--choices")
+        named = checked_choices(split_list(choices, "--choices"), where="--choices")
         shares = load_adapter(adapter, device=device, dtype=dtype, offline=offline).choose(images, question, named)
         lines = "\n".join(f"{share:6.1%}  {choice}" for choice, share in shares.items())
         report({**asked, "answer": next(iter(shares)), "choices": shares}, as_json, lines)
@@ -188,6 +187,9 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="For vqa: a JSONL file to write, an answer a line.")
     ] = None,
+    match: Annotated[
+        str, typer.Option("--match", help="For vqa: exact, or set: lists with commas, in any order.")
+    ] = "exact",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
@@ -205,7 +207,13 @@ def evaluate(
         raise UserError("--decoding, --beams and --max-new-tokens are for what an LLM writes, not for retrieval")
     if task != "retrieval" and not rerank:
         raise UserError(f"--no-rerank goes with --task retrieval, not {task}")
+    if task != "vqa" and match != "exact":
+        raise UserError(f"--match goes with --task vqa, not {task}")
     check_source(data)
+    if match != "exact":
+        from serve.evaluate import check_match
+
+        check_match(match)
     if predictions is not None:
         from serve.evaluate import check_predictions
 
@@ -241,7 +249,8 @@ def evaluate(
         scores = run(
             engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
             offline=offline, batch_size=batch_size, decoding=over(engine.default_decoding(task)),
-            predictions=predictions, on_progress=on_progress, tell=None if quiet else partial(typer.echo, err=True),
+            predictions=predictions, match=match, on_progress=on_progress,
+            tell=None if quiet else partial(typer.echo, err=True),
         )  # fmt: skip
     report(scores, as_json, describe_scores(scores))
 

@@ -24,6 +24,14 @@ DtypeOption = Annotated[
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Take frozen weights from the cache only.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+ChoicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--choices",
+        help='Answers to choose from, with commas between, or a JSON list such as ["red, blue", "green"]; each gets '
+        "its probability.",
+    ),
+]
 BeamsOption = Annotated[int | None, typer.Option("--beams", min=1, help="Beams of the search; 1 is greedy.")]
 PresetOption = Annotated[
     str | None,
@@ -56,6 +64,28 @@ def progress(verb: str) -> Callable[[int, int], None]:
         print(f"{verb} {done}/{total}", file=sys.stderr, flush=True)
 
     return show
+
+
+def split_list(text: str, flag: str) -> list[str]:
+    """The entries of a flag: a JSON list's, or what stands between commas.
+
+    Raises:
+        UserError: it begins as a JSON list of texts and is none, or an entry is neither text nor a number.
+    """
+    from qformer.errors import UserError
+
+    try:
+        listed = json.loads(text, parse_int=str, parse_float=str)
+    except ValueError as error:
+        if text.lstrip().startswith('["'):
+            example = '["red, blue", "green"]'
+            raise UserError(f"{flag} {text}: this is no JSON list ({error}); write it as '{example}'") from error
+        return text.split(",")
+    if not isinstance(listed, list):
+        return text.split(",")
+    if not all(isinstance(entry, str) for entry in listed):
+        raise UserError(f"{flag} {text}: put each entry of the list into double quotes")
+    return listed
 
 
 def report(values: dict[str, Any], as_json: bool, text: str) -> None:

@@ -12,6 +12,7 @@ from serve.cli.common import (
     AdapterOption,
     AnswerAdapterOption,
     BeamsOption,
+    ChoicesOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -22,15 +23,13 @@ from serve.cli.common import (
     check_pictures,
     decoding_over,
     report,
+    split_list,
 )
 
 
 def reason(
     pictures: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then one question.")],
-    choices: Annotated[
-        str | None,
-        typer.Option("--choices", help="Answers to choose from, with commas between; each gets its probability."),
-    ] = None,
+    choices: ChoicesOption = None,
     context: Annotated[str, typer.Option("--context", help="Text that goes with the picture.")] = "",
     adapter: AdapterOption = None,
     answer_adapter: AnswerAdapterOption = None,
@@ -52,7 +51,7 @@ def reason(
     *images, question = pictures
     if not images:
         raise UserError(f'reason: only "{question}" was given; write querybridge reason IMAGE "QUESTION"')
-    listed = checked_choices(choices.split(","), where="--choices") if choices is not None else ()
+    listed = () if choices is None else checked_choices(split_list(choices, "--choices"), where="--choices")
     check_pictures(images)
     user_turn(images, question)  # a mistake is reported before the models are loaded
     if listed and max_new_tokens is not None:

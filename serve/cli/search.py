@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from qformer.errors import UserError
-from serve.cli.common import AdapterOption, DeviceOption, JsonOption, OfflineOption, QuietOption, progress, report
+from serve.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    JsonOption,
+    OfflineOption,
+    QuietOption,
+    progress,
+    report,
+    split_list,
+)
 
 
 def search(
@@ -53,7 +62,9 @@ def search(
 
 def classify(
     image: Annotated[Path, typer.Argument(help="The picture to name.")],
-    labels: Annotated[str, typer.Option("--labels", help="Names with commas between them, such as dog,cat,horse.")],
+    labels: Annotated[
+        str, typer.Option("--labels", help="Names with commas between them, such as dog,cat,horse, or a JSON list.")
+    ],
     template: Annotated[
         list[str] | None, typer.Option("--template", help="A sentence with {label}; may be repeated.")
     ] = None,
@@ -71,7 +82,7 @@ def classify(
     ref = image_ref(str(image))
     open_image(ref)
     retriever, _ = load_retriever(adapter, device=device, offline=offline)
-    shares = run(retriever, ref, labels.split(","), templates=template or TEMPLATES)
+    shares = run(retriever, ref, split_list(labels, "--labels"), templates=template or TEMPLATES)
     report(
         {"image": str(image), "labels": shares},
         as_json,

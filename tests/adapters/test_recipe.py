@@ -152,6 +152,29 @@ def test_a_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_recipe("easy_vqa_cpu").language.source == "pypi:smollm2-135m-instruct"
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("Part #7. {question}", "Part #7. {question}"),
+        ("#7 of {question}", "#7 of {question}"),
+        ("Look.\nAnswer {question}", "Look.\nAnswer {question}"),  # YAML would make the line break a space
+        ("&co say {question}", "&co say {question}"),  # and this the name of a node
+        ("'Part #7. {question}'", "Part #7. {question}"),
+        ('"Look.\\n{question}"', "Look.\n{question}"),
+    ],
+)
+def test_the_text_of_an_override_arrives_whole(tmp_path: Path, written: str, meant: str) -> None:
+    assert load_recipe(write(tmp_path, small()), [f"prompt.question={written}"]).prompt.question == meant
+    assert load_recipe(write(tmp_path, small()), [f"data.train={written}"]).data.train == meant
+
+
+def test_an_override_loses_no_comment_in_silence(tmp_path: Path) -> None:
+    assert "'3 # three'" in complaint(write(tmp_path, small()), "train.epochs=3 # three")
+    assert "'[0.9, 0.95] # low'" in complaint(write(tmp_path, small()), "train.betas=[0.9, 0.95] # low")
+    recipe = load_recipe(write(tmp_path, small()), ['language.lora.targets=["q #1", v_proj]'])
+    assert recipe.language.lora is not None and recipe.language.lora.targets == ("q #1", "v_proj")
+
+
 def test_set_overrides_scalars_sections_and_entries_of_lists(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path, small()),

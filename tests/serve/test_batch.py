@@ -82,15 +82,15 @@ def test_rows_are_decoded_as_their_task_and_the_adapter_want(
         for file in (captions, source):
             run_batch(file, tmp_path / f"{file.stem}{number}.jsonl", predictor)
 
-    greedy, five_beams = Decoding(), Decoding(max_new_tokens=30, num_beams=5, length_penalty=0.5)
-    assert used == [five_beams, greedy, beams["caption"], beams["vqa"], Decoding(num_beams=4), Decoding(num_beams=4)]
+    greedy, usual_caption = Decoding(), Decoding.preset("caption")
+    assert used == [usual_caption, greedy, beams["caption"], beams["vqa"], Decoding(num_beams=4), Decoding(num_beams=4)]
 
     assembly = predictor.engine.assembly
     monkeypatch.setattr(assembly, "recipe", assembly.recipe.model_copy(update={"decoding": "likeliest"}))
     predictor.decoding = None
     for file in (captions, source):
         run_batch(file, tmp_path / f"{file.stem} by recipe.jsonl", predictor)
-    assert used[6:] == [five_beams, Decoding.preset("likeliest")]
+    assert used[6:] == [usual_caption, Decoding.preset("likeliest")]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from command import FAST, Call
 from data_rows import read_jsonl, write_jsonl
 from PIL import Image
 
+from adapters.data.examples import Example
+from adapters.inference.answering import Completion
 from serve.adapter import load_adapter
 from serve.cli.scores import describe_scores
 from serve.evaluate import evaluate
@@ -120,6 +123,36 @@ def test_predictions_are_kept_a_line_a_row(call: Call, taught: Path, test_file: 
     assert sum(line["right"] for line in lines) == round(5 * found["exact_match"])
     single = call("ask", test_file.parent / "new.png", "how many?", "--adapter", taught, "--json", *FAST).values
     assert lines[4]["prediction"] == single["answer"]
+
+
+def test_commas_make_sets_where_that_is_asked_for(data_file: Path, tmp_path: Path) -> None:
+    class Parrot:
+        name = "parrot"
+
+        def reply(self, examples: list[Example], task: str, **_: object) -> list[Completion]:
+            return [Completion("12,34", 3, True, -0.1) for _ in examples]
+
+    image = str(data_file.parent / "0.png")
+    rows = [{"image": image, "question": "where?", "answer": answer} for answer in ("34,12", "12,34", "12")]
+    data, out, told = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl", list[str]()
+    engine = cast(Any, Parrot())
+    assert evaluate(engine, data, tell=told.append)["exact_match"] == pytest.approx(1 / 3)
+    assert told[-1] == "1 more answers would be right as lists in any order, which --match set is for"
+    found = evaluate(engine, data, match="set", predictions=out)
+    assert found["exact_match"] == pytest.approx(2 / 3)
+    assert [line["right"] for line in read_jsonl(out)] == [True, True, False]
+    assert [pair["right"] for pair in found["confusions"]] == ["12"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--match", "set", "--task", "caption"], "--match goes with --task vqa, not caption"),
+        (["--match", "sets"], "--match sets: take exact or set"),
+    ],
+)
+def test_a_way_of_comparing_that_there_is_not(words: list[str], told: str, call: Call, test_file: Path) -> None:
+    assert told in call("evaluate", test_file, *words).mistake()
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def test_groups_by_hand() -> None:
     ]
 
 
+def test_lists_with_commas_are_right_in_any_order_if_asked_for() -> None:
+    rows = [row("a", "What is there?", "book, papers")]
+    assert break_down(["papers, book"], rows)["by_answer"]["book, papers"]["exact_match"] == 0.0
+    assert break_down(["papers, book"], rows, sets=True)["by_answer"]["book, papers"]["exact_match"] == 1.0
+
+
 def test_rows_without_a_kind_make_no_table() -> None:
     assert "by_kind" not in break_down(["no"], ROWS[4:])
     assert score_groups([None, ""], [True, True], ["a", "b"]) == {}
@@ -67,12 +73,13 @@ def test_questions_on_one_picture_have_no_interval() -> None:
 def test_the_most_frequent_mistakes_come_first() -> None:
     rows = [row("a", "?", "cat")] * 5 + [row("a", "?", "dog")] * 2 + [row("a", "?", "book, papers")]
     said = ["dog", "fox", "dog", "cat", "", "cat", "dog", "papers, book"]
-    assert confusions(said, rows) == [
+    assert confusions(said, rows, sets=True) == [
         {"right": "cat", "given": "dog", "n": 2, "of": 5},
         {"right": "cat", "given": "fox", "n": 1, "of": 5},
         {"right": "cat", "given": "", "n": 1, "of": 5},
         {"right": "dog", "given": "cat", "n": 1, "of": 2},
     ]
+    assert {"right": "book, papers", "given": "papers, book", "n": 1, "of": 1} in confusions(said, rows)
     assert confusions(said, rows, most=1) == [{"right": "cat", "given": "dog", "n": 2, "of": 5}]
 
 

@@ -20,14 +20,33 @@ from adapters.evaluation.vqa import (
         ("Red", "red", True),
         ("red.", "red", True),
         ("tape_dispenser", "tape dispenser", True),
-        ("papers, book", "book, papers", True),
-        ("book", "book, papers", False),
+        ("papers, book", "book, papers", False),
+        ("circle", "circle,circle", False),
+        ("12,34", "34,12", False),
+        ("34,12", "34,12", True),
+        ("\uff13\uff14", "34", True),  # full-width digits
+        ("caf\u00e9", "cafe\u0301", True),
         ("reddish", "red", False),
         ("", "red", False),
     ],
 )
 def test_exact_match(said: str, right: str, expected: bool) -> None:
     assert exact_match(said, [right]) is expected
+
+
+def test_answers_with_commas_are_sets_where_that_is_asked_for() -> None:
+    for said, right, equal in (
+        ("papers, book", "book, papers", True),
+        ("circle", "circle,circle", True),
+        ("book", "book, papers", False),
+        ("Red.", "red", True),
+    ):
+        assert exact_match(said, [right], sets=True) is equal
+    assert score(["b, a"], [["a, b"]], sets=True)["exact_match"] == 1.0
+    assert score(["b, a"], [["a, b"]])["exact_match"] == 0.0
+    learned = [("what is there?", ["a, b"])]
+    assert commonest_answer_score(["what is there?"], [["b, a"]], learned, sets=True) == 1.0
+    assert commonest_answer_score(["what is there?"], [["b, a"]], learned) == 0.0
 
 
 def test_vqa_accuracy_is_the_mean_over_nine_of_ten() -> None:
@@ -72,6 +91,8 @@ def test_vqa_accuracy_compares_in_vqav2s_form() -> None:
         ("10:30", "10:30"),  # a colon and an apostrophe stay
         ("an", ""),
         ("line\nbreak\t", "line break"),
+        ("\uff12 dogs\uff01", "2 dogs"),  # full-width
+        ("cafe\u0301", "caf\u00e9"),
     ],
 )
 def test_vqav2s_form_by_hand(said: str, form: str) -> None:

@@ -47,6 +47,9 @@ def test_ask_with_choices_prints_their_probabilities(call: Call, run_folder: Pat
     assert found["answer"] == max(found["choices"], key=found["choices"].__getitem__)
     assert [line.split()[-1] for line in plain.out.splitlines()] == list(found["choices"])
     assert "--choices: 1 given" in call(*asked[:-1], "red", *FAST).err
+    listed = call(*asked[:-1], '["red, blue", "green"]', "--json", *FAST).values
+    assert set(listed["choices"]) == {"red, blue", "green"}
+    assert "--choices" in call(*asked[:-1], '["red, blue", "green"', *FAST).mistake()
 
 
 def test_ask_takes_several_pictures_and_settings(call: Call, run_folder: Path, data_file: Path) -> None:

@@ -214,7 +214,7 @@ def test_questions_that_cannot_be_asked_are_told(client: Client, folder: Path, q
 
 def test_captions_in_three_styles_and_two_languages(client: Client, engine: FakeEngine, folder: Path) -> None:
     picture, default_decoding = handle_file(folder / "blue.png"), Decoding.preset("caption")
-    assert default_decoding.num_beams == 5
+    assert default_decoding.num_beams > 1
 
     assert client.predict(picture, api_name="/caption") == "a caption (en) of blue.png"
     assert client.predict(picture, "greedy", "zh", api_name="/caption") == "a caption (zh) of blue.png"
