@@ -37,9 +37,9 @@ def choose_settings(examples: Sequence[Example]) -> Choice:
         return Choice(
             ("bridge.reader=answers", "bridge.hide_queries=0.5"),
             (
-                f"{size}: a closed-form reader of pictures and questions stands beside the Q-Former, since so few teach"
-                " it little (bridge.reader=answers)",
-                "half of the training hides the queries, so that the LLM learns to use the reader"
+                f"{size}: so few teach a Q-Former little, so a closed-form reader of pictures and questions is fitted"
+                " beside it (bridge.reader=answers)",
+                "its queries are hidden in half of the training, so that the LLM learns to use the reader"
                 " (bridge.hide_queries=0.5)",
             ),
         )

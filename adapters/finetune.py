@@ -1,6 +1,6 @@
 """Fine-tuning: the bridge, the projection and LoRA learn to answer about a domain's pictures.
 
-The loop is `finetune`, from top to bottom: load, tokenise, encode, train with validations between, save.
+The loop is `_finetune`, from top to bottom: load, tokenise, encode, train with validations between, save.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from adapters.training.optimiser import Schedule
 from adapters.training.reader_fit import FittedReader
 from adapters.training.reporting import Reporter
 from adapters.training.run_data import Result, broadcast_from_main, report_skipped, steps_between_validations
-from adapters.training.run_folder import check_finite
+from adapters.training.run_folder import check_finite, one_run_at_a_time
 from adapters.training.self_critical import greedy_cider
 from adapters.training.setup import RunOptions, open_run
 from adapters.training.timing import in_words, measure_step, steps_within
@@ -61,10 +61,16 @@ def finetune(
         quiet: print nothing.
 
     Raises:
-        UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full.
+        UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full; another run
+            writes to `out`.
     """
-    began = time.monotonic()
     options = RunOptions(Path(out), resume, start_from, device, dtype, offline, quiet)
+    with one_run_at_a_time(options.out):
+        return _finetune(recipe, options)
+
+
+def _finetune(recipe: Recipe, options: RunOptions) -> Result:
+    began = time.monotonic()
     run = set_up_finetuning(open_run(recipe, options, stage=2))
     train, position, assembly, optimiser = recipe.train, run.position, run.assembly, run.optimiser
     accelerator, model = run.opened.accelerator, assembly.model
@@ -89,7 +95,7 @@ def finetune(
     position.total = total
     every = train.validate_every or steps_between_validations(total)
     schedule = Schedule(total, train.warmup_steps, train.min_learning_rate)
-    keeper = RunKeeper(run.opened, assembly, model, optimiser, position, run.facts)
+    keeper = RunKeeper(run.opened, assembly, model, optimiser, position, run.facts, run.final_reader)
     folder = options.out if accelerator.is_main_process else None
     with (
         Reporter(folder, total, device=accelerator.device, start=position.step, quiet=run.opened.quiet) as report,

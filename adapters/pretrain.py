@@ -1,6 +1,6 @@
 """BLIP-2's first stage (arXiv 2301.12597, section 3.2): norm, bridge and heads learn from captions, without an LLM.
 
-The loop is `pretrain`, from top to bottom. What it leaves is searched and classified with as it is, and the second
+The loop is `_pretrain`, from top to bottom. What it leaves is searched and classified with as it is, and the second
 stage, `adapters.finetune`, starts from it.
 """
 
@@ -26,7 +26,7 @@ from adapters.training.optimiser import Schedule
 from adapters.training.pretraining_setup import set_up_pretraining
 from adapters.training.reporting import Reporter
 from adapters.training.run_data import Result, report_skipped, steps_between_validations
-from adapters.training.run_folder import check_finite
+from adapters.training.run_folder import check_finite, one_run_at_a_time
 from adapters.training.setup import RunOptions, open_run
 from adapters.training.text_side import model_inputs
 
@@ -56,9 +56,15 @@ def pretrain(
         quiet: print nothing.
 
     Raises:
-        UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full.
+        UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full; another run
+            writes to `out`.
     """
     options = RunOptions(Path(out), resume, start_from, device, dtype, offline, quiet)
+    with one_run_at_a_time(options.out):
+        return _pretrain(recipe, options)
+
+
+def _pretrain(recipe: Recipe, options: RunOptions) -> Result:
     run = set_up_pretraining(open_run(recipe, options, stage=1))
     train, position, vision_side, optimiser = recipe.train, run.position, run.vision_side, run.optimiser
     accelerator, model = run.opened.accelerator, run.model

@@ -30,9 +30,9 @@ from qformer.errors import UserError
 from qformer.sources import cache_root
 from serve.adapter import ImageInput, default_adapter, picture_ref
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 TEMPLATES = ("a photo of {label}", "a picture of {label}", "{label}")
-_FORMAT = 1
+_FORMAT = 2  # raised when pictures are read or encoded otherwise
 _LISTED = 10  # unreadable files that are named
 _KEEP_EVERY = 30  # seconds between two writes while pictures are encoded
 
@@ -183,9 +183,20 @@ class PictureIndex:
         return [hit for _, hit in found]
 
     def _pictures(self) -> list[Path]:
+        """The files by their endings, each folder's once: a linked one's too, unless it is here by itself."""
         found: list[Path] = []
-        for folder, _, names in os.walk(self.folder, onerror=_refuse):
-            found += [Path(folder) / name for name in names if Path(name).suffix.lower() in SUFFIXES]
+        waiting, seen = [self.folder], set[Path]()
+        while waiting:
+            top = waiting.pop(0)
+            if top.resolve() in seen:  # found meanwhile, or a link in a circle
+                continue
+            for folder, inner, names in os.walk(top, onerror=_refuse):
+                if Path(folder).resolve() in seen:
+                    inner.clear()
+                    continue
+                seen.add(Path(folder).resolve())
+                found += [Path(folder) / name for name in names if Path(name).suffix.lower() in SUFFIXES]
+                waiting += [Path(folder) / name for name in sorted(inner) if (Path(folder) / name).is_symlink()]
         return sorted(path for path in found if path.is_file())
 
     def _read(self) -> dict[str, tuple[_Entry, Tensor]]:

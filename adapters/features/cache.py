@@ -35,8 +35,9 @@ from qformer.errors import UserError
 _LIMIT_VARIABLE = "QUERYBRIDGE_FEATURES_GIB"
 _DEFAULT_LIMIT = 20  # GiB
 
-# Part of every key: raise it when pictures are decoded otherwise or the files' format changes.
-_VERSION = 1
+# Part of every key: raise it when pictures are decoded or encoded otherwise or the files' format changes.
+_VERSION = 2
+_TOGETHER_ON_GPU = 16
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 
 
@@ -81,16 +82,22 @@ class FeatureCache:
         max_bytes: the most that the features of all encoders under `root` may take together; None takes
             `_configured_bytes()`. Beyond it the least
             recently used go, but never those that a live cache of this process was asked to `fill`.
+        together: pictures for each call of the encoder, always as many: a matrix product may round otherwise in another
+            shape, and a picture's features must not depend on what was encoded with it. Fewer are filled up with the
+            last one. On a CPU take 1: there the place in a batch counts too.
     """
 
     _live: ClassVar[weakref.WeakSet[FeatureCache]] = weakref.WeakSet()
 
-    def __init__(self, encoder: Encoder, root: Path | None = None, max_bytes: int | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, root: Path | None = None, max_bytes: int | None = None, *, together: int = 1
+    ) -> None:
         self.encoder = encoder
         self.root = feature_files.features_root(root)
         self.identity = dict(encoder.identity())
         self.key = encoder_key(self.identity)
         self.folder = self.root / self.key
+        self.together = together
         self.max_bytes = max_bytes if max_bytes is not None else _configured_bytes()
         self._filled: set[Path] = set()  # what `fill` was asked for: this run's data
         self._file_bytes = 0  # the size of one file, once known
@@ -112,7 +119,7 @@ class FeatureCache:
 
         Args:
             refs: pictures; the same bytes twice count once.
-            batch_size: pictures for each call of the encoder.
+            batch_size: pictures decoded and kept together; the features do not depend on it.
             on_progress: called with (done, missing) before the first batch and after each.
 
         Returns:
@@ -251,7 +258,8 @@ class FeatureCache:
     def _encode(self, refs: Sequence[ImageRef], pixels: Tensor) -> list[np.ndarray]:
         """Encode a batch; each picture's features [P, D] in the smallest type that holds them."""
         with torch.no_grad():
-            features = self.encoder(pixels).detach().float().cpu()  # [b, P, D]
+            parts = [self.encoder(part)[:count].detach().float().cpu() for part, count in self._equal_parts(pixels)]
+        features = torch.cat(parts)  # [b, P, D]
         if features.ndim != 3 or len(features) != len(refs):
             raise ValueError(f"the encoder made {tuple(features.shape)} of {len(refs)} pictures, not [B, P, D]")
         half = features.half()
@@ -267,6 +275,16 @@ class FeatureCache:
                     "run it on the CPU (--device cpu), where it computes in float32"
                 )
         return arrays
+
+    def _equal_parts(self, pixels: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Cut pixels [b, 3, H, W] into parts of `together` pictures; with each, how many of it are not repeated.
+
+        Each part is a copy: a library's sums may also depend on how memory is aligned.
+        """
+        for start in range(0, len(pixels), self.together):
+            part = pixels[start : start + self.together]
+            rows = torch.arange(self.together).clamp(max=len(part) - 1)
+            yield part[rows], len(part)
 
     def _check_room(self, missing: int, protected: set[Path]) -> None:
         """Fail before the hours of encoding, not after: against the bound and against the disk."""
@@ -315,6 +333,11 @@ class FeatureCache:
     def _same_root(self) -> list[FeatureCache]:
         """The caches of this process whose files share the bound: two towers' do."""
         return [cache for cache in list(self._live) if cache.root == self.root]
+
+
+def pictures_together(device: str) -> int:
+    """How many pictures a cache's encoder takes at a time: one on a CPU, a fixed number on a GPU."""
+    return 1 if torch.device(device).type == "cpu" else _TOGETHER_ON_GPU
 
 
 def encoder_key(identity: Mapping[str, object]) -> str:

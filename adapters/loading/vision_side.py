@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapters.data.image_ref import ImageRef
-from adapters.features.cache import FeatureCache
+from adapters.features.cache import FeatureCache, pictures_together
 from adapters.loading.weight_deltas import WeightDelta, read_weight_delta
 from adapters.recipe import BridgeSection, Recipe
 from qformer.bridge import QFormer
@@ -201,7 +201,7 @@ def load_vision_side(
                 dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
                 offline=offline,
             )
-            frozen.towers[key] = (encoder, FeatureCache(encoder))
+            frozen.towers[key] = (encoder, FeatureCache(encoder, together=pictures_together(device)))
         towers.append(frozen.towers[key])
         fingerprints[f"vision.{index}"] = str(towers[-1][0].identity()["fingerprint"])
     encoders, caches = [encoder for encoder, _ in towers], [cache for _, cache in towers]

@@ -40,6 +40,7 @@ class RunState:
         stopped_early: patience ran out, so there is nothing left to do.
         seconds: time spent training, over all sittings.
         data: fingerprint of the training data, so that a run is not resumed on other data.
+        val: the same of the validation data, which `best` is measured on; "" if an older version wrote the state.
         dtype: what the LLM computes in.
         metrics: the figures of the best validation.
         started_from: the adapter the run started from, or None.
@@ -57,6 +58,7 @@ class RunState:
     stopped_early: bool = False
     seconds: float = 0.0
     data: str = ""
+    val: str = ""
     dtype: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     started_from: str | None = None

@@ -16,6 +16,7 @@ from adapters.data.batches import Step, TokenisedPicture, plan_validation, token
 from adapters.data.examples import Example, sample_evenly
 from adapters.data.views import all_views
 from adapters.loading.assembly import Assembly, assemble
+from adapters.loading.reader import Reader
 from adapters.training.alignment import align_words
 from adapters.training.checkpoint import RunState
 from adapters.training.controls import fixed_controls
@@ -43,6 +44,7 @@ class FineTuning:
         validation: tokenised validation data.
         row_tokens: the longest sequence that several questions share; 0 if each has its own.
         fitted: the closed-form reader with its left-out scores, if the recipe has one.
+        final_reader: the reader of the artefacts, fitted to the held-out pictures too; validation uses `fitted`.
         controls: scores of what the run does not change (`adapters.training.controls.fixed_controls`).
         text_side: keeps the bridge's text side, if the recipe says so.
         sampler: samples captions, if they are trained by CIDEr.
@@ -58,6 +60,7 @@ class FineTuning:
     validation: Step
     row_tokens: int
     fitted: FittedReader | None
+    final_reader: Reader | None
     controls: dict[str, float]
     text_side: TextSideKeeper | None
     sampler: SelfCriticalSampler | None
@@ -89,7 +92,8 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     pictures = tokenise(opened.train, assembly.prompts, **how)
     # questions share a picture's sequence unless the bridge reads each of them beside the picture
     row_tokens = train.row_tokens if model.language.can_pack and not assembly.reads_instructions else 0
-    validation = plan_validation(tokenise(opened.val, assembly.prompts, **how), row_tokens=row_tokens)
+    held_out = tokenise(opened.val, assembly.prompts, **how)
+    validation = plan_validation(held_out, row_tokens=row_tokens)
     images = all_views((row.images[0] for row in opened.train.examples if len(row.images) == 1), recipe.data.views)
     images += [image for data in (opened.train, opened.val) for row in data.examples for image in row.images]
     encode_pictures(opened, assembly.caches, images)
@@ -102,6 +106,10 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         model.feature_norm.standardise(assembly.features(sample_evenly(seen, 256)))
     fresh = begun is None or read_facts(begun).kind != "language"  # the first stage leaves a fresh projection
     fitted = _fit(opened, assembly, pictures) if recipe.bridge.reader is not None else None
+    final_reader = fitted.reader if fitted is not None else None
+    if fitted is not None and recipe.data.val is None:
+        everything = fit_reader(assembly, [*pictures, *held_out], questions=recipe.bridge.reader == "answers")
+        final_reader = everything.reader if everything is not None else final_reader
     if opened.state is None and fresh and train.align_steps and not assembly.vision_side.reads_instructions:
         _align(opened, assembly, pictures)
     optimiser = optimiser_of(model, recipe)
@@ -138,6 +146,7 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         validation,
         row_tokens,
         fitted,
+        final_reader,
         fixed_controls(assembly, pictures, opened.train.examples, _questions(opened), sets=recipe.data.match == "set"),
         text_side,
         sampler,

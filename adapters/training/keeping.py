@@ -11,6 +11,7 @@ from torch import nn
 from adapters.artefact.artefact import save_artefact
 from adapters.artefact.facts import Facts
 from adapters.loading.assembly import Assembly
+from adapters.loading.reader import Reader
 from adapters.loading.vision_side import VisionSide
 from adapters.training.checkpoint import RunState, generators_of_all, save_state
 from adapters.training.controls import describe_controls
@@ -30,6 +31,7 @@ class RunKeeper:
         optimiser: over them.
         position: the step the run has reached; changed in place.
         facts: what the artefacts say of the run, figures apart.
+        reader: the closed-form reader of the artefacts, in place of the one that the run validates with.
 
     Raises:
         UserError: the folder cannot be written, here or later.
@@ -43,6 +45,7 @@ class RunKeeper:
         optimiser: torch.optim.Optimizer,
         position: RunState,
         facts: Facts,
+        reader: Reader | None = None,
     ) -> None:
         self.opened = opened
         self.trained = trained
@@ -50,6 +53,7 @@ class RunKeeper:
         self.optimiser = optimiser
         self.position = position
         self.facts = facts
+        self.reader = reader
         self.folder = opened.options.out
         self.began = time.monotonic() - position.seconds
         if opened.accelerator.is_main_process:
@@ -63,9 +67,12 @@ class RunKeeper:
         improved = note_validation(position, score, metrics, self.opened.recipe.train.patience)
         if self.opened.accelerator.is_main_process:
             measured = replace(self.facts, metrics=metrics, steps=position.step)
-            save_artefact(self.folder / "last", self.trained, measured)
+            trained = self.trained
+            if self.reader is not None and isinstance(trained, Assembly):
+                trained = replace(trained, reader=self.reader)
+            save_artefact(self.folder / "last", trained, measured)
             if improved:
-                save_artefact(self.folder / "best", self.trained, measured)
+                save_artefact(self.folder / "best", trained, measured)
             self._save_state(generators)
             report.draw()
         self.opened.accelerator.wait_for_everyone()

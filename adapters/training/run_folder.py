@@ -1,11 +1,15 @@
-"""A run's folder: the recipe it is opened with, and a loss that is no number."""
+"""A run's folder: one run at a time in it, the recipe it is opened with, and a loss that is no number."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qformer.errors import UserError
+from qformer.file_lock import lock
 
 
 def check_finite(value: float, step: int, learning_rate: float, *, what: str = "the loss") -> None:
@@ -15,6 +19,44 @@ def check_finite(value: float, step: int, learning_rate: float, *, what: str = "
             f"{what} is {value} at step {step}; try --set train.learning_rate={learning_rate / 3:.1e},"
             " --set train.clip_norm=0.3 or --dtype float32 (weights up to the last validation are kept)"
         )
+
+
+@contextmanager
+def one_run_at_a_time(out: Path) -> Iterator[None]:
+    """Hold a run's folder, among all processes of a machine; a run's further processes go with its first.
+
+    The folder is made if there is none, and taken away again if nothing was left in it.
+
+    Raises:
+        UserError: another run holds it, or it cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0" or (out.exists() and not out.is_dir()):  # a file is refused where it is read
+        yield
+        return
+    made, taken_away, path = not out.exists(), False, out / "run.lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+    with file:
+        # a file that its holder has taken away since it was opened is nobody's lock
+        if not lock(file) or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise UserError(
+                f"--out {out}: another run is writing there; wait until it has ended, or name another folder"
+            )
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows takes no open file away
+                path.unlink()
+                taken_away = True
+            if made:
+                with suppress(OSError):  # not empty
+                    out.rmdir()
+    if not taken_away:
+        with suppress(OSError):
+            path.unlink()
 
 
 def open_run_folder(out: Path, recipe: str) -> None:

@@ -185,7 +185,11 @@ def position_of(
     terms: Iterable[str],
     start: Start | None,
 ) -> RunState:
-    """Where the run begins: at step 0, or at the step of a resumed run's state, with its weights and generators."""
+    """Where the run begins: at step 0, or at the step of a resumed run's state, with its weights and generators.
+
+    Raises:
+        UserError: the state is of other training or validation data, or damaged.
+    """
     rank = opened.accelerator.process_index
     if opened.state is not None:
         position = load_state(opened.state, model, optimiser, rank=rank)
@@ -194,12 +198,19 @@ def position_of(
                 f"{opened.options.out}: the run was trained on other data than {opened.recipe.data.train} is now;"
                 " name another --out"
             )
+        if position.val and position.val != opened.val.fingerprint:
+            named = opened.recipe.data.val or "those held out of the training data"
+            raise UserError(
+                f"{opened.options.out}: the run was validated on other data than {named} is now, and its best weights"
+                " were chosen by them; put the former data back, or name another --out"
+            )
         return position
     if rank:  # the same weights on every process, but random draws of its own
         torch.manual_seed(opened.recipe.train.seed + 1000 * rank)
     own = [opened.train.terms] if opened.train.terms else []
     return RunState(
         data=opened.train.fingerprint,
+        val=opened.val.fingerprint,
         dtype=dtype,
         terms=[*own, *terms, *(start.terms if start is not None else ())],
         started_from=opened.start_from,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from adapters.finetune import finetune
 from adapters.recipe import Recipe, parse_recipe
 from adapters.training.run_data import Result
 from qformer.errors import UserError
+from qformer.file_lock import lock
 
 pytestmark = pytest.mark.usefixtures("cache_here")
 
@@ -206,6 +208,40 @@ def test_a_run_may_start_with_another_dropout_of_lora(recipe_of: Any, tmp_path: 
     assert {module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")} == {0.25}
     with pytest.raises(UserError, match=r"'language\.lora' differs"):
         run(with_lora(rank=3), tmp_path / "third", start_from=str(tmp_path / "first"))
+
+
+def test_a_run_goes_on_with_its_own_validation_data_alone(recipe_of: Any, tmp_path: Path) -> None:
+    """`best` is chosen by them; the state of an older version names none."""
+    recipe = recipe_of(max_steps=2)
+    val = draw_data(tmp_path / "val", questions=("what colour?",))
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"val": str(val)})})
+    run(recipe, tmp_path / "run")
+    position = tmp_path / "run" / "state" / "position.json"
+    written = json.loads(position.read_text())
+    assert written["val"].startswith("sha256:") and written["val"] != written["data"]
+    assert run(recipe, tmp_path / "run", resume=True).steps == 2
+    draw_data(tmp_path / "val", questions=("is it red?",))
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'run'))}: .* validated on other data than .*val"):
+        run(recipe, tmp_path / "run", resume=True)
+    position.write_text(json.dumps({name: value for name, value in written.items() if name != "val"}))
+    assert run(recipe, tmp_path / "run", resume=True).steps == 2
+
+
+def test_a_second_run_on_one_folder_is_refused(recipe_of: Any, tmp_path: Path) -> None:
+    recipe, out = recipe_of(max_steps=1), tmp_path / "run"
+    out.mkdir()
+    with (out / "run.lock").open("a") as other:
+        assert lock(other)
+        with pytest.raises(UserError, match=rf"--out {re.escape(str(out))}: another run is writing there"):
+            run(recipe, out)
+    assert run(recipe, out).finished  # what a killed run leaves is no lock
+    assert not (out / "run.lock").exists()
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_folder(recipe_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        run(recipe_of(), tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_folders_are_not_overwritten(recipe_of: Any, tmp_path: Path) -> None:

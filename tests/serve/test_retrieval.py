@@ -76,6 +76,20 @@ def test_the_index_follows_the_folder(index: PictureIndex) -> None:
     assert found == {"deeper/red1.png", "red2.png", "blue0.png"}
 
 
+def test_linked_folders_and_further_endings_are_listed_once(index: PictureIndex, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("a.jfif", "b.avif"):
+        Image.new("RGB", (40, 40), "red").save(outside / name, "AVIF" if name.endswith("avif") else "JPEG")
+    (index.folder / "linked").symlink_to(outside, target_is_directory=True)
+    (index.folder / "linked_again").symlink_to(outside, target_is_directory=True)
+    (outside / "circle").symlink_to(index.folder, target_is_directory=True)
+    report = index.update()
+    assert (report.pictures, report.unreadable) == (14, ())
+    paths = {hit.path for hit in index.search("a red square", most=14, rerank=False)}
+    assert {"linked/a.jfif", "linked/b.avif"} <= paths and len(paths) == 14
+
+
 def test_what_was_deleted_since_is_not_found(index: PictureIndex) -> None:
     index.update()
     (index.folder / "red0.png").unlink()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adapters.data.image_ref import ImageRef
 from adapters.features import files as feature_files
-from adapters.features.cache import FeatureCache, encoder_key
+from adapters.features.cache import FeatureCache, encoder_key, pictures_together
 from qformer.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_each_picture_is_encoded_once(tmp_path: Path) -> None:
     cache = FeatureCache(encoder, tmp_path)
     refs = pictures(1, 2, 3, 1, 2)
     assert cache.fill(refs, batch_size=2) == 3
-    assert encoder.batches == [2, 1]
+    assert encoder.batches == [1, 1, 1]
     assert cache.fill(refs) == 0
     for _ in range(3):  # epochs
         assert torch.equal(cache.load(refs), expected(refs))
@@ -46,6 +46,48 @@ def test_each_picture_is_encoded_once(tmp_path: Path) -> None:
     later = FakeEncoder()  # another run
     assert torch.equal(FeatureCache(later, tmp_path).load(refs[::-1]), expected(refs[::-1]))
     assert later.pictures == 0
+
+
+class Convolving(FakeEncoder):
+    """A small network with a convolution and a product over all channels, whose sums round otherwise by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 67, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(67 * 4, 301)
+        )
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.batches.append(len(pixels))
+        return 1e7 * self.layers(pixels)[:, None]  # beyond float16, so that no bit is lost
+
+
+def test_features_do_not_depend_on_what_was_encoded_with_them(tmp_path: Path) -> None:
+    refs = pictures(*range(11))
+    encoder = Convolving()
+
+    def fresh(name: str) -> FeatureCache:
+        return FeatureCache(encoder, tmp_path / name)
+
+    alone = torch.cat([fresh(f"alone{place}").load([ref]) for place, ref in enumerate(refs)])
+    assert alone.dtype == torch.float32
+    assert torch.equal(fresh("all").load(refs), alone)
+    assert torch.equal(fresh("order").load(refs[::-1]), alone.flip(0))
+    some = fresh("some")
+    some.fill(refs[3:6], batch_size=2)
+    some.fill(refs, batch_size=5)
+    assert torch.equal(some.load(refs), alone)
+    assert set(encoder.batches) == {1}
+
+
+def test_parts_of_a_fixed_size_are_filled_up(tmp_path: Path) -> None:
+    encoder, refs = FakeEncoder(), pictures(*range(7))
+    cache = FeatureCache(encoder, tmp_path, together=4)
+    assert cache.fill(refs) == 7
+    assert encoder.batches == [4, 4]
+    assert torch.equal(cache.load(refs), expected(refs))
+    assert pictures_together("cpu") == 1 and pictures_together("cuda:1") == 16
 
 
 def test_load_fills_what_is_missing(tmp_path: Path) -> None:

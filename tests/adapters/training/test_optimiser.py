@@ -139,7 +139,7 @@ def test_a_run_says_once_that_its_warm_up_is_shorter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "total"), [("quickstart", 581), ("easy_vqa_cpu", 1600), ("photo_stage1", 552), ("scenes_stage1", 251),
+    ("name", "total"), [("quickstart", 335), ("easy_vqa_cpu", 1600), ("photo_stage1", 552), ("scenes_stage1", 251),
                         ("scenes_stage2", 150), ("scenes_reason", 325)]
 )  # fmt: skip
 def test_the_recipes_own_runs_are_long_enough_for_their_warm_up(name: str, total: int) -> None:

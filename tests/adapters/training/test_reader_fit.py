@@ -53,6 +53,8 @@ def test_a_run_fits_a_reader_and_its_artefact_answers_with_it(recipe_of: Any, tm
     assembly, _ = load_artefact(tmp_path / "run" / "best")
     assert assembly.reader is not None and assembly.model.num_queries == 3 + NAMED + SPELLED
     examples = read_data(str(recipe.data.train)).examples
+    assert assembly.reader.answers is not None
+    assert len(assembly.reader.answers.ridge.pictures) == 12  # the held-out quarter too
     answers = answer_examples(assembly, examples, "vqa", decoding=Decoding(max_new_tokens=8))
     right = sum(answer == example.answers[0] for answer, example in zip(answers, examples, strict=True))
     assert right >= 20  # of 24, with a random LLM of two layers
