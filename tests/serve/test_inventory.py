@@ -15,7 +15,7 @@ from adapters.memory.known_models import KNOWN_MODELS
 from adapters.recipe import TrainSection, describe_keys, load_recipe, shipped_recipes
 from qformer.sources import PYPI_SOURCES
 from qformer.wheels import MANIFEST, SCHEMA
-from serve.inventory import describe_models, list_models, list_of_keys
+from serve.inventory import describe_models, describe_recipe_keys, list_models
 
 
 @pytest.fixture(autouse=True)
@@ -115,5 +115,5 @@ def test_every_key_of_a_recipe_is_listed_and_can_be_set() -> None:
     assert keys["train.batch_size"]["default"] == TrainSection().batch_size
     assert all(entry["what"] for entry in keys.values())
     assert "null" in keys["language.lora"]["what"] and keys["language.source"]["what"].startswith("needed")
-    table = list_of_keys(list(keys.values()))
+    table = describe_recipe_keys(list(keys.values()))
     assert "[rationale, answer]" in table and len(table.splitlines()) == len(keys) + 1
