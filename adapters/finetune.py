@@ -34,7 +34,7 @@ from adapters.training.self_critical import greedy_cider
 from adapters.training.setup import RunOptions, open_run
 from adapters.training.timing import in_words, measure_step, steps_within
 
-LOSS_SHARE = 0.1  # what a nat of loss weighs beside exact match in choosing weights
+LOSS_SHARE = 0.5  # what a nat of loss weighs: exact match on 100 questions is off by 4 points as often as not
 
 
 def finetune(

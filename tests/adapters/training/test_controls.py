@@ -36,8 +36,8 @@ def test_a_hundred_rows_are_held_out_of_few(rows: int, share: float) -> None:
 
 
 def test_score_and_loss_choose_together() -> None:
-    assert selection_score({"val_loss": 2.0, "val_exact_match": 0.5}) == pytest.approx(0.3)
-    assert selection_score({"val_loss": 2.0}) == pytest.approx(-0.2)
+    assert selection_score({"val_loss": 2.0, "val_exact_match": 0.5}) == pytest.approx(-0.5)
+    assert selection_score({"val_loss": 2.0}) == pytest.approx(-1.0)
     assert selection_score({"val_loss": 2.0, "val_CIDEr": 0.7}) == 0.7
 
 
