@@ -25,7 +25,7 @@ def check_finite(value: float, step: int, learning_rate: float, *, what: str = "
 def one_run_at_a_time(out: Path) -> Iterator[None]:
     """Hold a run's folder, among all processes of a machine; a run's further processes go with its first.
 
-    The folder is made if there is none, and taken away again if nothing was left in it.
+    The folder is made if there is none, with those around it, and taken away again if nothing was left in it.
 
     Raises:
         UserError: another run holds it, or it cannot be written.
@@ -33,7 +33,8 @@ def one_run_at_a_time(out: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0" or (out.exists() and not out.is_dir()):  # a file is refused where it is read
         yield
         return
-    made, taken_away, path = not out.exists(), False, out / "run.lock"
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]  # the innermost first
+    taken_away, path = False, out / "run.lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
@@ -51,9 +52,9 @@ def one_run_at_a_time(out: Path) -> Iterator[None]:
             with suppress(OSError):  # Windows takes no open file away
                 path.unlink()
                 taken_away = True
-            if made:
-                with suppress(OSError):  # not empty
-                    out.rmdir()
+            with suppress(OSError):  # not empty
+                for folder in made:
+                    folder.rmdir()
     if not taken_away:
         with suppress(OSError):
             path.unlink()

@@ -101,7 +101,7 @@ def test_an_adapter_computes_as_it_was_trained_unless_it_is_told_otherwise(
 ) -> None:
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
     monkeypatch.setattr(
-        "qformer.language_loading.default_compute_dtype", lambda *_, **__: getattr(torch, other)
+        "adapters.loading.assembly.default_compute_dtype", lambda *_, **__: getattr(torch, other)
     )  # what a stopwatch would say here
     trained = assemble(assembly.recipe, dtype=dtype)
     save_artefact(tmp_path / "artefact", trained, Facts(trained.fingerprints, compute_dtype="of another run"))

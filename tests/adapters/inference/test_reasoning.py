@@ -31,7 +31,13 @@ def recipe_of(*stages: str, task: str = "reason") -> Recipe:
 
 def assembly_of(*stages: str, letters: bool = False, task: str = "reason") -> Any:
     prompts = SimpleNamespace(style=PromptStyle(letters=letters))
-    return SimpleNamespace(recipe=recipe_of(*stages, task=task), prompts=prompts)
+    recipe = recipe_of(*stages, task=task)
+    return SimpleNamespace(
+        recipe=recipe,
+        prompts=prompts,
+        reasoning_stages=recipe.reasoning_stages,
+        rationale_tokens=recipe.reason.rationale_tokens,
+    )
 
 
 @dataclass
