@@ -125,7 +125,7 @@ def describe_controls(metrics: Mapping[str, float], *, step: int, total: int, st
     if train_loss is not None and val_loss is not None and val_loss > _LEARNED_BY_HEART * max(train_loss, 0.05):
         lines.append(
             f"it learns by heart: the loss is {train_loss:.2f} in training and {val_loss:.2f} on the validation"
-            " questions; more pictures help, or --start-from photo, or fewer epochs"
+            " questions; more pictures help, or fewer epochs"
         )
     exact = metrics["val_exact_match"]
     if exact < metrics.get("val_linear_probe", 0.0):
