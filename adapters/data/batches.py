@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.data.collate import PackedAnswer, PackedSequence, padded_length
-from adapters.data.examples import DataSet, Example
+from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt, PromptBuilder
 from adapters.data.views import draw_view, names_a_side
@@ -105,12 +105,8 @@ def tokenise(
     ):
         prompt = prompt_for(example, task, prompts)
         counted = tuple(tuple(prompts.answer_ids(answer)) for answer in answers)
-        longest = len(prompt.ids) + max(len(answer) for answer in counted)
-        if longest > max_tokens:
-            raise UserError(
-                f"{example.where}: prompt and answer are {longest} tokens, more than train.micro_batch_tokens"
-                f" ({max_tokens}); shorten the text or raise it with --set train.micro_batch_tokens={longest}"
-            )
+        if too_long := _too_long(prompt, counted, max_tokens):
+            raise UserError(f"{example.where}: {too_long}")
         if task == "caption":  # every caption is learned from
             end = prompts.closing_tokens if prompts.is_encoder_decoder else None
             language = example.language
@@ -127,6 +123,45 @@ def tokenise(
         TokenisedPicture(images, shared, tuple(questions), key in sided)
         for key, (images, shared, questions) in grouped.items()
     ]
+
+
+def leave_out_long(data: DataSet, prompts: PromptBuilder, *, max_tokens: int, stages: Sequence[Stage]) -> DataSet:
+    """The data set without the rows that `tokenise` would refuse for their length; they join its faults.
+
+    Args:
+        data: the rows.
+        prompts: words and tokenises.
+        max_tokens: the longest prompt with its answer.
+        stages: of a row with reasons, as `tokenise` takes them.
+
+    Raises:
+        UserError: no row is left.
+    """
+    kept, faults = [], list(data.faults)
+    for row in data.examples:
+        problems = (
+            _too_long(prompt_for(example, task, prompts), [prompts.answer_ids(text) for text in answers], max_tokens)
+            for example, task, answers in _to_learn(row, data.task, stages, prompts)
+        )
+        problem = next(filter(None, problems), None)
+        if problem is None:
+            kept.append(row)
+        else:
+            faults.append(Fault(row.row, row.where, problem))
+    if not kept:
+        raise UserError(f"{data.name}: no row is left; the first: {faults[0]}")
+    return replace(data, examples=tuple(kept), faults=tuple(faults))
+
+
+def _too_long(prompt: Prompt, answers: Sequence[Sequence[int]], max_tokens: int) -> str | None:
+    """What is wrong with a prompt that is too long with its longest answer; None if it is not."""
+    longest = len(prompt.ids) + max(len(answer) for answer in answers)
+    if longest <= max_tokens:
+        return None
+    return (
+        f"prompt and answer are {longest} tokens, more than train.micro_batch_tokens ({max_tokens}); shorten the text"
+        f" or raise it with --set train.micro_batch_tokens={longest}"
+    )
 
 
 def _check_rationales(data: DataSet, stages: Sequence[Stage]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts, read_facts
-from adapters.data.batches import Step, TokenisedPicture, plan_validation, tokenise
+from adapters.data.batches import Step, TokenisedPicture, leave_out_long, plan_validation, tokenise
 from adapters.data.examples import Example, sample_evenly
 from adapters.data.views import all_views
 from adapters.loading.assembly import Assembly, assemble
@@ -89,6 +89,9 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     model = assembly.model
     start = take_over(opened, assembly)
     how: Any = {"max_tokens": train.micro_batch_tokens, "stages": recipe.reason.stages}
+    if recipe.data.skip_bad_rows:
+        train_data, val_data = (leave_out_long(data, assembly.prompts, **how) for data in (opened.train, opened.val))
+        opened = replace(opened, train=train_data, val=val_data)
     pictures = tokenise(opened.train, assembly.prompts, **how)
     # questions share a picture's sequence unless the bridge reads each of them beside the picture
     row_tokens = train.row_tokens if model.language.can_pack and not assembly.reads_instructions else 0

@@ -144,6 +144,23 @@ def test_nan_stops_with_what_to_try(recipe_of: Any, tmp_path: Path, monkeypatch:
         run(recipe_of(), tmp_path / "run")
 
 
+def test_a_row_that_is_too_long_is_left_out_and_named_if_bad_rows_are(
+    recipe_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(max_steps=2)
+    data = Path(str(recipe.data.train))
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[0]["question"] = "what colour is " + "very " * 200 + "big?"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"data.jsonl row 1 .*more than train.micro_batch_tokens \(320\)"):
+        run(recipe, tmp_path / "run")
+    skipping = recipe.model_copy(update={"data": recipe.data.model_copy(update={"skip_bad_rows": True})})
+    result = finetune(skipping, tmp_path / "run", device="cpu", dtype="float32")
+    assert "left out: " in (said := capsys.readouterr().err) and "data.jsonl row 1 " in said
+    facts = read_facts(result.best)
+    assert facts.data["bad rows left out"] == 1 and facts.data["answers"] in (17, 18)  # of 24, a quarter held out
+
+
 def test_early_stopping_keeps_the_best(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([9.0, 0.5, 0.1, 0.4, 0.3, 0.2, 0.1])
     monkeypatch.setattr(finetune_module, "validate", lambda *_: {"val_loss": next(losses), "val_exact_match": 0.5})
