@@ -55,7 +55,7 @@ class VisionLanguageModel(nn.Module):
         language: the LLM.
         heads: of the first stage, if the adapter keeps its text side; no pass here uses them.
         read_vectors: how many vectors of each image come from elsewhere, behind the queries (`image_embeddings`).
-        hide_queries: in training, the share of images whose queries are zeros; 1.0 hides all of them always.
+        hide_queries: in training, the share of images with a reader whose queries are zeros; 1.0 hides all always.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class VisionLanguageModel(nn.Module):
             normed = self.feature_norm(on_device)  # [B, P, D_v]
             queries = self.bridge(normed, text_ids=text_ids, text_mask=text_mask).queries  # [B, Q, D_q]
             projected: Tensor = self.projection(queries)  # [B, Q, D_l]
-        if self.hide_queries and (self.training or self.hide_queries == 1.0):
+        # without a reader there is nothing else to see
+        if read is not None and self.hide_queries and (self.training or self.hide_queries == 1.0):
             projected = projected * (torch.rand(len(projected), 1, 1, device=weight.device) >= self.hide_queries)
         if not self.read_vectors:
             return projected

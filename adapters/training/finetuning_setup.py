@@ -161,8 +161,6 @@ def _fit(opened: Opened, assembly: Assembly, pictures: Sequence[TokenisedPicture
     fitted = fit_reader(assembly, pictures, questions=opened.recipe.bridge.reader == "answers")
     if fitted is not None:
         assembly.reader = fitted.reader
-    else:
-        assembly.model.hide_queries = 0.0  # else the LLM would see nothing of some pictures
     if not opened.quiet:
         print(fitted or "no closed-form reader: the answers are too few, or too different to score", file=sys.stderr)
     return fitted

@@ -17,7 +17,7 @@ from adapters.loading.reader import SPELLED, AnswerReader, Reader, Scores, ngram
 from adapters.training.alignment import distinctive_names, is_word, names_in
 from qformer.ridge_reader import NameRidge, PairRidge, PictureNumbers
 
-MOST_PAIRS = 3000  # time grows by the cube: about 15 s on one core
+MOST_PAIRS = 3000  # the time of a fit grows by the cube
 MOST_NAMES = 512
 MOST_MAPPED = 512  # pictures that the map to numbers is fitted to
 _CHUNK = 64  # pictures whose features are in memory at once

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from adapters.data.duplicates import copies_between
+from adapters.data.duplicates import copies_between_rows, describe_copies
 from adapters.data.examples import DataSet
 from adapters.data.image_ref import ImageRef
 from adapters.features.cache import FeatureCache
@@ -105,12 +105,11 @@ def report_terms(terms: Iterable[str]) -> None:
 
 def report_copies(train: DataSet, val: DataSet) -> None:
     """Say on stderr which validation pictures are in training too, near copies included: scores on them mislead."""
-    images = ((image for row in data.examples for image in row.images) for data in (train, val))
-    copies = copies_between(*images)
+    copies = copies_between_rows(train.examples, val.examples)
     for line in copies.unreadable[:3]:
         print(f"not compared: {line}", file=sys.stderr)
     if copies.pairs:
-        shown = "; ".join(f"{copy.test} ({copy.how}: {copy.train})" for copy in copies.pairs[:3])
+        shown = "; ".join(describe_copies(copies.pairs, 3))
         print(
             f"{len(copies.pairs)} validation pictures are in the training data too, so scores flatter: {shown}"
             f"{' …' if len(copies.pairs) > 3 else ''}; take them out of one of the two (querybridge data check)",

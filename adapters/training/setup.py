@@ -81,6 +81,11 @@ def _check_finetuning(recipe: Recipe) -> None:
             f"train.contrastive_steps={train.contrastive_steps}: it is the first stage's: run querybridge pretrain"
             " RECIPE --stage 1, or set it to 0"
         )
+    if train.self_critical and train.minutes:
+        raise UserError(
+            f"train.minutes={train.minutes:g} (--budget): steps that sample captions are not timed beforehand; leave it"
+            " out, or set train.max_steps"
+        )
     if train.self_critical and train.label_smoothing:
         raise UserError(
             f"train.label_smoothing={train.label_smoothing:g}: samples are weighed, not smoothed; set it to 0"
@@ -94,7 +99,7 @@ def _check_pretraining(recipe: Recipe) -> None:
         raise UserError(
             "the first stage reads captions: set bridge.text_branch=true and bridge.start to a BERT's source"
         )
-    for name in ("compile", "label_smoothing", "self_critical", "align_steps", "text_side_every"):
+    for name in ("compile", "label_smoothing", "self_critical", "align_steps", "text_side_every", "minutes"):
         if value := getattr(recipe.train, name):
             raise UserError(
                 f"train.{name}={value}: it is for training with an LLM, which the first stage has none of; leave it out"

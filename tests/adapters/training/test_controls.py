@@ -18,6 +18,7 @@ from adapters.recipe import Recipe, parse_recipe
 from adapters.training.controls import commonest_answers, describe_controls
 from adapters.training.setup import held_out_share
 from adapters.training.timing import FEWEST_STEPS, in_words, measure_step, steps_within
+from qformer.errors import UserError
 
 
 def row(question: str, *answers: str) -> Example:
@@ -104,6 +105,12 @@ def test_a_run_validates_four_times_and_ends_with_its_controls(
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {8, 16, 24, 30}
     assert (tmp_path / "run" / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_is_refused_where_it_would_have_no_effect(recipe: Recipe, tmp_path: Path) -> None:
+    sampled = recipe.model_copy(update={"train": recipe.train.model_copy(update={"minutes": 1.0, "self_critical": 2})})
+    with pytest.raises(UserError, match=r"train.minutes=1 \(--budget\)"):
+        finetune(sampled, tmp_path / "run", device="cpu", dtype="float32", quiet=True)
 
 
 def test_a_budget_ends_a_run_early(recipe: Recipe, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from adapters.loading.reader import FILE, NAMED, SPELLED, Scores, question_numbe
 from adapters.recipe import Recipe, parse_recipe
 from adapters.training.reader_fit import fit_reader
 from qformer.decoding import Decoding
-from qformer.model import VisionLanguageModel
 
 pytestmark = pytest.mark.usefixtures("cache_here")
 
@@ -132,16 +131,19 @@ def test_a_run_goes_on_with_the_same_reader(recipe_of: Any, tmp_path: Path, monk
 
 def test_hidden_queries_reach_no_llm(recipe_of: Any) -> None:
     assembly, pictures = fitted_on_all(recipe_of(1.0))
-    vectors = assembly.image_embeddings([picture.images[0] for picture in pictures[:2]])
+    images = [picture.images[0] for picture in pictures]
+    assert assembly.image_embeddings(images[:2])[:, :3].any()  # no reader was fitted: all is shown
+    fitted = fit_reader(assembly, pictures)
+    assert fitted is not None
+    assembly.reader = fitted.reader
+    vectors = assembly.image_embeddings(images[:2])
     assert vectors.shape[1] == 3 + NAMED + SPELLED and not vectors[:, :3].any()
-    half = VisionLanguageModel.image_embeddings
     assembly.model.hide_queries = 0.5
     assembly.model.eval()
-    features = assembly.features([picture.images[0] for picture in pictures])
-    assert half(assembly.model, features)[:, :3].abs().sum(dim=(1, 2)).gt(0).all()  # all are shown in answering
+    assert assembly.image_embeddings(images)[:, :3].abs().sum(dim=(1, 2)).gt(0).all()  # all are shown in answering
     assembly.model.train()
     torch.manual_seed(0)
-    shown = half(assembly.model, features)[:, :3].abs().sum(dim=(1, 2)).gt(0)
+    shown = assembly.image_embeddings(images)[:, :3].abs().sum(dim=(1, 2)).gt(0)
     assert 0 < shown.sum() < len(shown)
 
 
