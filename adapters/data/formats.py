@@ -1,5 +1,7 @@
 """From a data file to its raw rows, each with its place in the file: one function for each file format.
 
+A new format is a function here and a line in `FORMATS`.
+
 A row that cannot be read is yielded with what is wrong with it, so that the caller can count and report it.
 What is wrong with the whole file raises a UserError at once.
 """
@@ -10,7 +12,7 @@ import csv
 import json
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,3 +277,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     raise UserError(f"{path} line {number}: not UTF-8 ({byte}): save the file as UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the file's rights") from error
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+    ".jsonl": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+}
+"""The function that reads a data file, by the ending of its name."""

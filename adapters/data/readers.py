@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from adapters.data.examples import DataSet, Example, Fault
-from adapters.data.formats import RawRow, csv_rows, json_rows, jsonl_rows, shorten
+from adapters.data.formats import FORMATS, RawRow, shorten
 from adapters.data.picture_scan import scan_pictures
 from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, has_captions, read_row, tasks_of
 from adapters.data.scienceqa import TERMS as SCIENCEQA_TERMS
@@ -25,7 +25,6 @@ from adapters.tasks import Task
 from qformer.errors import UserError
 
 EASY_VQA = ("easy-vqa:train", "easy-vqa:test")
-_SUFFIXES = (".jsonl", ".json", ".csv")
 _NO_RATIONALE = f"field '{RATIONALE_FIELD}' is missing: write the reasons, or \"\" where there are none"
 
 
@@ -292,38 +291,32 @@ def _open_file(path: Path) -> _Source:
     if is_scienceqa(path):
         raise UserError(f"{path} is a folder of ScienceQA: name a split of it, such as {path}:train")
     if path.is_dir():
-        inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+        inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in FORMATS)
         if not inside:
             raise UserError(
-                f"{path} is a folder without a data file ({', '.join(_SUFFIXES)}): write one, a row a picture"
+                f"{path} is a folder without a data file ({', '.join(FORMATS)}): write one, a row a picture"
             )
         raise UserError(f"{path} is a folder: name the data file in it, such as {path / inside[0]}")
     if not there:
         raise UserError(f"data '{path}' is not there: {_suggestion(path)}")
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        rows = jsonl_rows(path)
-    elif suffix == ".json":
-        rows = json_rows(path)
-    elif suffix == ".csv":
-        rows = csv_rows(path)
-    else:
-        raise UserError(f"{path}: '{suffix}' data files are not read: take {', '.join(_SUFFIXES)}")
+    read = FORMATS.get(path.suffix.lower())
+    if read is None:
+        raise UserError(f"{path}: '{path.suffix.lower()}' data files are not read: take {', '.join(FORMATS)}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): give it at least one row")
-    return _Source(path.name, rows, path.parent, None)
+    return _Source(path.name, read(path), path.parent, None)
 
 
 def _suggestion(path: Path) -> str:
     """Say what was probably meant."""
     names = sorted(difflib.get_close_matches(str(path), EASY_VQA, n=2, cutoff=0.7), reverse=True)
     if not names and path.parent.is_dir():
-        files = [file.name for file in path.parent.iterdir() if file.suffix.lower() in _SUFFIXES]
+        files = [file.name for file in path.parent.iterdir() if file.suffix.lower() in FORMATS]
         near = difflib.get_close_matches(path.name, files, n=1, cutoff=0.7)
         names = [str(path.parent / name) for name in near]
     if names:
         return f"did you mean {' or '.join(names)}?"
-    return f"give a {', '.join(_SUFFIXES)} file, {' or '.join(EASY_VQA)}, or FOLDER:SPLIT of ScienceQA"
+    return f"give a {', '.join(FORMATS)} file, {' or '.join(EASY_VQA)}, or FOLDER:SPLIT of ScienceQA"
 
 
 def _open_packaged(name: str, offline: bool) -> _Source:
