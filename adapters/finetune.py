@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapters.data.batches import Step, plan_epoch
-from adapters.data.collate import PackedSequence, collate_encoder_decoder, collate_packed
+from adapters.data.collate import PackedSequence, collate_encoder_decoder, collate_packed, pairs_of
 from adapters.data.examples import Example
 from adapters.inference.reasoning import validate_reasons
 from adapters.loading.assembly import Assembly
@@ -212,8 +212,12 @@ def model_inputs(
     images = [image for row in rows for image in row.images]
     instructions = [row.packed_answers[0].instruction for row in rows for _ in row.images]
     features = assembly.features(images)
-    scores = fitted.left_out(images, instructions) if fitted is not None else None
-    return (batch, features, *assembly.beside_features(features, instructions, scores))
+    left_out = fitted.left_out if fitted is not None else None
+    answers = None
+    if (reader := assembly.answer_reader) is not None:
+        numbers = dict(zip((image.digest() for image in images), reader.look(features), strict=True))
+        answers = assembly.read_answers(pairs_of(rows), numbers, left_out)
+    return (batch, features, *assembly.beside_features(images, features, instructions, left_out), answers)
 
 
 @torch.no_grad()

@@ -29,6 +29,8 @@ class TokenBatch:
         labels: [B, T] (causal) or [B, S] (encoder-decoder), or None when only asking.
         position_ids: [B, T], or None for 0, 1, 2, …
         weights: [B, T], what each label's loss counts, or None if all count alike.
+        answer_slots: [B, T] bool, True where a vector of a read answer goes, filled as `image_slots` are; None if there
+            is none.
     """
 
     ids: Tensor
@@ -37,6 +39,7 @@ class TokenBatch:
     labels: Tensor | None = None
     position_ids: Tensor | None = None
     weights: Tensor | None = None
+    answer_slots: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
@@ -126,12 +129,24 @@ class VisionLanguageModel(nn.Module):
             read = projected.new_zeros(len(projected), self.read_vectors, projected.shape[2])
         return torch.cat([projected, read.to(projected)], dim=1)
 
-    def place(self, batch: TokenBatch, image_embeddings: Tensor) -> Tensor:
-        """Token embeddings [B, T, D_l] with the images' vectors, [I, Q, D_l] in reading order, in their slots."""
+    def place(self, batch: TokenBatch, image_embeddings: Tensor, answers: Tensor | None = None) -> Tensor:
+        """Token embeddings [B, T, D_l] with other vectors in their slots.
+
+        Args:
+            batch: B sequences.
+            image_embeddings: [I, Q, D_l] of the images in reading order.
+            answers: [A, S, D_l], what was read as answers, in reading order; zeros if left out.
+        """
         embeds = self.language.embed(batch.ids)  # [B, T, D_l]
         flat = image_embeddings.to(embeds.dtype).flatten(0, 1)  # [I * Q, D_l]
         # [B, T, D_l]; out of place, so that gradients reach the projection
-        return embeds.masked_scatter(batch.image_slots.unsqueeze(-1), flat)
+        placed = embeds.masked_scatter(batch.image_slots.unsqueeze(-1), flat)
+        if batch.answer_slots is None:
+            return placed
+        slots = batch.answer_slots.unsqueeze(-1)
+        if answers is None:
+            return placed.masked_fill(slots, 0.0)
+        return placed.masked_scatter(slots, answers.to(embeds).flatten(0, 1))
 
     def forward(
         self,
@@ -140,12 +155,16 @@ class VisionLanguageModel(nn.Module):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
         read: Tensor | None = None,
+        answers: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Cross-entropy summed over the supervised tokens, and their number; arguments as in `image_embeddings`."""
+        """Cross-entropy summed over the supervised tokens, and their number.
+
+        Arguments as in `image_embeddings` and `place`.
+        """
         if batch.labels is None:
             raise ValueError("a batch to learn from needs labels")
         return self.language.supervised_loss(
-            self.place(batch, self.image_embeddings(features, text_ids, text_mask, read)),
+            self.place(batch, self.image_embeddings(features, text_ids, text_mask, read), answers),
             batch.attention_mask,
             batch.labels,
             position_ids=batch.position_ids,
@@ -165,13 +184,14 @@ class VisionLanguageModel(nn.Module):
         decoding: Decoding,
         *,
         prefixes: Sequence[PrefixCache | None] | None = None,
+        answers: Tensor | None = None,
         on_step: OnStep | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Generated:
-        """Answers to prompts, or to what comes after their prefixes; see `qformer.generation.generate`."""
+        """Answers to prompts, or to what comes after their prefixes; see `place` and `qformer.generation.generate`."""
         return generate(
             self.language,
-            self.place(batch, image_embeddings),
+            self.place(batch, image_embeddings, answers),
             batch.attention_mask,
             decoding,
             prefixes=prefixes,

@@ -8,7 +8,7 @@ Positions and masks make it equal to as many separate sequences (tested), at a f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters.data.image_ref import ImageRef
-from adapters.data.prompts import IMAGE_SLOT, Prompt
+from adapters.data.prompts import ANSWER_SLOT, IMAGE_SLOT, Prompt
 from qformer.language import IGNORED
 from qformer.model import TokenBatch
 
@@ -57,15 +57,21 @@ class PackedSequence:
     def common(self) -> int:
         """How many tokens the answers begin with alike; they are there once.
 
-        The last token of each prompt is never among them: the first of the answer is predicted from it.
+        The last token of each prompt is never among them: the first of the answer is predicted from it. A slot is
+        another vector for each question, so nothing is alike behind it.
         """
-        if len(self.packed_answers) == 1:
+        if len(self.packed_answers) == 1 or ANSWER_SLOT in self.packed_answers[0].own:
             return 0
         columns = zip(*(branch.own[:-1] for branch in self.packed_answers), strict=False)
         return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
     def __len__(self) -> int:
         return len(self.shared) + self.common + sum(len(branch) - self.common for branch in self.packed_answers)
+
+
+def pairs_of(rows: Sequence[PackedSequence]) -> list[tuple[ImageRef, str]]:
+    """Each question of packed sequences with each of its pictures, in reading order."""
+    return [(image, answer.instruction) for row in rows for answer in row.packed_answers for image in row.images]
 
 
 def padded_length(length: int) -> int:
@@ -101,11 +107,9 @@ def collate_packed(rows: Sequence[PackedSequence], pad_id: int) -> TokenBatch:
             branch_of[r, start:end] = b
             start = end
         present[r, :start] = True
-    slots = ids == IMAGE_SLOT
-    ids = ids.masked_fill(slots, pad_id)
     mask = present.long() if all(len(row.packed_answers) == 1 for row in rows) else packed_mask(branch_of)
     weighed = any(branch.weight != 1.0 for row in rows for branch in row.packed_answers)
-    return TokenBatch(ids, mask, slots, labels, positions, weights if weighed else None)
+    return _token_batch(ids, mask, pad_id, labels, positions, weights if weighed else None)
 
 
 def packed_mask(branch_of: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def collate_encoder_decoder(rows: Sequence[PackedSequence], pad_id: int) -> Toke
     for r, row in enumerate(rows):
         answer = row.packed_answers[0].answer
         labels[r, : len(answer)] = torch.tensor(answer)
-    return TokenBatch(batch.ids, batch.attention_mask, batch.image_slots, labels)
+    return replace(batch, labels=labels)
 
 
 def collate_prompts(prompts: Sequence[Prompt], pad_id: int, *, side: str = "left") -> TokenBatch:
@@ -144,5 +148,18 @@ def collate_prompts(prompts: Sequence[Prompt], pad_id: int, *, side: str = "left
         span = slice(length - len(prompt.ids), length) if side == "left" else slice(0, len(prompt.ids))
         ids[p, span] = torch.tensor(prompt.ids)
         mask[p, span] = 1
-    slots = ids == IMAGE_SLOT
-    return TokenBatch(ids.masked_fill(slots, pad_id), mask, slots)
+    return _token_batch(ids, mask, pad_id)
+
+
+def _token_batch(
+    ids: Tensor,
+    mask: Tensor,
+    pad_id: int,
+    labels: Tensor | None = None,
+    positions: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> TokenBatch:
+    """A batch of token ids [B, T] with slots among them."""
+    images, answers = ids == IMAGE_SLOT, ids == ANSWER_SLOT
+    ids = ids.masked_fill(images | answers, pad_id)
+    return TokenBatch(ids, mask, images, labels, positions, weights, answers if bool(answers.any()) else None)

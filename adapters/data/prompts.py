@@ -16,6 +16,7 @@ from qformer.errors import UserError
 
 IMAGE_MARK = "<image>"
 IMAGE_SLOT = -1  # in a list of token ids, the place of one vector of an image
+ANSWER_SLOT = -2  # the place of one vector of what a reader answers to the question about an image
 
 REASON_REQUEST = "Think step by step."
 ANSWER_REQUEST = "So what is the answer?"
@@ -29,7 +30,8 @@ class Prompt:
     Attributes:
         shared: ids up to and with the last image; `IMAGE_SLOT` for each vector of an image. Questions about one
             picture have this part in common, so it is computed once for all of them.
-        own: ids after the last image up to where the answer begins.
+        own: ids after the last image up to where the answer begins; `ANSWER_SLOT` for each vector that a reader of
+            questions gives.
         num_images: how many images the slots belong to.
         instruction: the question, or the request for a caption, in words: what an instruction-aware bridge reads.
     """
@@ -103,6 +105,7 @@ class PromptBuilder:
     Args:
         tokenizer: the LLM's.
         num_queries: vectors an image becomes.
+        answer_vectors: vectors that a reader answers a question with, for each image; they follow the last image.
         is_encoder_decoder: as the LLM says.
         style: the wording.
     """
@@ -112,11 +115,13 @@ class PromptBuilder:
         tokenizer: Any,
         num_queries: int,
         *,
+        answer_vectors: int = 0,
         is_encoder_decoder: bool = False,
         style: PromptStyle | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.num_queries = num_queries
+        self.answer_vectors = answer_vectors
         self.is_encoder_decoder = is_encoder_decoder
         self.style = style or PromptStyle()
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -302,7 +307,8 @@ class PromptBuilder:
         for piece in pieces[:-1]:
             shared += [*self._tokens(piece), *slots]
         # A plain tokenizer's own special tokens (OPT's start, T5's end) go around the text behind the images.
-        own = self._tokens(pieces[-1], special=not self.has_template)
+        own = [ANSWER_SLOT] * (self.answer_vectors * num_images)
+        own += self._tokens(pieces[-1], special=not self.has_template)
         return Prompt(tuple(shared), tuple(own), num_images, instruction.replace(IMAGE_MARK, "").strip())
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from adapters.data.batches import prompt_for
-from adapters.data.collate import PackedAnswer, PackedSequence, collate_encoder_decoder, collate_packed, collate_prompts
+from adapters.data.collate import (
+    PackedAnswer,
+    PackedSequence,
+    collate_encoder_decoder,
+    collate_packed,
+    collate_prompts,
+    pairs_of,
+)
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt
@@ -115,7 +122,9 @@ class Generator:
 
     def knows(self, asked: Request) -> bool:
         """Whether all its pictures' vectors are kept: they have been opened, and need not be again."""
-        keys = (("vectors", image.digest(), self._read_with(asked)) for image in asked.images)
+        keys: list[_Key] = [("vectors", image.digest(), self._read_with(asked)) for image in asked.images]
+        if self.assembly.answer_reader is not None:
+            keys += [("numbers", image.digest()) for image in asked.images]
         return all(key in self._kept for key in keys)
 
     def _generate(
@@ -137,7 +146,15 @@ class Generator:
             prefixes, prompts, vectors = None, [one.prompt for one in asked], self._vectors(asked)
         side = "right" if language.is_encoder_decoder else "left"
         batch = collate_prompts(prompts, pad, side=side).to(device)
-        made = assembly.model.generate(batch, vectors, decoding, prefixes=prefixes, on_step=on_step, stopped=stopped)
+        made = assembly.model.generate(
+            batch,
+            vectors,
+            decoding,
+            prefixes=prefixes,
+            answers=self._read_answers([(image, one.prompt.instruction) for one in asked for image in one.images]),
+            on_step=on_step,
+            stopped=stopped,
+        )
         self._forget()
         return made
 
@@ -179,7 +196,8 @@ class Generator:
         rows: list[tuple[int, PackedSequence]] = []  # with the question that each belongs to
         for number, (one, named) in enumerate(zip(asked, choices, strict=True)):
             packed_answers = [
-                PackedAnswer(one.prompt.own, tuple(assembly.prompts.answer_ids(choice))) for choice in named
+                PackedAnswer(one.prompt.own, tuple(assembly.prompts.answer_ids(choice)), one.prompt.instruction)
+                for choice in named
             ]
             for part in (
                 _parts(packed_answers, _CHOICE_TOKENS, len) if packs else [[branch] for branch in packed_answers]
@@ -201,7 +219,7 @@ class Generator:
         collate = collate_encoder_decoder if language.is_encoder_decoder else collate_packed
         batch = collate(rows, assembly.prompts.tokenizer.pad_token_id).to(assembly.model.device)
         assert batch.labels is not None
-        embeds = assembly.model.place(batch, self._vectors(asked))
+        embeds = assembly.model.place(batch, self._vectors(asked), self._read_answers(pairs_of(rows)))
         tokens = language.label_log_probs(embeds, batch.attention_mask, batch.labels, position_ids=batch.position_ids)
         lengths = [len(branch.answer) for row in rows for branch in row.packed_answers]
         whole = iter(part.sum().item() for part in tokens.split(lengths))
@@ -234,8 +252,27 @@ class Generator:
         waiting = {key: (image, text) for key, image, text in wanted if not self._touch(key)}
         if waiting:
             images, texts = zip(*waiting.values(), strict=True)
-            self._kept |= zip(waiting, self.assembly.image_embeddings(images, texts), strict=True)
+            features = self.assembly.features(images)
+            self._kept |= zip(waiting, self.assembly.image_embeddings(images, texts, features), strict=True)
+            self._look(images, features)
         return torch.stack([cast(Tensor, self._kept[key]) for key, _, _ in wanted]) if wanted else self._none()
+
+    def _look(self, images: Sequence[ImageRef], features: Sequence[Tensor]) -> None:
+        """Keep what the reader sees of pictures, if it reads the questions about them."""
+        if (reader := self.assembly.answer_reader) is not None:
+            keys = [("numbers", image.digest()) for image in images]
+            self._kept |= zip(keys, reader.look(features), strict=True)
+
+    def _read_answers(self, asked: Sequence[tuple[ImageRef, str]]) -> Tensor | None:
+        """What the reader answers to questions about pictures, [B, S, D_l] in reading order."""
+        if self.assembly.answer_reader is None:
+            return None
+        images = {image.digest(): image for image, _ in asked}
+        waiting = [image for digest, image in images.items() if not self._touch(("numbers", digest))]
+        if waiting:
+            self._look(waiting, self.assembly.features(waiting))
+        numbers = {digest: cast(Tensor, self._kept["numbers", digest]) for digest in images}
+        return self.assembly.read_answers(asked, numbers)
 
     def _none(self) -> Tensor:
         model = self.assembly.model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features.cache import FeatureCache
-from adapters.loading.reader import Reader, Scores, vectors_read
+from adapters.loading.reader import LeftOut, Reader, answers_read, names_read
 from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side
 from adapters.recipe import LoraSection, Recipe, Sources, load_recipe
 from qformer.decoding import Decoding
@@ -99,8 +99,8 @@ class Assembly:
 
     @property
     def reads_instructions(self) -> bool:
-        """Whether a picture's vectors depend on the question: the bridge reads it (InstructBLIP), or the reader."""
-        return self.vision_side.reads_instructions or self.recipe.bridge.reader == "answers"
+        """Whether a picture's vectors depend on the question, which the bridge reads then (InstructBLIP)."""
+        return self.vision_side.reads_instructions
 
     def parts(self) -> Mapping[str, nn.Module]:
         """The modules that are trained, LoRA apart, by name."""
@@ -110,36 +110,67 @@ class Assembly:
         """Features of pictures, one tensor [B, P, D] a tower, from the cache if it has them."""
         return self.vision_side.features(images)
 
-    def image_embeddings(self, images: Sequence[ImageRef], instructions: Sequence[str] | None = None) -> Tensor:
+    def image_embeddings(
+        self,
+        images: Sequence[ImageRef],
+        instructions: Sequence[str] | None = None,
+        features: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Pictures to vectors for the LLM, [B, Q, D_l].
 
         Args:
             images: B pictures.
             instructions: what is asked about each, used if the bridge is instruction-aware.
+            features: theirs, [B, P, D] of each tower, if they are there already.
         """
         texts = instructions or [""] * len(images)
-        features = self.features(images)
-        return self.model.image_embeddings(features, *self.beside_features(features, texts))
+        features = features or self.features(images)
+        return self.model.image_embeddings(features, *self.beside_features(images, features, texts))
 
     def beside_features(
-        self, features: Sequence[Tensor], instructions: Sequence[str], scores: Scores | None = None
-    ) -> tuple[Tensor | None, ...]:
-        """What the model takes beside features: an instruction's ids and mask [B, T], and the reader's vectors.
+        self,
+        images: Sequence[ImageRef],
+        features: Sequence[Tensor],
+        instructions: Sequence[str],
+        left_out: LeftOut | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the model takes beside features: an instruction's ids and mask [B, T], and the reader's names.
 
         Args:
-            features: [B, P, D] of each tower.
+            images: B pictures.
+            features: theirs, [B, P, D] of each tower.
             instructions: what is asked about each picture.
-            scores: what the reader says, if that is known already.
+            left_out: what the reader says of its own training pictures, in training.
         """
-        tokens: tuple[Tensor | None, Tensor | None] = (None, None)
+        ids = mask = named = None
         if self.vision_side.reads_instructions and self.vision_side.tokenizer is not None:
             ids, mask = self.vision_side.tokenizer(instructions, longest=MAX_INSTRUCTION)
-            tokens = ids.to(self.model.device), mask.to(self.model.device)
-        if self.reader is None:
-            return tokens
-        if scores is None:
-            scores = self.reader.scores(features, instructions, self.prompts.tokenizer)
-        return (*tokens, self.reader.vectors(scores).to(self.model.device))
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        if self.reader is not None:
+            digests = [image.digest() for image in images]
+            named = self.reader.name(self.reader.look(features), digests, left_out).to(self.model.device)
+        return ids, mask, named
+
+    @property
+    def answer_reader(self) -> Reader | None:
+        """The reader, if it reads questions and was fitted."""
+        return self.reader if self.reader is not None and self.reader.answers is not None else None
+
+    def read_answers(
+        self, asked: Sequence[tuple[ImageRef, str]], numbers: Mapping[str, Tensor], left_out: LeftOut | None = None
+    ) -> Tensor | None:
+        """What the reader answers to questions, [B, S, D_l]; None if it reads none.
+
+        Args:
+            asked: B pictures, each with a question about it.
+            numbers: what the reader sees of each picture (`Reader.look`), [r], by the picture's digest.
+            left_out: what the reader says of its own training questions, in training.
+        """
+        if self.answer_reader is None or not asked:
+            return None
+        pairs = [(image.digest(), question) for image, question in asked]
+        seen = torch.stack([numbers[digest] for digest, _ in pairs])
+        return self.answer_reader.answer(seen, pairs, self.prompts.tokenizer, left_out).to(self.model.device)
 
 
 def assemble(
@@ -192,12 +223,13 @@ def assemble(
         projection.to(device),
         language,
         heads=vision_side.heads,
-        read_vectors=vectors_read(recipe.bridge.reader),
+        read_vectors=names_read(recipe.bridge.reader),
         hide_queries=recipe.bridge.hide_queries,
     )
     prompts = PromptBuilder(
         language.tokenizer,
         model.num_queries,
+        answer_vectors=answers_read(recipe.bridge.reader),
         is_encoder_decoder=language.is_encoder_decoder,
         style=PromptStyle(**recipe.prompt.model_dump()),
     )

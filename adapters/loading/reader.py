@@ -1,16 +1,17 @@
 """The closed-form reader of an adapter: what `qformer.ridge_reader` reads of a picture, as vectors for the LLM.
 
-Beside the queries the LLM gets, of each picture, the words that a picture most likely names, and the likely answer to
-the question, spelled: vector i is the mean embedding of the answers' i-th tokens, the likelier answers weighing more.
+Beside the queries the LLM gets, of each picture, the words that a picture most likely names. Before each question it
+gets the likely answer, spelled: vector i is the mean embedding of the answers' i-th tokens, the likelier answers
+weighing more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +34,18 @@ NGram = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What the reader says of B pictures: scores of names [B, W], and of answers [B, K] if it reads questions."""
+class LeftOut:
+    """What a reader says of its own training data, each picture scored by all others.
 
-    names: Tensor
-    answers: Tensor | None
+    A reader knows the pictures it was fitted to by heart; these scores are as unsure as those of new pictures.
+
+    Attributes:
+        names: scores of names by the picture's digest, each [W].
+        answers: scores of answers by the picture's digest and the question, each [K]; empty if no question is read.
+    """
+
+    names: Mapping[str, Tensor]
+    answers: Mapping[tuple[str, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ class AnswerReader:
         """[B, K] of pictures' numbers [B, r] and B questions."""
         return self.ridge(numbers, question_numbers(questions, self.ngrams, self.rarity, tokenizer))
 
+    def spelled(self, scores: Tensor) -> Tensor:
+        """What the LLM sees of scores [B, K]: [B, SPELLED, D_l]."""
+        return torch.einsum("bk,ksd->bsd", F.softmax(_SHARPNESS * scores, dim=1), self.vectors)
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -78,21 +90,51 @@ class Reader:
     answers: AnswerReader | None = None
 
     @torch.no_grad()
-    def scores(self, features: Sequence[Tensor], questions: Sequence[str], tokenizer: Any) -> Scores:
-        """Score B pictures, each with the question about it; `features` are [B, P_i, D_i] of each tower."""
-        numbers = self.numbers([tower.cpu() for tower in features])  # [B, r]
-        answers = None if self.answers is None else self.answers.scores(numbers, questions, tokenizer)
-        return Scores(self.names(numbers), answers)
+    def look(self, features: Sequence[Tensor]) -> Tensor:
+        """All that is read of B pictures, [B, r] on the CPU; `features` are [B, P_i, D_i] of each tower."""
+        return self.numbers([tower.cpu() for tower in features])
 
-    def vectors(self, scores: Scores) -> Tensor:
-        """What the LLM sees, [B, NAMED, D_l] or [B, NAMED + SPELLED, D_l]."""
-        best, place = scores.names.topk(min(NAMED, scores.names.shape[1]), dim=1)  # [B, NAMED]
+    @torch.no_grad()
+    def name(self, numbers: Tensor, digests: Sequence[str], left_out: LeftOut | None = None) -> Tensor:
+        """The names of B pictures as the LLM sees them, [B, NAMED, D_l].
+
+        Args:
+            numbers: [B, r].
+            digests: of the B pictures.
+            left_out: scores to take in place of the reader's own, of the pictures that it holds.
+        """
+        scores = self.names(numbers)
+        if left_out is not None:
+            scores = _replaced(scores, digests, left_out.names)
+        return self.named(scores)
+
+    def named(self, scores: Tensor) -> Tensor:
+        """What the LLM sees of names' scores [B, W]: [B, NAMED, D_l]."""
+        best, place = scores.topk(min(NAMED, scores.shape[1]), dim=1)  # [B, NAMED]
         named = best.clamp(0, 1).unsqueeze(-1) * self.name_vectors[place]
-        named = F.pad(named, (0, 0, 0, NAMED - named.shape[1]))
-        if self.answers is None or scores.answers is None:
-            return named
-        shares = F.softmax(_SHARPNESS * scores.answers, dim=1)
-        return torch.cat([named, torch.einsum("bk,ksd->bsd", shares, self.answers.vectors)], dim=1)
+        return F.pad(named, (0, 0, 0, NAMED - named.shape[1]))
+
+    @torch.no_grad()
+    def answer(
+        self, numbers: Tensor, asked: Sequence[tuple[str, str]], tokenizer: Any, left_out: LeftOut | None = None
+    ) -> Tensor:
+        """The likely answers to B questions as the LLM sees them, [B, SPELLED, D_l].
+
+        Args:
+            numbers: [B, r] of the pictures that are asked about.
+            asked: the digest of each of them, and the question.
+            tokenizer: the LLM's.
+            left_out: scores to take in place of the reader's own, of the pairs that it holds.
+
+        Raises:
+            ValueError: the reader reads no questions.
+        """
+        if self.answers is None:
+            raise ValueError("this reader reads no questions")
+        scores = self.answers.scores(numbers, [question for _, question in asked], tokenizer)
+        if left_out is not None:
+            scores = _replaced(scores, asked, left_out.answers)
+        return self.answers.spelled(scores)
 
     def state(self) -> dict[str, Tensor]:
         """All its tensors by name, as they are stored."""
@@ -129,9 +171,23 @@ class Reader:
         return cls(PictureNumbers(part("numbers")), NameRidge(**part("names")), state["name_vectors"], answers)
 
 
-def vectors_read(reader: str | None) -> int:
-    """How many vectors of a picture a recipe's `bridge.reader` gives: none, "names" or "answers"."""
-    return {None: 0, "names": NAMED, "answers": NAMED + SPELLED}[reader]
+Key = TypeVar("Key")
+
+
+def _replaced(scores: Tensor, keys: Sequence[Key], known: Mapping[Key, Tensor]) -> Tensor:
+    """Scores [B, K] with those that are known in place of the computed ones."""
+    rows = [known.get(key, row) for key, row in zip(keys, scores, strict=True)]
+    return torch.stack(rows) if rows else scores
+
+
+def names_read(reader: str | None) -> int:
+    """How many vectors of names a picture has, by a recipe's `bridge.reader`: none, "names" or "answers"."""
+    return 0 if reader is None else NAMED
+
+
+def answers_read(reader: str | None) -> int:
+    """How many vectors of an answer a question about a picture has, by a recipe's `bridge.reader`."""
+    return SPELLED if reader == "answers" else 0
 
 
 def ngrams_of(question: str, tokenizer: Any) -> list[NGram]:

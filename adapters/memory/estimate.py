@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from adapters.loading.reader import answers_read
 from adapters.memory.activations import MicroBatch, measure_activations
 from adapters.memory.meta_model import build_meta_model
 from adapters.memory.summary import ModuleSummary, summarise_modules
@@ -64,7 +65,8 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
     tower = torch.float16 if on_gpu else torch.float32
     model = build_meta_model(recipe, compute_dtype=compute, tower_dtype=tower)
     parts = summarise_modules(model)
-    shape = MicroBatch.of(recipe.train.micro_batch_tokens, model.num_queries)
+    vectors = model.num_queries + answers_read(recipe.bridge.reader)
+    shape = MicroBatch.of(recipe.train.micro_batch_tokens, vectors)
     towers = cast("list[ImageEncoder]", list(model.encoders))
     picture = sum(encoder.num_tokens * encoder.width for encoder in towers)  # values in a picture's features
     trainable = {part.name: part.parameters for part in parts if part.trainable}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from adapters.loading.assembly import lora_settings
-from adapters.loading.reader import vectors_read
+from adapters.loading.reader import names_read
 from adapters.loading.vision_side import build_bridge
 from adapters.memory.known_models import find_config
 from adapters.recipe import LanguageSection, Recipe, TowerSection
@@ -70,7 +70,7 @@ def build_meta_model(
         projection,
         language,
         heads=heads,
-        read_vectors=vectors_read(recipe.bridge.reader),
+        read_vectors=names_read(recipe.bridge.reader),
     )
 
 

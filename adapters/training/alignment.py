@@ -74,7 +74,7 @@ def align_words(
     for step in range(steps):
         batch = rng.sample(chosen, min(batch_size, len(chosen)))
         vectors = assembly.image_embeddings([picture.images[0] for picture in batch]).float()  # [B, Q, D_l]
-        vectors = vectors[:, : model.bridge.config.num_queries]  # the reader's are not learned
+        vectors = vectors[:, : model.bridge.config.num_queries]  # names that are read are not learned
         wanted = torch.zeros(len(batch), len(names), device=table.device)
         for row, picture in enumerate(batch):
             wanted[row, [column[name] for name in bags[picture] if name in column]] = 1.0

@@ -108,13 +108,13 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
         model.feature_norm.standardise(assembly.features(sample_evenly(seen, 256)))
     fresh = begun is None or read_facts(begun).kind != "language"  # the first stage leaves a fresh projection
+    if opened.state is None and fresh and train.align_steps and not assembly.reads_instructions:
+        _align(opened, assembly, pictures)  # before there is a reader, whose vectors it does not change
     fitted = _fit(opened, assembly, pictures) if recipe.bridge.reader is not None else None
     final_reader = fitted.reader if fitted is not None else None
     if fitted is not None and recipe.data.val is None:
         everything = fit_reader(assembly, [*pictures, *held_out], questions=recipe.bridge.reader == "answers")
         final_reader = everything.reader if everything is not None else final_reader
-    if opened.state is None and fresh and train.align_steps and not assembly.vision_side.reads_instructions:
-        _align(opened, assembly, pictures)
     optimiser = optimiser_of(model, recipe)
     dtype = str(model.language.compute_dtype).removeprefix("torch.")
     position = position_of(opened, model, optimiser, dtype, assembly.vision_side.terms, start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +13,7 @@ from adapters.data.batches import TokenisedPicture
 from adapters.data.examples import sample_evenly
 from adapters.data.image_ref import ImageRef
 from adapters.loading.assembly import Assembly
-from adapters.loading.reader import SPELLED, AnswerReader, Reader, Scores, ngrams_of, question_numbers
+from adapters.loading.reader import SPELLED, AnswerReader, LeftOut, Reader, ngrams_of, question_numbers
 from adapters.training.alignment import distinctive_names, is_word, names_in
 from qformer.ridge_reader import NameRidge, PairRidge, PictureNumbers
 
@@ -34,29 +34,12 @@ class FittedReader:
     Attributes:
         reader: the reader.
         line: one sentence for the run to print.
-        names: left-out scores of names by the picture's digest, each [W].
-        answers: left-out scores of answers by the picture's digest and the question, each [K]; empty if the reader
-            reads no questions.
+        left_out: scores of the training data, each picture by all others.
     """
 
     reader: Reader
     line: str
-    names: Mapping[str, Tensor]
-    answers: Mapping[tuple[str, str], Tensor]
-
-    def left_out(self, images: Sequence[ImageRef], questions: Sequence[str]) -> Scores | None:
-        """Scores of training pairs by all other pictures; None if one of them was not fitted to."""
-        digests = [image.digest() for image in images]
-        keys = list(zip(digests, questions, strict=True))
-        if not all(digest in self.names for digest in digests):
-            return None
-        if self.reader.answers is None:
-            return Scores(torch.stack([self.names[digest] for digest in digests]), None)
-        if not all(key in self.answers for key in keys):
-            return None
-        return Scores(
-            torch.stack([self.names[digest] for digest in digests]), torch.stack([self.answers[key] for key in keys])
-        )
+    left_out: LeftOut
 
     def __str__(self) -> str:
         return self.line
@@ -133,7 +116,7 @@ def fit_reader(
     by_digest = {image.digest(): scores for image, scores in zip(images, left_names, strict=True)}
     if not questions:
         line = f"closed-form reader: {len(names)} names of {len(images)} pictures"
-        return FittedReader(reader, line, by_digest, {})
+        return FittedReader(reader, line, LeftOut(by_digest, {}))
     known = {image.digest(): row for row, image in enumerate(images)}
     if all(image.digest() in known for image in pairs.images):
         numbers = numbers[[known[image.digest()] for image in pairs.images]]
@@ -148,8 +131,7 @@ def fit_reader(
         replace(reader, answers=AnswerReader(ridge, _spelled(assembly, pairs.answers), ngrams, rarity)),
         f"closed-form reader: right on {hits:.0%} of {len(pairs.keys)}{some} training questions, each with its picture"
         " left out",
-        by_digest,
-        dict(zip(pairs.keys, left_answers, strict=True)),
+        LeftOut(by_digest, dict(zip(pairs.keys, left_answers, strict=True))),
     )
 
 

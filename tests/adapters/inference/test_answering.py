@@ -199,7 +199,7 @@ def test_a_prompt_is_read_once_for_all_its_choices(
     shapes = []
     place = assembly.model.place
     monkeypatch.setattr(
-        assembly.model, "place", lambda batch, vectors: shapes.append(batch.ids.shape) or place(batch, vectors)
+        assembly.model, "place", lambda batch, *rest: shapes.append(batch.ids.shape) or place(batch, *rest)
     )
     Generator(assembly).choose([asked], [[f"choice {number}" for number in range(8)]])
     ((rows, length),) = shapes

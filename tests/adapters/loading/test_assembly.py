@@ -83,7 +83,7 @@ def test_a_question_changes_what_an_instruction_aware_bridge_sees(
         asked = assembly.image_embeddings([pictures[0]] * 2, ["a red square", "the picture"])
         alone = assembly.image_embeddings([pictures[0]], ["the picture"])
         unasked, empty = (assembly.image_embeddings([pictures[0]], words) for words in (None, [""]))
-    ids, mask = assembly.beside_features(assembly.features(pictures[:1]), ["a red square"])
+    ids, mask, _ = assembly.beside_features(pictures[:1], assembly.features(pictures[:1]), ["a red square"])
     assert assembly.reads_instructions and ids is not None and mask is not None and ids.shape == mask.shape
     assert not torch.allclose(asked[0], asked[1], atol=1e-5)
     torch.testing.assert_close(asked[1:], alone, atol=1e-5, rtol=1e-5)  # whatever is beside it in the batch
@@ -93,7 +93,8 @@ def test_a_question_changes_what_an_instruction_aware_bridge_sees(
 def test_another_bridge_reads_no_question(values: dict[str, Any], pictures: list[ImageRef]) -> None:
     assembly = made(values)
     assert not assembly.reads_instructions
-    assert assembly.beside_features(assembly.features(pictures[:1]), ["a red square"]) == (None, None)
+    beside = assembly.beside_features(pictures[:1], assembly.features(pictures[:1]), ["a red square"])
+    assert beside == (None, None, None)
     with torch.no_grad():
         first, second = (assembly.image_embeddings(pictures[:1], [words]) for words in ("a red square", "the picture"))
     assert torch.equal(first, second)

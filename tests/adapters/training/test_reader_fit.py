@@ -15,12 +15,12 @@ from tiny import draw_data, tiny_values
 
 from adapters import finetune as finetune_module
 from adapters.artefact.artefact import load_artefact
-from adapters.data.batches import TokenisedPicture, tokenise
+from adapters.data.batches import TokenisedPicture, plan_validation, tokenise
 from adapters.data.readers import read_data
-from adapters.finetune import finetune
+from adapters.finetune import finetune, model_inputs
 from adapters.inference.answering import answer_examples
 from adapters.loading.assembly import Assembly, assemble
-from adapters.loading.reader import FILE, NAMED, SPELLED, Scores, question_numbers
+from adapters.loading.reader import FILE, NAMED, SPELLED, question_numbers
 from adapters.recipe import Recipe, parse_recipe
 from adapters.training.reader_fit import fit_reader
 from qformer.decoding import Decoding
@@ -46,11 +46,14 @@ def fitted_on_all(recipe: Recipe) -> tuple[Assembly, list[TokenisedPicture]]:
 
 
 def test_a_run_fits_a_reader_and_its_artefact_answers_with_it(recipe_of: Any, tmp_path: Path) -> None:
-    recipe = recipe_of(max_steps=60, validate_every=60, learning_rate=5e-3)
+    recipe = recipe_of(
+        max_steps=60, validate_every=60, learning_rate=5e-3, seed=1
+    )  # seed 0 holds out all of one colour
     finetune(recipe, tmp_path / "run", device="cpu", dtype="float32", quiet=True)
     assert (tmp_path / "run" / "best" / FILE).is_file()
     assembly, _ = load_artefact(tmp_path / "run" / "best")
-    assert assembly.reader is not None and assembly.model.num_queries == 3 + NAMED + SPELLED
+    assert assembly.reader is not None and assembly.model.num_queries == 3 + NAMED
+    assert assembly.prompts.answer_vectors == SPELLED
     examples = read_data(str(recipe.data.train)).examples
     assert assembly.reader.answers is not None
     assert len(assembly.reader.answers.ridge.pictures) == 12  # the held-out quarter too
@@ -70,12 +73,19 @@ def test_training_sees_left_out_scores_and_answers_see_the_readers_own(recipe_of
     assembly.reader = fitted.reader
     picture = pictures[0]
     question = picture.questions[0].instruction
-    left_out = fitted.left_out(picture.images, [question])
-    own = fitted.reader.scores(assembly.features(picture.images), [question], assembly.prompts.tokenizer)
-    assert left_out is not None and left_out.answers is not None and own.answers is not None
-    assert left_out.answers.shape == own.answers.shape
-    assert not torch.allclose(left_out.answers, own.answers)
-    assert fitted.left_out(picture.images, ["never asked"]) is None
+    digest = picture.images[0].digest()
+    numbers = {digest: fitted.reader.look(assembly.features(picture.images))[0]}
+    asked = [(picture.images[0], question), (picture.images[0], "never asked")]
+    own = assembly.read_answers(asked, numbers)
+    left_out = assembly.read_answers(asked, numbers, fitted.left_out)
+    assert own is not None and left_out is not None and own.shape == (2, SPELLED, assembly.model.language.width)
+    assert not torch.allclose(own[0], left_out[0])
+    assert torch.equal(own[1], left_out[1])  # it was not fitted to that one
+    named = [
+        assembly.beside_features(picture.images, assembly.features(picture.images), [""], scores)[2]
+        for scores in (None, fitted.left_out)
+    ]
+    assert named[0] is not None and named[1] is not None and not torch.allclose(named[0], named[1])
 
 
 def test_vectors_name_and_spell(recipe_of: Any) -> None:
@@ -84,16 +94,14 @@ def test_vectors_name_and_spell(recipe_of: Any) -> None:
     assert fitted is not None
     reader = fitted.reader
     assert reader.answers is not None
-    scores = reader.scores(assembly.features(pictures[0].images), ["what colour?"], assembly.prompts.tokenizer)
-    ranks = torch.linspace(-1.0, 0.9, scores.names.shape[1]).unsqueeze(0)  # no two alike
-    assert scores.answers is not None
-    sure = torch.full_like(scores.answers, -100.0)
+    ranks = torch.linspace(-1.0, 0.9, len(reader.name_vectors)).unsqueeze(0)  # no two alike
+    named = reader.named(ranks)
+    assert named.shape == (1, NAMED, assembly.model.language.width)
+    torch.testing.assert_close(named[0, 0], 0.9 * reader.name_vectors[-1])
+    sure = torch.full((1, len(reader.answers.vectors)), -100.0)
     sure[0, 1] = 100.0
-    vectors = reader.vectors(Scores(ranks, sure))
-    assert vectors.shape == (1, NAMED + SPELLED, assembly.model.language.width)
-    torch.testing.assert_close(vectors[0, NAMED:], reader.answers.vectors[1])
+    torch.testing.assert_close(reader.answers.spelled(sure)[0], reader.answers.vectors[1])
     assert reader.answers.vectors.shape[1] == SPELLED
-    torch.testing.assert_close(vectors[0, 0], 0.9 * reader.name_vectors[-1])
 
 
 def test_questions_become_bags_of_length_one(recipe_of: Any) -> None:
@@ -107,6 +115,22 @@ def test_questions_become_bags_of_length_one(recipe_of: Any) -> None:
     )
     torch.testing.assert_close(bags.norm(dim=1)[:2], torch.ones(2))
     assert torch.equal(bags[0], bags[1])
+
+
+def test_questions_share_a_sequence_and_each_sees_its_own_answer(recipe_of: Any) -> None:
+    assembly, pictures = fitted_on_all(recipe_of())
+    fitted = fit_reader(assembly, pictures)
+    assert fitted is not None
+    assembly.reader = fitted.reader
+    assert {len(picture.questions) for picture in pictures} == {2}
+    losses, sequences = [], []
+    for row_tokens in (0, 1000):
+        rows = plan_validation(pictures, row_tokens=row_tokens).rows
+        sequences.append(len(rows))
+        losses.append(assembly.model(*model_inputs(assembly, rows, fitted)))
+    assert sequences == [24, 12]
+    torch.testing.assert_close(losses[0][0], losses[1][0])
+    assert losses[0][1] == losses[1][1]
 
 
 def test_a_run_goes_on_with_the_same_reader(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +161,7 @@ def test_hidden_queries_reach_no_llm(recipe_of: Any) -> None:
     assert fitted is not None
     assembly.reader = fitted.reader
     vectors = assembly.image_embeddings(images[:2])
-    assert vectors.shape[1] == 3 + NAMED + SPELLED and not vectors[:, :3].any()
+    assert vectors.shape[1] == 3 + NAMED and not vectors[:, :3].any()
     assembly.model.hide_queries = 0.5
     assembly.model.eval()
     assert assembly.image_embeddings(images)[:, :3].abs().sum(dim=(1, 2)).gt(0).all()  # all are shown in answering
@@ -150,7 +174,9 @@ def test_hidden_queries_reach_no_llm(recipe_of: Any) -> None:
 def test_too_few_questions_or_too_many_answers_have_no_reader(recipe_of: Any) -> None:
     assembly, pictures = fitted_on_all(recipe_of())
     assert fit_reader(assembly, pictures[:4]) is None
-    assert assembly.beside_features([], []) == (None, None)
+    images = pictures[0].images
+    assert assembly.beside_features(images, assembly.features(images), [""]) == (None, None, None)
+    assert assembly.read_answers([(images[0], "what colour?")], {}) is None
 
 
 def test_names_alone_leave_questions_in_one_sequence(recipe_of: Any, tmp_path: Path) -> None:
