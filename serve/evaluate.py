@@ -30,7 +30,7 @@ SHOWN = 3  # pairs of one picture in training and test that are named
 
 
 def evaluate(
-    engine: LoadedAdapter,
+    adapter: LoadedAdapter,
     data: str | Path,
     *,
     task: str = "vqa",
@@ -48,7 +48,7 @@ def evaluate(
     """Score short answers or captions.
 
     Args:
-        engine: the loaded adapter.
+        adapter: the loaded adapter.
         data: a data file with answers, or a packaged set.
         task: "vqa" or "caption".
         blank_images: the control: every picture is replaced by a mid-grey one.
@@ -100,10 +100,10 @@ def evaluate(
     ]
     how: Any = {"decoding": decoding, "batch_size": batch_size, "on_progress": on_progress}
     answers = [example.answers for example in examples]
-    learned = training_rows(engine)
+    learned = training_rows(adapter)
     in_training = _in_training(learned, rows, tell)
     if task == "caption":
-        said, language = engine.answer(asked, task, **how), languages.pop()
+        said, language = adapter.answer(asked, task, **how), languages.pop()
         by_java, left_out = java_scores(said, answers, language=language)
         if tell is not None:
             for reason in left_out.values():
@@ -111,7 +111,7 @@ def evaluate(
         found = {**score_captions(said, answers, language=language), **by_java}
         return {**found, "in_training": in_training, "skipped": len(rows.skipped)}
     sets = match == "set"
-    told = engine.reply(asked, task, **how)
+    told = adapter.reply(asked, task, **how)
     said = [one.text for one in told]
     if predictions is not None:
         _write_predictions(Path(predictions), examples, told, sets=sets)

@@ -39,7 +39,7 @@ class Answer:
 
 
 class Busy(Exception):
-    """As many requests wait as may: try again later."""
+    """The queue is full: try again later."""
 
 
 class PendingAnswer:

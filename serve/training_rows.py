@@ -9,14 +9,14 @@ from qformer.errors import UserError
 from serve.adapter import LoadedAdapter
 
 
-def training_rows(engine: LoadedAdapter) -> DataSet | None:
+def training_rows(adapter: LoadedAdapter) -> DataSet | None:
     """What an adapter was trained on last, without what was held out; nothing is fetched.
 
     Returns:
         The rows; None if they cannot be read any more, or are not those that the adapter's facts name.
     """
     try:
-        rows, _ = read_split(read_recipe(find_artefact(engine.name)), offline=True)
+        rows, _ = read_split(read_recipe(find_artefact(adapter.name)), offline=True)
     except UserError:
         return None
-    return rows if rows.fingerprint == engine.facts.data.get("fingerprint") else None
+    return rows if rows.fingerprint == adapter.facts.data.get("fingerprint") else None

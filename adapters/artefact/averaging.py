@@ -1,4 +1,4 @@
-"""One adapter out of several of one descent: the mean of their weights.
+"""One adapter out of several that come from the same weights: their mean.
 
 Wortsman et al. 2022, arXiv 2203.05482 ("model soups"): what was trained from the same weights may be averaged, and
 often does better than each.
@@ -29,9 +29,8 @@ _WEIGHTS = ("bridge.safetensors", "lora/adapter_model.safetensors")
 def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
     """Write the weighted mean of artefacts.
 
-    The terms are those of all, the figures nobody's before they are measured; all else but the weights is the first
-    one's. LoRA's two matrices are averaged each by itself, so parts should go on from one another, not from fresh
-    matrices.
+    The mean has the terms of all, no figures until they are measured, and everything else from the first one. LoRA's
+    two matrices are averaged each by itself, so parts should go on from one another, not from fresh matrices.
 
     Args:
         parts: artefacts' folders, each with its share; the shares add up to 1.

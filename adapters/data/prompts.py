@@ -188,8 +188,10 @@ class PromptBuilder:
     ) -> Prompt:
         """The first stage of a chain of thought (arXiv 2302.00923, section 4): a question that asks for the reasons."""
         asked = self._asked(question, context, choices, where)
-        text = f"{asked}\n{REASON_REQUEST}" if self.has_template else f"Question: {asked} Reasoning:"
-        return self._encode(text, num_images, where, question)
+        if self.has_template:
+            return self._encode(f"{self._question(asked)}\n{REASON_REQUEST}", num_images, where, question)
+        self._check_plain_reasons()
+        return self._encode(f"Question: {asked} Reasoning:", num_images, where, question)
 
     def answer(
         self,
@@ -207,7 +209,9 @@ class PromptBuilder:
         if not reasons:
             return self._encode(self._question(asked), num_images, where, question)
         if self.has_template:
-            return self._encode(f"{asked}\nReasoning: {reasons}\n{ANSWER_REQUEST}", num_images, where, question)
+            text = f"{self._question(asked)}\nReasoning: {reasons}\n{ANSWER_REQUEST}"
+            return self._encode(text, num_images, where, question)
+        self._check_plain_reasons()
         closing = "Short answer:" if self.is_encoder_decoder else "Answer:"
         return self._encode(f"Question: {asked} Reasoning: {reasons} {closing}", num_images, where, question)
 
@@ -262,6 +266,14 @@ class PromptBuilder:
         elif choices:
             parts.append(f"Choices: {', '.join(choices)}")
         return ("\n" if self.has_template else " ").join(parts)
+
+    def _check_plain_reasons(self) -> None:
+        """Refuse a wording that ends where the answer begins: reasons have to stand between the two."""
+        if self.style.question is not None:
+            raise UserError(
+                f"prompt.question is '{self.style.question}', which leaves no place for reasons: set it to null, or"
+                " take an LLM with a chat template"
+            )
 
     def _question(self, question: str) -> str:
         """A question in the model's own wording."""

@@ -3,6 +3,9 @@
 The frozen encoder's features are kept on disk, so without views a bridge sees the same few thousand inputs in
 every epoch and memorises them. A handful of views of each picture costs encoding and disk, once. BLIP's pretraining
 (arXiv 2201.12086, section 4.1) crops too; no picture is mirrored if its words name a side.
+
+Features are kept by the picture's bytes and the view's number: whoever changes how views are cut raises `_VERSION` in
+`adapters/features/cache.py`.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _config_in(folder: Path) -> Any:
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: it names no model_type; fetch or save the model anew") from error
+        raise UserError(f"{folder / 'config.json'}: it names no model_type; fetch or save the model again") from error
     for kind in ENCODERS:
         if model_type in kind.model_types:
             return kind.read_config(folder)

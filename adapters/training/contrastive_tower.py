@@ -1,4 +1,4 @@
-"""A CLIP of one's own: the last blocks of a convolutional tower, trained contrastively on pictures with captions.
+"""A CLIP of your own: the last blocks of a convolutional tower, trained contrastively on pictures with captions.
 
 CLIP (arXiv 2103.00020) if no CLIP weights can be had. The tower's earlier blocks stay as published, so their output
 is computed once and kept; the text tower is a frozen sentence encoder with a trained projection, so that little data
@@ -120,7 +120,7 @@ def train_tower(
         text_source: a BERT-family sentence encoder.
         start: the last hidden state that stays as published; what comes after it is trained.
         epochs: passes over the pictures, one caption of each a pass; targets are smoothed as in BLIP-2's ITC.
-        batch_size: pictures a step, each told from all others.
+        batch_size: pictures a step; each is compared with all others.
         views: of each training picture, as `adapters.data.views` cuts them; 1 is the picture alone.
         learning_rate: of the pool and the projection; the tower's blocks learn at a fifth of it.
         seed: of weights and order.

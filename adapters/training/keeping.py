@@ -1,4 +1,4 @@
-"""What a run leaves in its folder as it goes: artefacts after each validation, and the state to go on from."""
+"""What a run keeps after each validation: artefacts, the best one, the state to resume; and when it stops early."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from adapters.loading.vision_side import VisionSide
 from adapters.training.checkpoint import RunState, generators_of_all, save_state
 from adapters.training.controls import describe_controls
 from adapters.training.reporting import Reporter
-from adapters.training.run_data import Result, note_validation
+from adapters.training.run_data import Result, broadcast_from_main
 from adapters.training.run_folder import open_run_folder
 from adapters.training.setup import Opened
+
+NEWEST_SHARE = 0.7  # of the newest validation in the running mean that weights are chosen by
 
 
 class RunKeeper:
@@ -96,3 +98,30 @@ class RunKeeper:
     def _save_state(self, generators: dict[str, torch.Tensor]) -> None:
         self.position.seconds = time.monotonic() - self.began
         save_state(self.folder / "state", self.model, self.optimiser, self.position, generators)
+
+
+def note_validation(position: RunState, score: float, metrics: dict[str, float], patience: int | None) -> bool:
+    """Keep the best validation's figures and count towards patience.
+
+    The first process decides for all: on different devices equal figures may differ in their last bit, and a process
+    that stopped alone would leave the others waiting.
+
+    Args:
+        position: changed in place.
+        score: higher is better; a running mean of it decides.
+        metrics: what was measured.
+        patience: validations without a gain before stopping.
+
+    Returns:
+        Whether this one is the best.
+    """
+    score = broadcast_from_main(score)
+    if position.smoothed is not None:  # one lucky validation does not choose
+        score = NEWEST_SHARE * score + (1 - NEWEST_SHARE) * position.smoothed
+    position.smoothed = score
+    if position.best is None or score > position.best:
+        position.best, position.best_step, position.stale, position.metrics = score, position.step, 0, metrics
+        return True
+    position.stale += 1
+    position.stopped_early = patience is not None and position.stale >= patience
+    return False

@@ -15,11 +15,9 @@ from adapters.data.duplicates import copies_between_rows, describe_copies
 from adapters.data.examples import DataSet
 from adapters.data.image_ref import ImageRef
 from adapters.features.cache import FeatureCache
-from adapters.training.checkpoint import RunState
 from adapters.training.reporting import Reporter
 
 Item = TypeVar("Item")
-NEWEST_SHARE = 0.7  # of the newest validation in the running mean that weights are chosen by
 
 
 @dataclass(frozen=True)
@@ -61,33 +59,6 @@ def broadcast_from_main(value: Item) -> Item:
     """The first process's value, on all of them: what each would measure for itself may come out differently."""
     (value,) = broadcast_object_list([value])
     return value
-
-
-def note_validation(position: RunState, score: float, metrics: dict[str, float], patience: int | None) -> bool:
-    """Keep the best validation's figures and count towards patience.
-
-    The first process decides for all: on different devices equal figures may differ in their last bit, and a process
-    that stopped alone would leave the others waiting.
-
-    Args:
-        position: changed in place.
-        score: higher is better; a running mean of it decides.
-        metrics: what was measured.
-        patience: validations without a gain before stopping.
-
-    Returns:
-        Whether this one is the best.
-    """
-    score = broadcast_from_main(score)
-    if position.smoothed is not None:  # one lucky validation does not choose
-        score = NEWEST_SHARE * score + (1 - NEWEST_SHARE) * position.smoothed
-    position.smoothed = score
-    if position.best is None or score > position.best:
-        position.best, position.best_step, position.stale, position.metrics = score, position.step, 0, metrics
-        return True
-    position.stale += 1
-    position.stopped_early = patience is not None and position.stale >= patience
-    return False
 
 
 def steps_between_validations(total: int) -> int:

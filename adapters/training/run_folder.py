@@ -41,7 +41,7 @@ def one_run_at_a_time(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
     with file:
-        # a file that its holder has taken away since it was opened is nobody's lock
+        # a file that its holder removed after it was opened locks nothing
         if not lock(file) or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise UserError(
                 f"--out {out}: another run is writing there; wait until it has ended, or name another folder"

@@ -1,6 +1,6 @@
-"""The text side in training: what the first stage's model takes, and how a later stage keeps it true.
+"""The text side in training: what the first stage's model takes, and how a later stage keeps it fitting.
 
-While an LLM learns to read the bridge, the bridge moves, and a text side that stood still would no longer fit. A step
+While an LLM learns to read the bridge, the bridge moves, and an unchanged text side would no longer fit. A step
 of the first stage's objectives now and then lets both move together, at a small part of the cost of the LLM.
 """
 

@@ -117,7 +117,7 @@ def _check_key(request: Request, api_key: str) -> None:
 
 
 async def _body(request: Request, limits: Limits, deadline: float) -> bytearray:
-    """A request's body, no more of it than may be.
+    """A request's body, up to the limit.
 
     Raises:
         ApiError: it is not JSON by its header, too large, or does not come in time.

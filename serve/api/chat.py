@@ -156,7 +156,7 @@ class ChatService:
         return lambda rationale: self._ask(partial(conclude, rationale))
 
     async def _ask(self, submit: Callable[[], PendingAnswer]) -> PendingAnswer:
-        """Hand a request to the engine; who leaves meanwhile leaves no work behind."""
+        """Hand a request to the engine; if the client leaves before that, the request is cancelled."""
         asking = asyncio.ensure_future(self._in_thread(submit))
         try:
             return await asyncio.shield(asking)

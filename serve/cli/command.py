@@ -91,8 +91,8 @@ def ask(
         report({**asked, "answer": next(iter(shares)), "choices": shares}, as_json, lines)
         return
     over = decoding_over(decoding, beams, max_new_tokens)
-    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    said = engine.complete(images, question, decoding=over(engine.default_decoding("vqa")))
+    loaded = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+    said = loaded.complete(images, question, decoding=over(loaded.default_decoding("vqa")))
     report({**asked, "answer": said.text, "confidence": said.confidence}, as_json, said.text)
 
 
@@ -116,9 +116,9 @@ def caption(
     check_pictures(pictures)
     check_language(language)
     over = decoding_over(decoding, beams, max_new_tokens)
-    engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-    how = over(engine.default_decoding("caption"))
-    captions = {picture: engine.caption(picture, language=language, decoding=how) for picture in pictures}
+    loaded = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+    how = over(loaded.default_decoding("caption"))
+    captions = {picture: loaded.caption(picture, language=language, decoding=how) for picture in pictures}
     lines = list(captions.values()) if len(captions) == 1 else [f"{name}: {text}" for name, text in captions.items()]
     report({"captions": captions, "language": language}, as_json, "\n".join(lines))
 
@@ -245,10 +245,10 @@ def evaluate(
         from serve.evaluate import evaluate as run
 
         over = decoding_over(decoding, beams, max_new_tokens)
-        engine = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+        loaded = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
         scores = run(
-            engine, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
-            offline=offline, batch_size=batch_size, decoding=over(engine.default_decoding(task)),
+            loaded, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
+            offline=offline, batch_size=batch_size, decoding=over(loaded.default_decoding(task)),
             predictions=predictions, match=match, on_progress=on_progress,
             tell=None if quiet else partial(typer.echo, err=True),
         )  # fmt: skip

@@ -37,7 +37,7 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         "--decoding",
-        help="A preset: greedy; paper-vqa, likeliest, caption (beam 5, length penalty -1, 0, 0.5). Left out, questions "
+        help="A preset: greedy, paper-vqa, likeliest or caption; the last three search with beams. Left out, questions "
         "are answered as the adapter's recipe says, captions written by the preset, reasons greedily.",
     ),
 ]

@@ -154,7 +154,7 @@ def read_along(pending: PendingAnswer) -> Iterator[str]:
 
 
 def wait_for(pending_answers: Sequence[PendingAnswer]) -> Iterator[list[Answer | None]]:
-    """The answers that have come so far, each time there is another and now and then; who leaves stops the rest."""
+    """The answers so far, after each new one and at short intervals; if the visitor leaves, the rest stops."""
 
     def so_far() -> list[Answer | None]:
         return [pending.result() if pending.done else None for pending in pending_answers]

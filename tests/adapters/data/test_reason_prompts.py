@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def test_the_stages_without_a_template(encoder_decoder: bool, closing: str) -> N
         f"{whole} Reasoning: It moves. {closing}"
     )
     assert text_of(builder, builder.answer("Is it awake?", **ASKED).ids) == f"{whole} {closing}"
+
+
+def test_a_wording_of_questions_holds_for_reasons_too() -> None:
+    builder = builder_of(chat=True, question="Part 7. {question}")
+    assert text_of(builder, builder.rationale("Is it awake?").ids) == "#Part 7. Is it awake?\nThink step by step."
+    assert text_of(builder, builder.answer("Is it awake?", rationale="It moves.").ids).startswith(
+        "#Part 7. Is it awake?\n"
+    )
+
+
+def test_a_wording_that_leaves_no_place_for_reasons_is_refused() -> None:
+    builder = builder_of(chat=False, question="Q: {question} A:")
+    assert text_of(builder, builder.answer("Is it awake?").ids) == "#Q: Is it awake? A:"
+    for ask in (builder.rationale, partial(builder.answer, rationale="It moves.")):
+        with pytest.raises(UserError, match="which leaves no place for reasons: set it to null"):
+            ask("Is it awake?")
 
 
 def test_letters_are_listed_and_answered_with() -> None:
