@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from adapters.data.examples import Example
 from qformer.errors import UserError
 
-FEW_QUESTIONS = 1500  # up to here each question has a sequence of its own: a reader of questions is worth the time
+FEW_QUESTIONS = 1500  # the time of a reader of questions grows by their cube
 WITHOUT_READER = ("bridge.reader=null", "bridge.hide_queries=0.0")
 """For captions, which are too many different answers to score one by one."""
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
@@ -45,10 +45,7 @@ def choose_settings(examples: Sequence[Example]) -> Choice:
         )
     return Choice(
         ("bridge.reader=names", "bridge.hide_queries=0.0"),
-        (
-            f"{size}: a closed-form reader names what pictures show, beside the Q-Former, and a picture's questions"
-            " share its sequence (bridge.reader=names)",
-        ),
+        (f"{size}: a closed-form reader names what pictures show, beside the Q-Former (bridge.reader=names)",),
     )
 
 

@@ -6,7 +6,7 @@ The loop is `_finetune`, from top to bottom: load, tokenise, encode, train with 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,8 @@ def finetune(
     dtype: str | None = None,
     offline: bool = False,
     quiet: bool = False,
+    measured: Mapping[str, float] | None = None,
+    on_answers: OnAnswers | None = None,
 ) -> Result:
     """Train an adapter by a recipe.
 
@@ -59,12 +61,14 @@ def finetune(
         dtype: "float32" or "bfloat16" for the LLM's computation.
         offline: take frozen weights from the cache only.
         quiet: print nothing.
+        measured: what the artefact says of a run that holds nothing out (data.hold_out=false).
+        on_answers: called at each validation with its questions and the answers to them.
 
     Raises:
         UserError: data, recipe or weights are not in order; the loss is not a number; the disk is full; another run
             writes to `out`.
     """
-    options = RunOptions(Path(out), resume, start_from, device, dtype, offline, quiet)
+    options = RunOptions(Path(out), resume, start_from, device, dtype, offline, quiet, measured or {}, on_answers)
     with one_run_at_a_time(options.out):
         return _finetune(recipe, options)
 
@@ -107,7 +111,7 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
         if shortened := schedule.shortened():
             report.say(shortened)
         report_skipped(report, run.opened.train, run.opened.val)
-        if position.step == 0:  # a broken evaluation fails now, not after an hour
+        if position.step == 0 and run.validation.rows:  # a broken evaluation fails now, not after an hour
             validate(assembly, Step(run.validation.rows[:2]), run.opened.val.examples[:2], recipe)
         losses: list[float] = []
         recent: list[float] = []  # since the last validation
@@ -171,10 +175,18 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
                 )
                 losses, rewards, text_side, samples, timer = [], [], [], 0, time.monotonic()
             if position.step % every == 0 or position.step == total:
-                report_samples = partial(report.samples, position.step, sets=recipe.data.match == "set")
-                metrics = validate(assembly, run.validation, run.opened.val.examples, recipe, report_samples)
-                metrics |= run.controls | {"train_loss": sum(recent) / len(recent)}
-                keeper.validated(report, metrics, selection_score(metrics))
+                metrics = {"train_loss": sum(recent) / len(recent)}
+                if run.validation.rows:
+
+                    def report_answers(asked: Sequence[Example], texts: Sequence[str]) -> None:
+                        report.samples(position.step, asked, texts, sets=recipe.data.match == "set")
+                        if options.on_answers is not None:
+                            options.on_answers(asked, texts)
+
+                    metrics |= validate(assembly, run.validation, run.opened.val.examples, recipe, report_answers)
+                    keeper.validated(report, metrics | run.controls, selection_score(metrics))
+                else:  # nothing chooses: the newest weights are the best
+                    keeper.validated(report, metrics | options.measured, float(position.step))
                 recent, samples, timer = [], 0, time.monotonic()
         return keeper.result(report, total)
 

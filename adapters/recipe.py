@@ -50,6 +50,11 @@ class DataSection(_Section):
         default=None, gt=0, lt=1,
         description="of the pictures, held out if val is left out; left out too, what gives 100 rows: 5 to 25 %",
     )  # fmt: skip
+    fold: str | None = Field(
+        default=None, pattern=r"^[1-9]\d*/[1-9]\d*$",
+        description="hold out one of several parts of the pictures, such as 2/5: the second of five",
+    )  # fmt: skip
+    hold_out: bool = Field(default=True, description="false: learn from all rows; nothing is validated or chosen")
     val_limit: int | None = Field(
         default=None, ge=1, description="at most so many validation rows, of each file if val names several"
     )
@@ -100,7 +105,7 @@ class BridgeSection(_Section):
     reader: Literal["names", "answers"] | None = Field(
         default=None,
         description="vectors beside the queries by ridge regression on the features. names: words that a picture names;"
-        " answers: these, and the likely answer to each question, which then shares no sequence with another",
+        " answers: these, and the likely answer to each question",
     )
     hide_queries: float = Field(
         default=0.0,
@@ -241,6 +246,19 @@ class Recipe(_Section):
         sources = self.data.train
         mixed = isinstance(sources, str) or any(source.task in ("reason", None) for source in sources)
         return self.reason.stages if self.task == "reason" or (self.task == "mixed" and mixed) else ()
+
+    def holding_out(self, fold: str | None) -> Recipe:
+        """The same recipe for one run of a cross-validation, without early stopping: a fold ("2/5"), or all rows.
+
+        Raises:
+            UserError: short answers are not what it trains for, or it says already what is held out.
+        """
+        if self.task != "vqa":
+            raise UserError(f"--folds scores short answers, and the task is '{self.task}': leave it out")
+        if self.data.val is not None:
+            raise UserError("--folds holds out pictures of the training data: leave data.val out")
+        data = self.data.model_copy(update={"fold": fold, "hold_out": fold is not None})
+        return self.model_copy(update={"data": data, "train": self.train.model_copy(update={"patience": None})})
 
     def naming_weight_deltas(self, names: Mapping[int, str]) -> Recipe:
         """The same recipe with other names for the differences of some towers, by the tower's place."""

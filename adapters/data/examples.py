@@ -156,15 +156,48 @@ def split_by_image(dataset: DataSet, fraction: float, seed: int) -> tuple[DataSe
     if not 0 < fraction < 1:
         raise UserError(f"the held-out fraction is {fraction}: give a number between 0 and 1, such as 0.05")
     groups = _group_by_image(dataset.examples)
-    # A hash gives each picture its own lot: the order of the rows does not matter, nor Python's version.
-    lots = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
-    if len(lots) < 2:
-        raise UserError(f"{dataset.name} has {len(lots)} picture(s): holding some out needs at least 2")
-    held_out = set(lots[: min(max(1, round(fraction * len(lots))), len(lots) - 1)])
+    order = _order(groups, seed)
+    if len(order) < 2:
+        raise UserError(f"{dataset.name} has {len(order)} picture(s): holding some out needs at least 2")
+    held_out = set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
+    return _split(dataset, groups, held_out, f"{fraction}:{seed}")
+
+
+def split_fold(dataset: DataSet, fold: int, folds: int, seed: int = 0) -> tuple[DataSet, DataSet]:
+    """Hold out one of several parts of the pictures; every picture is held out in one fold, with all its rows.
+
+    Args:
+        dataset: the rows to split.
+        fold: which part, from 1 to `folds`.
+        folds: parts of about as many pictures each.
+        seed: another seed makes other parts.
+
+    Returns:
+        As `split_by_image`.
+
+    Raises:
+        UserError: there is no such fold, or there are fewer pictures than folds.
+    """
+    if folds < 2 or not 1 <= fold <= folds:
+        raise UserError(f"data.fold={fold}/{folds}: write which part of how many is held out, such as 2/5")
+    groups = _group_by_image(dataset.examples)
+    order = _order(groups, seed)
+    if len(order) < folds:
+        raise UserError(f"{dataset.name} has {len(order)} picture(s): give as many folds at most, not {folds}")
+    return _split(dataset, groups, set(order[fold - 1 :: folds]), f"fold {fold} of {folds}:{seed}")
+
+
+def _order(groups: Sequence[str], seed: int) -> list[str]:
+    """The pictures in a random order that depends neither on the order of the rows nor on Python's version."""
+    return sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+
+
+def _split(dataset: DataSet, groups: Sequence[str], held_out: set[str], how: str) -> tuple[DataSet, DataSet]:
+    """The rows whose picture is not held out, and those whose picture is."""
 
     def part(name: str, keep_held_out: bool) -> DataSet:
         rows = zip(dataset.examples, groups, strict=True)
-        origin = f"{dataset.fingerprint}:{name}:{fraction}:{seed}"
+        origin = f"{dataset.fingerprint}:{name}:{how}"
         return replace(
             dataset,
             name=f"{dataset.name} ({name})",

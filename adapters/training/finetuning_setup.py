@@ -90,7 +90,10 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     start = take_over(opened, assembly)
     how: Any = {"max_tokens": train.micro_batch_tokens, "stages": recipe.reason.stages}
     if recipe.data.skip_bad_rows:
-        train_data, val_data = (leave_out_long(data, assembly.prompts, **how) for data in (opened.train, opened.val))
+        train_data, val_data = (
+            leave_out_long(data, assembly.prompts, **how) if data.examples else data
+            for data in (opened.train, opened.val)
+        )
         opened = replace(opened, train=train_data, val=val_data)
     pictures = tokenise(opened.train, assembly.prompts, **how)
     # questions share a picture's sequence unless the bridge reads each of them beside the picture
@@ -112,7 +115,7 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         _align(opened, assembly, pictures)  # before there is a reader, whose vectors it does not change
     fitted = _fit(opened, assembly, pictures) if recipe.bridge.reader is not None else None
     final_reader = fitted.reader if fitted is not None else None
-    if fitted is not None and recipe.data.val is None:
+    if fitted is not None and recipe.data.val is None and recipe.data.fold is None and held_out:
         everything = fit_reader(assembly, [*pictures, *held_out], questions=recipe.bridge.reader == "answers")
         final_reader = everything.reader if everything is not None else final_reader
     optimiser = optimiser_of(model, recipe)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts
-from adapters.data.examples import DataSet, merge, repeat, sample_evenly, split_by_image
+from adapters.data.examples import DataSet, merge, repeat, sample_evenly, split_by_image, split_fold
 from adapters.data.image_ref import ImageRef
 from adapters.data.readers import read_data
 from adapters.features.cache import FeatureCache
@@ -23,6 +23,7 @@ from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import VisionSide, check_device, default_device
 from adapters.recipe import Recipe, Sources, SourceSection, differing_keys, load_recipe
 from adapters.training.checkpoint import RunState, find_state, load_state, read_run_state
+from adapters.training.controls import OnAnswers
 from adapters.training.optimiser import build_optimiser
 from adapters.training.run_data import broadcast_from_main, fill_caches, report_terms
 from adapters.training.start import Start, start_from_artefact
@@ -41,6 +42,8 @@ class RunOptions:
     dtype: str | None = None
     offline: bool = False
     quiet: bool = False
+    measured: Mapping[str, float] = field(default_factory=dict)
+    on_answers: OnAnswers | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Opened:
 def _check_finetuning(recipe: Recipe) -> None:
     """Refuse settings that are the first stage's, or that do not go together."""
     train = recipe.train
+    _check_hold_out(recipe)
     if train.contrastive_steps:
         raise UserError(
             f"train.contrastive_steps={train.contrastive_steps}: it is the first stage's: run querybridge pretrain"
@@ -93,8 +97,24 @@ def _check_finetuning(recipe: Recipe) -> None:
         )
 
 
+def _check_hold_out(recipe: Recipe) -> None:
+    """Refuse more than one way to say which rows are validated on: all but one would have no effect."""
+    data = recipe.data
+    given = {
+        "data.val": data.val is not None,
+        "data.fold": data.fold is not None,
+        "data.hold_out=false": not data.hold_out,
+    }
+    named = [name for name, is_given in given.items() if is_given]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} each say what is validated on: leave all but one out")
+
+
 def _check_pretraining(recipe: Recipe) -> None:
     """Refuse a recipe without a text side, and settings that are for training with an LLM."""
+    _check_hold_out(recipe)
+    if not recipe.data.hold_out:
+        raise UserError("data.hold_out=false: the first stage chooses its weights by validation; leave it out")
     if not recipe.bridge.text_branch or recipe.bridge.start is None:
         raise UserError(
             "the first stage reads captions: set bridge.text_branch=true and bridge.start to a BERT's source"
@@ -263,6 +283,12 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
         train = replace(train, terms="; ".join(filter(None, (train.terms, data.terms))))
     if data.val is not None:
         return train, read(data.val, data.val_limit)
+    if not data.hold_out:
+        return train, replace(train, name=f"{train.name} (val)", examples=(), faults=(), row_digests=())
+    if data.fold is not None:
+        fold, folds = map(int, data.fold.split("/"))
+        train, val = split_fold(train, fold, folds)
+        return train, replace(val, examples=tuple(example for example in val.examples if example.turn == 0))
     share = data.val_fraction or held_out_share(len(train.examples))
     train, val = split_by_image(train, share, seed=0)  # the split does not depend on the run's seed
     once = [example for example in val.examples if example.turn == 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,12 @@ def finetune(
     budget: Annotated[
         str | None, typer.Option("--budget", help="Time for the whole run, such as 10m: as many steps as fit.")
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            "--folds", min=2, help="Hold each picture out once, in so many runs, and train one more on everything."
+        ),
+    ] = None,
     set_: SetOption = None,
     resume: ResumeOption = False,
     seed: SeedOption = None,
@@ -43,18 +50,32 @@ def finetune(
     as_json: JsonOption = False,
 ) -> None:
     """Train an adapter on a data set."""
-    from adapters.finetune import finetune as run
+    from adapters.finetune import finetune as train
+    from adapters.training.cross_validation import cross_validate
 
     given = _overrides(set_, task=task, seed=seed)
+    if budget is not None and folds is not None:
+        raise UserError("--budget and --folds: a budget is for one run; leave one of the two out")
     if budget is not None:
         from adapters.choice import minutes_of
 
         given.append(f"train.minutes={minutes_of(budget):g}")
     chosen, name = _recipe_for(recipe, given, offline=offline, start_from=start_from, quiet=quiet)
     folder = out or Path("runs") / name
-    result = run(
-        chosen, folder, resume=resume, start_from=start_from, device=device, dtype=dtype, offline=offline, quiet=quiet
-    )
+    how: Any = {"start_from": start_from, "device": device, "dtype": dtype, "offline": offline, "quiet": quiet}
+    if folds is None:
+        result = train(chosen, folder, resume=resume, **how)
+    else:
+        chosen.holding_out(None)  # what does not suit is reported before anything is made
+        if not resume and (folder / "folds").exists():
+            raise UserError(f"--out {folder}: folds were run there; add --resume to go on, or name another folder")
+
+        def run_fold(fold: str | None, out: Path, **more: Any) -> Any:
+            going_on = resume and (out / "state").exists()
+            return train(chosen.holding_out(fold), out, resume=going_on, **how, **more)
+
+        say = (lambda line: None) if quiet else partial(typer.echo, err=True)
+        result = cross_validate(run_fold, folder, folds, sets=chosen.data.match == "set", say=say)
     if not result.finished:
         raise KeyboardInterrupt
     verb = "reason" if chosen.task == "reason" else "ask"
