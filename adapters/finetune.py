@@ -186,7 +186,7 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
                     metrics |= validate(assembly, run.validation, run.opened.val.examples, recipe, report_answers)
                     keeper.validated(report, metrics | run.controls, selection_score(metrics))
                 else:  # nothing chooses: the newest weights are the best
-                    keeper.validated(report, metrics | options.measured, float(position.step))
+                    keeper.validated(report, {**metrics, **options.measured}, float(position.step))
                 recent, samples, timer = [], 0, time.monotonic()
         return keeper.result(report, total)
 
