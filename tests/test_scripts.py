@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from reason_data import draw_reasons
-from tiny import draw_captions, save_tiny_bert, tiny_values
+from tiny import draw_captions, draw_data, save_tiny_bert, tiny_values
 
 from adapters.artefact.facts import read_facts
 from adapters.finetune import finetune
@@ -179,3 +179,22 @@ def test_what_a_setting_starts_from_is_looked_for_first(
     assert compare(monkeypatch, str(plan), "--out", str(tmp_path / "runs"), "--only", "now") == 2
     assert "'later'" not in capsys.readouterr().err  # of another: its recipe is gone
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_learning_curve_has_a_run_a_size_and_seed(
+    vision_folder: Path, language_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    data = draw_data(tmp_path / "data")
+    values = tiny_values(vision_folder, language_folders["llama"], data, max_steps=2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    words = [str(data), str(data), "--out", str(tmp_path / "curve"), "--recipe", str(tmp_path / "recipe.yaml")]
+    assert run_script("learning_curve.py", monkeypatch, *words, "--sizes", "15,99", "--seeds", "0,1") == 0
+    table = capsys.readouterr().out
+    assert "| 16 | 2 |" in table and "| 24 | 2 |" in table
+    lines = (tmp_path / "curve" / "results.jsonl").read_text().splitlines()
+    assert [(row["size"], row["seed"]) for row in map(json.loads, lines)] == [(15, 0), (15, 1), (99, 0), (99, 1)]
+    assert all({"exact_match", "blank_images", "linear_probe", "seconds"} <= json.loads(line).keys() for line in lines)
+    assert (tmp_path / "curve" / "curve.png").stat().st_size > 0
+    assert run_script("learning_curve.py", monkeypatch, *words, "--sizes", "15", "--seeds", "1") == 0
+    assert (tmp_path / "curve" / "results.jsonl").read_text().splitlines() == lines
+    assert run_script("learning_curve.py", monkeypatch, *words, "--sizes", "few") == 2
