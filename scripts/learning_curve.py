@@ -3,8 +3,8 @@
     .venv/bin/python scripts/learning_curve.py train.jsonl test.jsonl --sizes 100,300,1000 --seeds 0,1 --out runs/curve
 
 Each run learns from whole pictures drawn by its seed, as many as give the wanted number of questions, with the settings
-that `querybridge finetune DATA` chooses. `results.jsonl` in the folder has a line for each run, and is what a second call
-goes on from; `curve.png` is the plot.
+that `querybridge finetune DATA` chooses. `results.jsonl` in the folder has a line for each run, and a second call makes
+those that are missing; `curve.png` is the plot.
 """
 
 from __future__ import annotations
