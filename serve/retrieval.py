@@ -30,7 +30,10 @@ from qformer.errors import UserError
 from qformer.sources import cache_root
 from serve.adapter import ImageInput, default_adapter, picture_ref
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2",
+)  # fmt: skip
+_NOT_READ = (".heic", ".heif", ".svg", ".jxl", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw")
 TEMPLATES = ("a photo of {label}", "a picture of {label}", "{label}")
 _FORMAT = 2  # raised when pictures are read or encoded otherwise
 _LISTED = 10  # unreadable files that are named
@@ -119,7 +122,8 @@ class PictureIndex:
         self, on_progress: Callable[[int, int], None] | None, embed: Callable[[Sequence[ImageRef]], Tensor]
     ) -> IndexReport:
         known = self._read()
-        found = {str(path.relative_to(self.folder)): path for path in self._pictures()}
+        pictures, unreadable = self._pictures()
+        found = {str(path.relative_to(self.folder)): path for path in pictures}
         kept: list[tuple[_Entry, Tensor]] = []
         waiting: list[tuple[str, os.stat_result]] = []
         for name, path in found.items():
@@ -132,7 +136,6 @@ class PictureIndex:
                 kept.append(entry)
             else:
                 waiting.append((name, status))
-        unreadable: list[str] = []
         encoded, written = 0, time.monotonic()
         for start in range(0, len(waiting), 64):
             good: list[tuple[_Entry, ImageRef]] = []
@@ -182,9 +185,13 @@ class PictureIndex:
         found = rank(self.retriever, [refs[n] for n in there], embeddings, query, most=most, rerank=rerank)
         return [hit for _, hit in found]
 
-    def _pictures(self) -> list[Path]:
-        """The files by their endings, each folder's once: a linked one's too, unless it is here by itself."""
+    def _pictures(self) -> tuple[list[Path], list[str]]:
+        """The files by their endings, each folder's once: a linked one's too, unless it is here by itself.
+
+        And what is said of pictures of other kinds, and of links that lead nowhere.
+        """
         found: list[Path] = []
+        left_out: list[str] = []
         waiting, seen = [self.folder], set[Path]()
         while waiting:
             top = waiting.pop(0)
@@ -195,9 +202,16 @@ class PictureIndex:
                     inner.clear()
                     continue
                 seen.add(Path(folder).resolve())
-                found += [Path(folder) / name for name in names if Path(name).suffix.lower() in SUFFIXES]
+                for path in (Path(folder) / name for name in names):
+                    ending, name = path.suffix.lower(), path.relative_to(self.folder)
+                    if path.is_symlink() and not path.exists():
+                        left_out.append(f"'{name}' is a link to what is not there: mend or delete it")
+                    elif ending in SUFFIXES:
+                        found.append(path)
+                    elif ending in _NOT_READ:
+                        left_out.append(f"'{name}': pictures in {ending} are not read; save it as JPEG or PNG")
                 waiting += [Path(folder) / name for name in sorted(inner) if (Path(folder) / name).is_symlink()]
-        return sorted(path for path in found if path.is_file())
+        return sorted(path for path in found if path.is_file()), sorted(left_out)
 
     def _read(self) -> dict[str, tuple[_Entry, Tensor]]:
         """What an earlier update left; a damaged index is made again."""

@@ -14,7 +14,7 @@ from typing import Any
 from adapters.data.collate import PackedAnswer, PackedSequence, padded_length
 from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.image_ref import ImageRef
-from adapters.data.prompts import Prompt, PromptBuilder
+from adapters.data.prompts import Prompt, PromptBuilder, Turn
 from adapters.data.views import draw_view, names_a_side
 from adapters.tasks import Stage
 from qformer.errors import UserError
@@ -117,7 +117,8 @@ def tokenise(
             questions = [TokenisedQuestion(prompt.own, counted, prompt.instruction)]
         key = (*(image.digest() for image in example.images), prompt.shared, example.turn)
         grouped.setdefault(key, (example.images, prompt.shared, []))[2].extend(questions)
-        if names_a_side((example.question, example.context, example.rationale, *example.choices, *answers)):
+        said = (turn.text for turn in example.history)
+        if names_a_side((example.question, example.context, example.rationale, *example.choices, *answers, *said)):
             sided.add(key)
     return [
         TokenisedPicture(images, shared, tuple(questions), key in sided)
@@ -194,6 +195,8 @@ def _to_learn(
 def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
     """The prompt of an example: its question, or the request for a caption in its language.
 
+    A question in a conversation is asked as the page's chat and the API ask it, with all that was said before.
+
     Args:
         example: what is asked; its own task counts if it has one.
         task: of the examples that have none: "vqa" or "caption"; or a stage of reasoning, "rationale" (which "reason"
@@ -203,6 +206,12 @@ def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
     task = example.task or task
     if task == "caption":
         return prompts.caption(example.language, len(example.images), where=example.where)
+    if example.history:
+        own = example.images[sum(len(turn.images) for turn in example.history) :]
+        try:
+            return prompts.chat([*example.history, Turn("user", example.question, own)])
+        except UserError as error:
+            raise UserError(f"{example.where}: {error}") from error
     asked: Any = {"context": example.context, "choices": example.choices, "where": example.where}
     if task == "vqa":
         return prompts.vqa(example.question, len(example.images), **asked)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adapters.data.duplicates import Copies, copies_between_rows
 from adapters.data.examples import Example, Fault
+from adapters.data.findings import Findings, find_out
 from adapters.data.picture_scan import scan_pictures
 from adapters.data.readers import no_rows, read_rows
 from qformer.errors import UserError
@@ -29,6 +30,8 @@ class DataCheck:
         longest_question: in characters; 0 if there is none.
         longest_question_row: the row that asks it; 0 if there is none.
         faults: every bad row, in the order of the file.
+        unread: fields that nothing reads, with how many rows have them.
+        findings: what is worth knowing of the good rows.
     """
 
     name: str
@@ -41,6 +44,8 @@ class DataCheck:
     longest_question: int
     longest_question_row: int
     faults: tuple[Fault, ...]
+    unread: Mapping[str, int]
+    findings: Findings
 
 
 def check_data(
@@ -48,6 +53,7 @@ def check_data(
     *,
     task: str | None = None,
     need_answers: bool = True,
+    columns: Mapping[str, str] | None = None,
     offline: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
@@ -57,13 +63,14 @@ def check_data(
         source: as `adapters.data.readers.read_data` takes it.
         task: "vqa", "caption" or "reason"; if left out, inferred from the rows.
         need_answers: False for rows that are to be answered, as batch jobs take them.
+        columns: as `read_data` takes them.
         offline: do not fetch a packaged set.
         on_progress: called with (pictures opened, pictures in all), ten times or fewer.
 
     Raises:
         UserError: the file as a whole cannot be read, or holds no rows. Bad rows are reported, not raised.
     """
-    return _check(source, task, need_answers, offline, on_progress)[0]
+    return _check(source, task, need_answers, columns, offline, on_progress)[0]
 
 
 def check_pair(
@@ -72,6 +79,7 @@ def check_pair(
     *,
     task: str | None = None,
     need_answers: bool = True,
+    columns: Mapping[str, str] | None = None,
     offline: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DataCheck, DataCheck, Copies]:
@@ -82,6 +90,7 @@ def check_pair(
         val: what is to be validated or tested on.
         task: of both; if left out, inferred from the rows of each.
         need_answers: as in `check_data`.
+        columns: as `read_data` takes them.
         offline: do not fetch a packaged set.
         on_progress: called with (pictures opened, pictures in all) of the one, of the other, and of both as they are
             compared.
@@ -89,8 +98,8 @@ def check_pair(
     Raises:
         UserError: as `check_data`, of either file.
     """
-    first, learned = _check(train, task, need_answers, offline, on_progress)
-    second, asked = _check(val, task, need_answers, offline, on_progress)
+    first, learned = _check(train, task, need_answers, columns, offline, on_progress)
+    second, asked = _check(val, task, need_answers, columns, offline, on_progress)
     return first, second, copies_between_rows(learned, asked, on_progress=on_progress)
 
 
@@ -98,11 +107,12 @@ def _check(
     source: str | Path,
     task: str | None,
     need_answers: bool,
+    columns: Mapping[str, str] | None,
     offline: bool,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[DataCheck, list[Example]]:
     """What a data file holds, and its good rows."""
-    found = read_rows(source, task=task, need_answers=need_answers, offline=offline)
+    found = read_rows(source, task=task, need_answers=need_answers, columns=columns, offline=offline)
     if not found.digests:
         raise UserError(no_rows(source))
     opened = scan_pictures(found.examples, on_progress)
@@ -114,11 +124,13 @@ def _check(
         task=found.task if good else None,
         rows=len(found.digests),
         pictures=opened.pictures,
-        distinct_pictures=len(opened.digests),
+        distinct_pictures=len(set(opened.digests.values())),
         answers=sum(len(example.answers) for example in good),
         languages=dict(Counter(example.language for example in good).most_common()),
         longest_question=len(longest.question) if longest is not None else 0,
         longest_question_row=longest.row if longest is not None and asks else 0,
         faults=tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row)),
+        unread=found.unread,
+        findings=find_out(good, opened.digests, found.unread, rows=len(found.digests)),
     )
     return checked, good

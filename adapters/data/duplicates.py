@@ -24,6 +24,7 @@ from PIL import Image
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
+from adapters.data.known_pictures import known_pictures
 from qformer.errors import UserError
 
 MAX_BITS = 8
@@ -32,7 +33,9 @@ MAX_LEVELS = 24
 """Of 255 levels of a colour, no cell of the 16 x 16 may differ by more between near copies."""
 _NOISE = 2  # levels: so much may a plain ground vary when a picture is saved again
 _SIDE = 16
+_LOOK_BYTES = 32 + 8 + 3 * _SIDE * _SIDE
 _THREADS = min(4, os.cpu_count() or 1)
+_VERSION = 1  # of what is remembered of a picture's look; raise it if that is computed otherwise
 
 How = Literal["bytes", "pixels", "near"]
 
@@ -71,13 +74,21 @@ class _Look:
     hash: np.uint64
     colours: np.ndarray  # [768], uint8
 
+    def pack(self) -> bytes:
+        return self.pixels + self.hash.tobytes() + self.colours.tobytes()
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> _Look:
+        numbers = np.frombuffer(packed, np.uint8)
+        return cls(packed[:32], numbers[32:40].view(np.uint64)[0], numbers[40:])
+
 
 def copies_between(
     train: Iterable[ImageRef], test: Iterable[ImageRef], *, on_progress: Callable[[int, int], None] | None = None
 ) -> Copies:
     """Find the pictures of one set that another has too.
 
-    Every distinct picture is decoded once, and none if its bytes settle the matter.
+    Every distinct picture is decoded once, by the first run that compares it, and none if its bytes settle the matter.
 
     Args:
         train: pictures that were, or are to be, learned from; one may come several times.
@@ -145,12 +156,22 @@ def _look_at_all(
     images: dict[str, ImageRef], unreadable: dict[str, None], on_progress: Callable[[int, int], None] | None
 ) -> dict[str, _Look]:
     looks: dict[str, _Look] = {}
+    known = known_pictures()
+    new: dict[str, ImageRef] = {}
+    for digest, image in images.items():
+        remembered = known.look(f"{digest}:{_VERSION}")
+        if remembered is not None and len(remembered) == _LOOK_BYTES:
+            looks[digest] = _Look.unpack(remembered)
+        else:
+            new[digest] = image
+    images = new
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="look")
     try:
         seen = zip(images, pool.map(_look, images.values()), strict=True)
         for done, (digest, look) in enumerate(seen, start=1):
             if isinstance(look, _Look):
                 looks[digest] = look
+                known.remember_look(f"{digest}:{_VERSION}", look.pack())
             else:
                 unreadable[look] = None
             if on_progress and (done == len(images) or done % -(-len(images) // 10) == 0):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from adapters.data.image_ref import ImageRef
+from adapters.data.prompts import Turn
 from adapters.tasks import Mixed, Task
 from qformer.errors import UserError
 
@@ -33,6 +35,8 @@ class Example:
         kind: what kind of question it is, if the row says so.
         steps: of such a row: how many steps its reasoning has, if it says so.
         turn: which of an epoch's passes over its file this is, counted from 0.
+        history: of a question in a conversation: the turns before it, the system's first. Their pictures come first in
+            `images`, and those of the question itself last.
     """
 
     images: tuple[ImageRef, ...]
@@ -49,6 +53,7 @@ class Example:
     kind: str | None = None
     steps: int | None = None
     turn: int = 0
+    history: tuple[Turn, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -134,6 +139,27 @@ def repeat(data: DataSet, times: int) -> DataSet:
     """A data set whose rows come so often in an epoch, each time at another place of it."""
     turns = (replace(example, turn=turn) for turn in range(times) for example in data.examples)
     return replace(data, examples=tuple(turns))
+
+
+def mix(parts: Sequence[DataSet], shares: Sequence[float], seed: int = 0) -> list[DataSet]:
+    """Data sets repeated so that each makes its share of an epoch's rows, and none of its rows is left out.
+
+    The one that is largest for its share comes once; of the others, each row comes as often as the next, or once more.
+
+    Args:
+        parts: at least one.
+        shares: of each, in any unit.
+        seed: of which rows come once more.
+    """
+    unit = max(len(part.examples) / share for part, share in zip(parts, shares, strict=True))
+    mixed = []
+    for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        count = len(part.examples)
+        times, rest = divmod(round(unit * share), count)
+        again = random.Random(f"{seed}:{number}").sample(range(count), rest)
+        more = tuple(replace(part.examples[place], turn=times) for place in sorted(again))
+        mixed.append(replace(part, examples=(*repeat(part, times).examples, *more)))
+    return mixed
 
 
 def split_by_image(dataset: DataSet, fraction: float, seed: int) -> tuple[DataSet, DataSet]:

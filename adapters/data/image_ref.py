@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from adapters.data.known_pictures import known_pictures
 from qformer.errors import UserError
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -19,13 +20,38 @@ MAX_FILE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
+class ByteRange:
+    """A picture's encoded bytes inside a larger file, such as a tar archive.
+
+    Args:
+        path: the file.
+        offset: where they begin.
+        length: how many they are.
+    """
+
+    path: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """Return the bytes; OSError if they are not there any more."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.length)
+        if len(data) < self.length:
+            raise OSError(f"{self.path} is shorter than it was")
+        return data
+
+
+@dataclass(frozen=True)
 class ImageRef:
-    """A picture that has not been opened yet: a file, or its bytes.
+    """A picture that has not been opened yet: a file, its bytes, or the place of its bytes in a larger file.
 
     Args:
         label: how the user wrote it, for messages.
-        path: the file, or None if `data` holds the picture.
-        data: the encoded bytes (PNG, JPEG, …), or None if `path` names the file.
+        path: the file, or None.
+        data: the encoded bytes (PNG, JPEG, …), or None.
+        part: where the encoded bytes lie, or None. Exactly one of these three is given.
         where: the file and row that first named it, for messages; two references are equal without it.
         view: 0 is the picture itself; the others show a part of it (`adapters.data.views`) once opened.
     """
@@ -33,13 +59,14 @@ class ImageRef:
     label: str
     path: Path | None = None
     data: bytes | None = None
+    part: ByteRange | None = None
     where: str = field(default="", compare=False)
     view: int = 0
 
     def __post_init__(self) -> None:
-        """Hold exactly one of file and bytes."""
-        if (self.path is None) == (self.data is None):
-            raise ValueError("ImageRef takes either path or data")
+        """Hold exactly one of file, bytes and place."""
+        if (self.path, self.data, self.part).count(None) != 2:
+            raise ValueError("ImageRef takes exactly one of path, data and part")
 
     @property
     def subject(self) -> str:
@@ -56,6 +83,14 @@ class ImageRef:
             raise UserError(f"{self.subject} is larger than {MAX_FILE_BYTES >> 20} MiB: save it smaller")
         return data
 
+    def _read_part(self, part: ByteRange) -> bytes:
+        if part.length > MAX_FILE_BYTES:
+            raise UserError(f"{self.subject} is larger than {MAX_FILE_BYTES >> 20} MiB: save it smaller")
+        try:
+            return part.read()
+        except OSError as error:
+            raise UserError(f"{self.subject} cannot be read any more ({error}): leave the file as it is") from error
+
     def digest(self) -> str:
         """Return the identity of this picture in this view: 64 hex digits.
 
@@ -63,9 +98,25 @@ class ImageRef:
         """
         return self._digest
 
+    def mark(self) -> str | None:
+        """Tell a picture inside a larger file from another, without reading it; None for any other picture."""
+        if self.part is None:
+            return None
+        known: str | None = self.__dict__.get("_content_digest")
+        return known or f"{self.label} {self.part.length}"
+
     def content_digest(self) -> str:
-        """Return the SHA-256 of the bytes in hex; a file is read once, then the value is remembered."""
+        """Return the SHA-256 of the bytes in hex; a file is read once, then the value is remembered, by later runs too."""
         return self._content_digest
+
+    def found_at(self, where: str) -> ImageRef:
+        """The same picture, named first by another file and row; what is known of it stays known."""
+        if self.where:
+            return self
+        other = replace(self, where=where)
+        if "_content_digest" in self.__dict__:
+            other.__dict__["_content_digest"] = self._content_digest
+        return other
 
     def seen_as(self, view: int) -> ImageRef:
         """Another view of the same picture; its bytes are not read again to know it."""
@@ -82,13 +133,21 @@ class ImageRef:
 
     @cached_property
     def _content_digest(self) -> str:
+        if self.path is None:
+            with self.open() as encoded:
+                return hashlib.file_digest(encoded, "sha256").hexdigest()
+        known = known_pictures()
+        if (digest := known.digest(self.path)) is not None:
+            return digest
         with self.open() as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return known.read(self.path, file)
 
     def open(self) -> io.BufferedReader | io.BytesIO:
         """Open the encoded bytes for reading; UserError if the file is missing or cannot be read."""
         if self.data is not None:
             return io.BytesIO(self.data)
+        if self.part is not None:
+            return io.BytesIO(self._read_part(self.part))
         assert self.path is not None  # by __post_init__
         try:
             if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for ever
@@ -122,7 +181,10 @@ def image_ref(text: str, *, base: Path | None = None, where: str = "") -> ImageR
         raise UserError(at_place(where, f"image '{text}' is a file's address: write its path alone, {named}"))
     if "://" in text[:12]:
         raise UserError(at_place(where, f"image '{text}' is a web address: download it first and give its path"))
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # a name that begins with ~ and is nobody's
+        path = Path(text)
     return ImageRef(text, path=path if base is None else base / path, where=where)
 
 

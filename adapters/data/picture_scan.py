@@ -22,12 +22,12 @@ class PictureScan:
 
     Args:
         pictures: how many there are, files and data URIs, each counted once.
-        digests: of the bytes of those that can be decoded.
+        digests: of the bytes of those that can be decoded, by picture.
         broken: what is wrong with the others.
     """
 
     pictures: int
-    digests: frozenset[str]
+    digests: dict[ImageRef, str]
     broken: dict[ImageRef, str]
 
     def sort(self, examples: Iterable[Example]) -> tuple[list[Example], list[Fault]]:
@@ -51,19 +51,19 @@ def scan_pictures(examples: Sequence[Example], on_progress: Callable[[int, int],
     """
     refs = list(dict.fromkeys(image for example in examples for image in example.images))
     broken: dict[ImageRef, str] = {}
-    digests: set[str] = set()
+    digests: dict[ImageRef, str] = {}
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="open")
     try:
         for done, (ref, result) in enumerate(zip(refs, pool.map(_examine, refs), strict=True), start=1):
             if isinstance(result, UserError):
                 broken[ref] = str(result)
             else:
-                digests.add(result)
+                digests[ref] = result
             if on_progress and (done == len(refs) or done % -(-len(refs) // 10) == 0):
                 on_progress(done, len(refs))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    return PictureScan(len(refs), frozenset(digests), broken)
+    return PictureScan(len(refs), digests, broken)
 
 
 def _examine(ref: ImageRef) -> str | UserError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -15,7 +15,7 @@ from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
 from adapters.data.lettering import Lettering
-from adapters.data.readers import no_rows, read_rows
+from adapters.data.readers import ReadRows, no_rows, read_rows
 from qformer.errors import UserError
 
 COLUMNS = 4
@@ -52,6 +52,7 @@ def preview_data(
     rows: int = 12,
     sample: int | None = None,
     task: str | None = None,
+    columns: Mapping[str, str] | None = None,
     offline: bool = False,
 ) -> Preview:
     """Draw rows of a data file onto a contact sheet.
@@ -62,6 +63,7 @@ def preview_data(
         rows: how many, the first of the file.
         sample: draw them at random instead, with this seed; the whole file is read.
         task: "vqa", "caption" or "reason"; if left out, inferred from the rows.
+        columns: as `read_data` takes them.
         offline: do not fetch a packaged set.
 
     Raises:
@@ -69,13 +71,7 @@ def preview_data(
     """
     out = Path(out)
     _check_out(out)
-    limit = rows if sample is None else None
-    found = read_rows(source, task=task, need_answers=False, limit=limit, offline=offline)
-    if not found.examples:
-        raise UserError(str(found.faults[0]) if found.faults else no_rows(source))
-    chosen = list(found.examples)
-    if sample is not None:
-        chosen = sorted(random.Random(sample).sample(chosen, min(rows, len(chosen))), key=lambda row: row.row)
+    found, chosen = chosen_rows(source, rows=rows, sample=sample, task=task, columns=columns, offline=offline)
     sheet, bad_pictures, escaped = draw_sheet(chosen, f"{found.name}: {found.task}, {len(chosen)} rows")
     mark = PngInfo()
     mark.add_text("Software", _MAKER)
@@ -84,6 +80,26 @@ def preview_data(
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); name another file") from error
     return Preview(out, tuple(example.row for example in chosen), len(found.faults), bad_pictures, escaped)
+
+
+def chosen_rows(
+    source: str | Path,
+    *,
+    rows: int,
+    sample: int | None,
+    task: str | None,
+    columns: Mapping[str, str] | None,
+    offline: bool,
+) -> tuple[ReadRows, list[Example]]:
+    """What was read of a data file, and the rows of it to look at. Arguments and errors as of `preview_data`."""
+    limit = rows if sample is None else None
+    found = read_rows(source, task=task, need_answers=False, limit=limit, columns=columns, offline=offline)
+    if not found.examples:
+        raise UserError(str(found.faults[0]) if found.faults else no_rows(source))
+    chosen = list(found.examples)
+    if sample is not None:
+        chosen = sorted(random.Random(sample).sample(chosen, min(rows, len(chosen))), key=lambda row: row.row)
+    return found, chosen
 
 
 def draw_sheet(examples: Sequence[Example], title: str) -> tuple[Image.Image, int, bool]:
@@ -115,13 +131,14 @@ class _Cell:
 
     def __init__(self, example: Example, text: Lettering, small: Lettering) -> None:
         self.text, self.small = text, small
-        self.pictures = [_thumbnail(image, CELL // len(example.images)) for image in example.images]
+        self.pictures = [thumbnail(image, CELL // len(example.images)) for image in example.images]
         self.broken = any(isinstance(picture, str) for picture in self.pictures)
         pictures = f", {len(example.images)} pictures" if len(example.images) > 1 else ""
         language = f", {example.language}" if example.language != "en" else ""
         own_id = f", id {example.id}" if example.id != str(example.row) else ""
         self.head = small.wrap(small.drawable(f"row {example.row}{own_id}{pictures}{language}"), CELL, 1)
-        self.question = text.wrap(text.drawable(example.question), CELL, TEXT_LINES) if example.question else []
+        said = "".join(f"{turn.role}: {turn.text} / " for turn in example.history) + example.question
+        self.question = text.wrap(text.drawable(said), CELL, TEXT_LINES) if said else []
         counted = Counter(example.answers)
         answers = [answer if number == 1 else f"{answer} ({number} times)" for answer, number in counted.items()]
         shown = "; ".join(answers) if answers else "(no answer)"
@@ -157,10 +174,10 @@ class _Cell:
                 y += self.text.line_height
 
 
-def _thumbnail(image: ImageRef, width: int) -> Image.Image | str:
-    """The picture within `width` and the box's height, never enlarged beyond 8 times; or what is wrong with it."""
+def thumbnail(image: ImageRef, width: int) -> Image.Image | str:
+    """A picture, opened, within `width` and the box's height, enlarged 8 times at most; or what is wrong with it."""
     try:
-        picture = open_image(ImageRef(image.label, image.path, image.data))
+        picture = open_image(replace(image, where=""))
     except UserError as error:
         return str(error)
     scale = min(width / picture.width, PICTURE / picture.height, 8.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from adapters.data.answers import LETTERS, choice_letter
@@ -108,6 +109,7 @@ class PromptBuilder:
         answer_vectors: vectors that a reader answers a question with, for each image; they follow the last image.
         is_encoder_decoder: as the LLM says.
         style: the wording.
+        end_id: the token that ends an answer; left out, the tokenizer's end token.
     """
 
     def __init__(
@@ -118,8 +120,10 @@ class PromptBuilder:
         answer_vectors: int = 0,
         is_encoder_decoder: bool = False,
         style: PromptStyle | None = None,
+        end_id: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.end_id: int = tokenizer.eos_token_id if end_id is None else end_id
         self.num_queries = num_queries
         self.answer_vectors = answer_vectors
         self.is_encoder_decoder = is_encoder_decoder
@@ -237,15 +241,15 @@ class PromptBuilder:
         answer = self._plain(answer, "answer")
         if not self.has_template:
             text = answer if self.is_encoder_decoder else " " + answer
-            return [*self._tokens(text), self.tokenizer.eos_token_id]
+            return [*self._tokens(text), self.end_id]
         asked: list[dict[str, str]] = [{"role": "user", "content": "x"}]
         opening = self._render(asked, add_generation_prompt=True)
         whole = self._render([*asked, {"role": "assistant", "content": answer}], add_generation_prompt=False)
         text = whole[len(opening) :].rstrip() if whole.startswith(opening) else ""
         if not text.startswith(answer.strip()):  # a template that rewrites what the assistant said
-            return [*self._tokens(answer), self.tokenizer.eos_token_id]
+            return [*self._tokens(answer), self.end_id]
         ids = self._tokens(text)
-        return ids if len(text) > len(answer.strip()) else [*ids, self.tokenizer.eos_token_id]
+        return ids if len(text) > len(answer.strip()) else [*ids, self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated ids back to text, special tokens left out."""
@@ -330,6 +334,18 @@ class PromptBuilder:
 
     def _tokens(self, text: str, *, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
+
+
+def words_between(parts: Sequence[str | None]) -> str:
+    """A turn's text out of parts, None a picture: it has marks only if there are words between pictures.
+
+    Else pictures come first, wherever they stand: adapters are taught so, and questions about one picture then share
+    its keys and values.
+    """
+    runs = [(shows, list(run)) for shows, run in groupby(parts, key=lambda part: part is None)]
+    apart = sum(shows for shows, _ in runs) > 1
+    texts = [IMAGE_MARK * len(run) if shows else "\n".join(map(str, run)) for shows, run in runs if apart or not shows]
+    return ("" if apart else "\n").join(texts)
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

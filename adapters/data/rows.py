@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from adapters.data.answers import normalise
+from adapters.data.bad_row import BadRow
 from adapters.data.examples import Example
 from adapters.data.field_names import meant_for
-from adapters.data.formats import RawRow, kind_of, known_file, shorten
+from adapters.data.formats.raw_rows import RawRow, kind_of, known_file, shorten
 from adapters.data.image_ref import ImageRef, image_ref, windows_hint
-from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK
+from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK, Turn
+from adapters.data.shapes import conversation_of, is_conversation
 from adapters.tasks import Task
 from qformer.errors import UserError
 
@@ -29,16 +31,6 @@ ID_FIELDS = ("id", "question_id")
 RATIONALE_FIELD = "rationale"
 _LIST_AS_TEXT = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 _APART = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")  # punctuation apart from the words, as a word of its own
-# Formats that are known but not read yet: taking half of such a row would lose the rest in silence.
-_OTHER_FORMATS = {
-    "messages": "a conversation",
-    "conversations": "a conversation",
-    "instruction": "an instruction",
-}
-
-
-class BadRow(Exception):
-    """What is wrong with one row, without its place."""
 
 
 class MissingImage(BadRow):
@@ -62,8 +54,13 @@ class Pictures:
         self._found: dict[str, ImageRef | MissingImage] = {}
         self._marks: dict[str, str] = {}
 
-    def find(self, text: str, where: str) -> ImageRef:
-        """Return the reference; BadRow if nothing can be there, MissingImage if the file is not."""
+    def find(self, text: str | ImageRef, where: str) -> ImageRef:
+        """Return the reference; BadRow if nothing can be there, MissingImage if the file is not.
+
+        A picture that lies inside the data file is a reference already.
+        """
+        if isinstance(text, ImageRef):
+            return text.found_at(where)
         if text.startswith("data:"):
             return _reference(text, self._base)
         found = self._found.get(text)
@@ -75,7 +72,7 @@ class Pictures:
 
     def mark(self, image: ImageRef) -> str:
         """Tell a picture from another cheaply: its name and size, or the digest of its bytes."""
-        return self._marks.get(image.label) or image.digest()
+        return image.mark() or self._marks.get(image.label) or image.digest()
 
     def _look_up(self, text: str, where: str) -> ImageRef | MissingImage:
         found = _reference(text, self._base)
@@ -107,8 +104,8 @@ def _cause(error: Exception) -> str:
 def tasks_of(fields: Mapping[str, Any], *, need_answers: bool, asked: str | None = None) -> tuple[Task, ...]:
     """Infer from a row's fields what it can be read as, what it is first; BadRow if it is neither VQA nor captions.
 
-    A row with a rationale is one to reason about, and can be read as VQA, without it; so can one without, if it is to
-    be answered.
+    A conversation is read as the questions and answers that it is made of. A row with a rationale is one to reason
+    about, and can be read as VQA, without it; so can one without, if it is to be answered.
 
     Args:
         fields: of the row.
@@ -116,9 +113,8 @@ def tasks_of(fields: Mapping[str, Any], *, need_answers: bool, asked: str | None
         asked: the task that the user names, if any. Only who names captions gets them of a row with an empty question,
             or with a field that may be a question under another name.
     """
-    other = next((name for name in _OTHER_FORMATS if name in fields), None)
-    if other is not None:
-        raise BadRow(f"a row of {_OTHER_FORMATS[other]} ('{other}') is not read yet: {_wanted(need_answers)}")
+    if is_conversation(fields):
+        return ("vqa",)
     tasks: list[Task] = []
     if "question" in fields and RATIONALE_FIELD in fields:
         tasks += ["reason", "vqa"]
@@ -169,13 +165,61 @@ def _wanted(need_answers: bool) -> str:
     return f"write {vqa}, or image and caption{'' if need_answers else ' or image alone'}"
 
 
-def read_row(row: RawRow, task: Task, pictures: Pictures, *, need_answers: bool) -> Example:
-    """Read one row as VQA, captions or a question with reasons.
+def read_row(row: RawRow, task: Task, pictures: Pictures, *, need_answers: bool) -> list[Example]:
+    """Read one row as VQA, captions or a question with reasons; a conversation is an example for each answer.
+
+    Each of a conversation's examples has the turns before it as its history. Of rows to be answered, there is one: the
+    user's last turn.
 
     Raises:
         BadRow: a field is missing, empty, of a wrong type or there under two names, a picture is not there, the
             question's `<image>` marks are not as many as the pictures, or the answer is none of the choices.
     """
+    if task == "vqa" and is_conversation(row.fields):
+        return _conversation(row, pictures, need_answers)
+    return [_single(row, task, pictures, need_answers)]
+
+
+def _conversation(row: RawRow, pictures: Pictures, need_answers: bool) -> list[Example]:
+    fields = row.fields
+    shown = _images(fields) if any(fields.get(name) is not None for name in IMAGE_FIELDS) else []
+    said = conversation_of(fields, shown)
+    turns = [
+        Turn(one.role, one.text, tuple(pictures.find(picture, row.where) for picture in one.pictures)) for one in said
+    ]
+    language = _text(fields, "language") if fields.get("language") is not None else "en"
+    id_field = _present(fields, ID_FIELDS, required=False)
+    own_id = _scalar(fields[id_field], id_field) if id_field in fields else str(row.number)
+    asked = [number for number, turn in enumerate(turns) if turn.role == "user"]
+    if need_answers and turns[-1].role == "user":
+        raise BadRow("the conversation ends with the user's turn, so its answer is missing: add it")
+    examples = []
+    for rank, place in enumerate(asked, start=1):
+        answer = turns[place + 1].text if place + 1 < len(turns) else None
+        if (need_answers and not said[place + 1].learned) or not (need_answers or rank == len(asked)):
+            continue
+        kind = fields["kind"] if isinstance(fields.get("kind"), str) else f"turn {rank}" if len(asked) > 1 else None
+        examples.append(
+            Example(
+                images=tuple(image for turn in turns[: place + 1] for image in turn.images),
+                question=turns[place].text,
+                answers=() if answer is None else (answer,),
+                where=row.where,
+                id=f"{own_id}/{rank}" if need_answers and len(asked) > 1 else own_id,
+                language=language,
+                row=row.number,
+                kind=kind,
+                history=tuple(turns[:place]),
+            )
+        )
+    if not examples:
+        raise BadRow("each of the assistant's turns has weight 0, so nothing is learned: leave the row out")
+    if any(not example.images for example in examples):
+        raise BadRow("its first question comes before any picture: show one in the user's first turn")
+    return examples
+
+
+def _single(row: RawRow, task: Task, pictures: Pictures, need_answers: bool) -> Example:
     fields = row.fields
     labels = _images(fields)
     question = _text(fields, "question") if task != "caption" else ""
@@ -247,16 +291,18 @@ def _listed(choices: tuple[str, ...]) -> str:
     return shorten(", ".join(choices))
 
 
-def _images(fields: Mapping[str, Any]) -> list[str]:
-    """The pictures a row names, in order: a text, or a list of texts under either name."""
+def _images(fields: Mapping[str, Any]) -> list[str | ImageRef]:
+    """The pictures a row names, in order: a text, or a list of texts under either name; or the pictures themselves."""
     name = _present(fields, IMAGE_FIELDS)
     value = fields[name]
+    if isinstance(value, ImageRef):
+        return [value]
     if not isinstance(value, list):
         return [_text(fields, name)]
     if not value:
         raise BadRow(f"'{name}' is an empty list: name at least one picture")
     for item in value:
-        if not isinstance(item, str) or not item.strip():
+        if not isinstance(item, str | ImageRef) or not (isinstance(item, ImageRef) or item.strip()):
             kind = "an empty text" if isinstance(item, str) else f"{kind_of(item)} ({shorten(item)})"
             raise BadRow(f"'{name}' holds {kind}: write each picture as text in quotes")
     return value

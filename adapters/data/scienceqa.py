@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.data.answers import choice_letter
-from adapters.data.formats import RawRow, kind_of, shorten
+from adapters.data.formats.raw_rows import RawRow, kind_of, shorten
 from adapters.data.image_ref import blank_image
 from qformer.errors import UserError
 

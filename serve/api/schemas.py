@@ -10,14 +10,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 from adapters.data.image_ref import ImageRef
-from adapters.data.prompts import IMAGE_MARK, Turn
+from adapters.data.prompts import IMAGE_MARK, Turn, words_between
 from serve.api.errors import ApiError, invalid, unsupported
 from serve.pending import Answer
 
@@ -217,17 +216,8 @@ def turns_of(messages: Sequence[Message], pictures: Sequence[ImageRef]) -> list[
 
 
 def _words(parts: Sequence[Part]) -> str:
-    """A message's text, with marks for its pictures only if it has words between them.
-
-    Else pictures come first, wherever the client put them: adapters are taught so, and questions about one picture
-    then share its keys and values.
-    """
-    runs = [(kind, list(run)) for kind, run in groupby(parts, key=lambda part: part.type)]
-    apart = sum(kind == "image_url" for kind, _ in runs) > 1
-    return "".join(
-        "\n".join(part.text or "" for part in run) if kind == "text" else IMAGE_MARK * len(run) * apart
-        for kind, run in runs
-    )
+    """A message's text, with marks for its pictures only if it has words between them."""
+    return words_between([part.text or "" if part.type == "text" else None for part in parts])
 
 
 class Reply:

@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve.cli.common import JsonOption, OfflineOption, QuietOption, progress, report
+from serve.cli.common import (
+    ColumnsOption,
+    JsonOption,
+    OfflineOption,
+    QuietOption,
+    SkipOption,
+    columns_of,
+    progress,
+    report,
+)
 
 if TYPE_CHECKING:
     from adapters.data.check import DataCheck
     from adapters.data.duplicates import Copies
+    from adapters.data.findings import Findings
 
 SHOWN = 20  # bad rows, and copies, that people are shown; --json has all
 
@@ -22,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A data file, or easy-vqa:train or easy-vqa:test.")]
+FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A data file or folder, or a packaged set.")]
 TaskOption = Annotated[
     str | None, typer.Option("--task", help="vqa, caption or reason; inferred from the rows if left out.")
 ]
@@ -36,6 +46,7 @@ def check(
         typer.Option("--val", help="A second file, to validate or test on: checked too, and searched for copies."),
     ] = None,
     task: TaskOption = None,
+    columns: ColumnsOption = None,
     no_answers: Annotated[
         bool, typer.Option("--no-answers", help="Rows to be answered, as batch takes them: answers may be absent.")
     ] = False,
@@ -49,6 +60,7 @@ def check(
     how: Any = {
         "task": task,
         "need_answers": not no_answers,
+        "columns": columns_of(columns),
         "offline": offline,
         "on_progress": None if quiet else progress("opened"),
     }
@@ -69,35 +81,78 @@ def check(
 @app.command()
 def preview(
     file: FileArgument,
-    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("preview.png"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The PNG to write; left out, preview.png, or none with --html.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="An HTML page to write, with the pictures inside it.")
+    ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, max=200, help="How many rows.")] = 12,
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="SEED", help="Rows drawn at random with this seed, not the first.")
     ] = None,
     task: TaskOption = None,
+    columns: ColumnsOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw pictures with their questions and answers onto one sheet."""
+    """Draw pictures with their questions and answers onto one sheet, or put them on a page."""
     from adapters.data.preview import preview_data
+    from adapters.data.preview_page import preview_page
 
-    made = preview_data(file, out, rows=rows, sample=sample, task=task, offline=offline)
-    bad = made.bad_rows + made.bad_pictures
+    how: Any = {
+        "rows": rows, "sample": sample, "task": task, "columns": columns_of(columns), "offline": offline
+    }  # fmt: skip
+    made = []
+    if html is not None:
+        made.append(preview_page(file, html, **how))
+    if out is not None or html is None:
+        made.append(preview_data(file, out or Path("preview.png"), **how))
+    last = made[-1]
+    bad = last.bad_rows + last.bad_pictures
     notes = [f"{bad} bad rows: querybridge data check {file} lists them"] if bad else []
-    if made.escaped:
+    if last.escaped:
         notes.append(
             "some letters are written as escapes such as \\u4e2d, because no font here has them; install one that"
-            " does, such as Noto Sans CJK"
+            " does, such as Noto Sans CJK, or take --html"
         )
     for note in notes:
         print(note, file=sys.stderr)
-    values = {**dataclasses.asdict(made), "rows": list(made.rows)}
-    report(values, as_json, f"{made.out}: {len(made.rows)} rows")
+    values = {**dataclasses.asdict(last), "rows": list(last.rows)}
+    if html is not None:
+        values["html"] = html
+    report(values, as_json, "\n".join(f"{one.out}: {len(one.rows)} rows" for one in made))
+
+
+@app.command()
+def convert(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option("--out", help="The .jsonl or .parquet file to write.")],
+    task: TaskOption = None,
+    columns: ColumnsOption = None,
+    no_answers: Annotated[
+        bool, typer.Option("--no-answers", help="Rows to be answered, as batch takes them: answers may be absent.")
+    ] = False,
+    skip_bad_rows: SkipOption = False,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the rows of a data file, of whatever format, as JSON lines or as Parquet with the pictures in it."""
+    from adapters.data.convert import convert_data
+
+    made = convert_data(
+        file, out, task=task, need_answers=not no_answers, columns=columns_of(columns), skip_bad_rows=skip_bad_rows,
+        offline=offline,
+    )  # fmt: skip
+    left_out = f", {made.bad_rows:,} bad rows left out" if made.bad_rows else ""
+    beside = f", {made.pictures:,} pictures beside it" if made.pictures else ""
+    report(dataclasses.asdict(made), as_json, f"{made.out}: {made.rows:,} rows{beside}{left_out}")
 
 
 def _values(found: DataCheck) -> dict[str, object]:
     values = dataclasses.asdict(found)
     del values["faults"]
+    values |= values.pop("findings")
     bad = [{"row": fault.row, "where": fault.where, "error": fault.message} for fault in found.faults]
     return {**values, "bad": len(bad), "bad_rows": bad}
 
@@ -128,10 +183,31 @@ def _describe(found: DataCheck) -> str:
         "answers": f"{found.answers:,}",
         "languages": languages or "none",
         "longest question": longest,
+        **_answers(found.findings),
         "bad rows": f"{len(found.faults):,}",
     }
     lines = [f"{name:<20}{value}" for name, value in table.items()]
     lines += [f"  {fault}" for fault in found.faults[:SHOWN]]
     if len(found.faults) > SHOWN:
         lines.append(f"  … and {len(found.faults) - SHOWN:,} more; --json lists all")
+    lines += [f"note: {note}" for note in found.findings.notes]
     return "\n".join(lines)
+
+
+def _answers(findings: Findings) -> dict[str, str]:
+    """What answers there are, and how far the question alone gets, for people."""
+    common = ", ".join(f"{_short(answer)} ({count:,})" for answer, count in findings.commonest_answers[:5])
+    table = {"distinct answers": f"{findings.distinct_answers:,}: {common}" if common else "0"}
+    if findings.longest_answer_row:
+        longest = f"{findings.longest_answer} characters (row {findings.longest_answer_row})"
+        table["longest answer"] = longest
+    if (alone := findings.question_alone) is not None:
+        table["question alone"] = (
+            f"{alone.commonest_answer:.1%} commonest answer, {alone.by_question:.1%} by question,"
+            f" {alone.bag_of_words:.1%} by its words"
+        )
+    return table
+
+
+def _short(answer: str) -> str:
+    return answer if len(answer) <= 30 else f"{answer[:29]}…"

@@ -1,8 +1,7 @@
-"""Pictures to try the page with: of an adapter's own data if it is here, else photos at hand and drawn scenes."""
+"""Pictures to try the page with: of an adapter's own data if it is here, else photos, or drawn scenes."""
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,21 +12,20 @@ from adapters.data.scenes.drawing import draw_scene, make_scenes
 from adapters.data.scenes.questions import questions_of
 from qformer.errors import UserError
 
-COUNT = 3  # pictures
+COUNT = 6  # pictures
 _QUESTIONS = 3  # of each
 _SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-# Photos that are in the public domain or CC0: this repository's own if it is a checkout, and those of packages that
-# may be installed: file, then what may be asked.
-_CHECKOUT = Path(__file__).parents[2] / "docs" / "photo.jpg"
-_PHOTOS = (
-    ("skimage", "data/chelsea.png", ("what animal is it?", "what colour are its eyes?")),
-    ("skimage", "data/coffee.png", ("what is in the cup?", "is there a spoon?")),
-    ("skimage", "data/astronaut.png", ("what is the person wearing?", "is the person smiling?")),
-    (
-        "matplotlib",
-        "mpl-data/sample_data/grace_hopper.jpg",
-        ("what is the person wearing?", "is the person outdoors?", "what is behind the person?"),
-    ),
+_PHOTOS = {  # beside this file: each with what may be asked
+    "cat.jpg": ("what animal is it?", "what colour are its eyes?"),
+    "coffee.jpg": ("what is in the cup?", "is there a spoon?"),
+    "astronaut.jpg": ("what is the person wearing?", "is the person smiling?"),
+    "palace.jpg": ("what kind of building is it?", "is it sunny?"),
+    "flower.jpg": ("what is in the picture?", "what colour is the flower?"),
+    "rocket.jpg": ("what is in the picture?", "is it day or night?"),
+}
+CREDITS = (
+    "Photos to try: cat by Stéfan van der Walt (CC0), coffee by Rachel Michetti (CC0), astronaut by NASA and rocket by"
+    " SpaceX (public domain), palace by danielbuechele and flower by vultilion (CC BY 2.0, made smaller)."
 )
 
 
@@ -53,9 +51,8 @@ def find_examples(
     own = data_examples((val or train)[0], task)
     if own:
         return f"from its {'validation' if val else 'training'} data", own
-    photos = [] if _is_easy_vqa(train) else list(photos_at_hand())[:COUNT]
-    if photos:
-        return "photos, not from its training data", photos
+    if not _is_easy_vqa(train):
+        return "photos, not from its training data", list(photos())
     return "drawn scenes, not from its training data", list(drawn_scenes(folder, COUNT))
 
 
@@ -76,7 +73,7 @@ def data_examples(source: str, task: str) -> list[ExamplePicture]:
         return []  # the adapter has come without its data, which is the usual case and no mistake
     asked: dict[Path, list[str]] = {}
     for example in rows.examples:
-        path = example.images[0].path if len(example.images) == 1 else None
+        path = example.images[0].path if len(example.images) == 1 and not example.history else None
         if path is not None and path.suffix.lower() in _SHOWN_BY_BROWSERS:
             questions = asked.setdefault(path, [])
             if example.question and example.question not in questions:
@@ -95,15 +92,10 @@ def data_examples(source: str, task: str) -> list[ExamplePicture]:
     ]
 
 
-def photos_at_hand() -> Iterator[ExamplePicture]:
-    """Photos of a checkout and of installed packages; none of these is imported."""
-    if _CHECKOUT.is_file():
-        yield ExamplePicture(_CHECKOUT, ("what is the man doing?", "where is the man?", "who is in the picture?"))
-    for package, name, questions in _PHOTOS:
-        found = importlib.util.find_spec(package)
-        path = Path(found.origin).parent / name if found is not None and found.origin else None
-        if path is not None and path.is_file():
-            yield ExamplePicture(path, questions)
+def photos() -> Iterator[ExamplePicture]:
+    """The photos that come with the page; their licences allow it, and `CREDITS` names who took them."""
+    for name, questions in _PHOTOS.items():
+        yield ExamplePicture(Path(__file__).parent / "photos" / name, questions)
 
 
 def drawn_scenes(folder: Path, count: int) -> Iterator[ExamplePicture]:

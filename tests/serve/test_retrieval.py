@@ -90,6 +90,21 @@ def test_linked_folders_and_further_endings_are_listed_once(index: PictureIndex,
     assert {"linked/a.jfif", "linked/b.avif"} <= paths and len(paths) == 14
 
 
+def test_what_is_not_searched_is_told(index: PictureIndex) -> None:
+    for name in ("phone.HEIC", "drawing.svg", "notes.txt"):
+        (index.folder / name).write_bytes(b"x")
+    (index.folder / "lost.png").symlink_to(index.folder / "nowhere.png")
+    (index.folder / "lost").symlink_to(index.folder / "nowhere", target_is_directory=True)
+    report = index.update()
+    assert report.pictures == 12
+    assert report.unreadable == (
+        "'drawing.svg': pictures in .svg are not read; save it as JPEG or PNG",
+        "'lost' is a link to what is not there: mend or delete it",
+        "'lost.png' is a link to what is not there: mend or delete it",
+        "'phone.HEIC': pictures in .heic are not read; save it as JPEG or PNG",
+    )
+
+
 def test_what_was_deleted_since_is_not_found(index: PictureIndex) -> None:
     index.update()
     (index.folder / "red0.png").unlink()

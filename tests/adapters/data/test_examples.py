@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from data_rows import VQA
 from tiny import draw_captions, draw_data
 
-from adapters.data.examples import DataSet, Example, merge, split_by_image
+from adapters.data.examples import DataSet, Example, merge, mix, split_by_image
 from adapters.data.readers import read_data
+from adapters.recipe import load_recipe, parse_recipe
+from adapters.training.setup import read_split
 from qformer.errors import UserError
 
 
@@ -86,3 +89,41 @@ def test_several_files_are_learned_from_together(tmp_path: Path, cache_here: Pat
     seen, unseen = ({e.images[0].digest() for e in part.examples} for part in (train, held_out))
     assert not seen & unseen  # a picture is held out of every file
     assert {e.task for e in held_out.examples} == {"vqa", "caption"}
+
+
+# -- mixtures ----------------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_kept_and_no_row_is_left_out(jsonl: Callable[..., Path]) -> None:
+    small = read_data(jsonl(*(VQA | {"question": f"{n}?"} for n in range(3))))
+    large = read_data(jsonl(*(VQA | {"question": f"{n}!"} for n in range(10))))
+    first, second = mix([small, large], [1, 2])
+    assert (len(first.examples), len(second.examples)) == (5, 10)
+    assert {row.question for row in first.examples} == {"0?", "1?", "2?"}
+    assert len({(row.question, row.turn) for row in first.examples}) == 5
+    assert [row.question for row in second.examples] == [row.question for row in large.examples]
+    assert mix([small, large], [1, 2])[0].examples == first.examples
+    assert [len(part.examples) for part in mix([small, large], [0.75, 0.25])] == [30, 10]
+    assert [len(part.examples) for part in mix([small, large], [0.01, 0.99])] == [3, 297]
+
+
+def test_a_recipe_gives_shares(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    draw_data(tmp_path)
+    draw_captions(tmp_path)
+    values = load_recipe("domain_cpu").model_dump()
+    files = [{"file": str(tmp_path / "data.jsonl"), "share": 3}, {"file": str(tmp_path / "captions.jsonl"), "share": 1}]
+    values |= {"task": "mixed"}
+    values["data"] |= {"train": files, "val": str(tmp_path / "data.jsonl")}
+    train, _ = read_split(parse_recipe(values, "test"))
+    counted = Counter(row.task for row in train.examples)
+    assert counted["vqa"] == 3 * counted["caption"] and counted["caption"] == 12
+    for wrong, words in (
+        ([files[0], {"file": "x.jsonl"}], "give each file a share, or none"),
+        ([files[0] | {"repeat": 2}], "a share and a repeat contradict each other"),
+    ):
+        values["data"]["train"] = wrong
+        with pytest.raises(UserError, match=words):
+            parse_recipe(values, "test")
+    values["data"] |= {"train": files, "val": files}
+    with pytest.raises(UserError, match="validation takes each row once"):
+        parse_recipe(values, "test")

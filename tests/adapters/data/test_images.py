@@ -389,7 +389,7 @@ def test_reference_names_its_row(tmp_path: Path) -> None:
 
 
 def test_reference_holds_one_source() -> None:
-    with pytest.raises(ValueError, match="either"):
+    with pytest.raises(ValueError, match="exactly one"):
         ImageRef("a")
-    with pytest.raises(ValueError, match="either"):
+    with pytest.raises(ValueError, match="exactly one"):
         ImageRef("a", path=Path("a"), data=b"a")

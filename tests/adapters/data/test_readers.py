@@ -133,7 +133,7 @@ def test_limit_takes_the_first_rows(jsonl: Callable[..., Path]) -> None:
         (VQA | {"id": ["x"]}, ["'id' holds a list"]),
         (VQA | {"language": 1}, ["'language' is a number"]),
         (CAPTION, ["a caption row among vqa rows"]),
-        ({"messages": [], "images": ["a.png"]}, ["a conversation ('messages') is not read yet"]),
+        ({"messages": [], "images": ["a.png"]}, ["'messages' is empty: write a list of turns"]),
     ],
 )
 def test_a_bad_row_is_named_counted_and_can_be_skipped(

@@ -34,6 +34,9 @@ def test_a_good_file_passes(call: Call, data_file: Path) -> None:
         "answers": "24",
         "languages": "en (24)",
         "longest question": "18 characters (row 1)",
+        "distinct answers": "5: no (6), yes (6), blue (4), green (4), red (4)",
+        "longest answer": "5 characters (row 3)",
+        "question alone": "20.8% commonest answer, 25.0% by question, 25.0% by its words",
         "bad rows": "0",
     }
     quiet = call("data", "check", data_file, "--json", "--quiet")
@@ -50,6 +53,19 @@ def test_a_good_file_passes(call: Call, data_file: Path) -> None:
         "longest_question_row": 1,
         "bad": 0,
         "bad_rows": [],
+        "unread": {},
+        "distinct_answers": 5,
+        "commonest_answers": [["no", 6], ["yes", 6], ["blue", 4], ["green", 4], ["red", 4]],
+        "scripts": {"LATIN": 24},
+        "longest_answer": 5,
+        "longest_answer_row": 3,
+        "repeated": 0,
+        "repeated_rows": [],
+        "contradicting": 0,
+        "contradicting_rows": [],
+        "same_pictures": [],
+        "question_alone": {"rows": 24, "commonest_answer": 5 / 24, "by_question": 0.25, "bag_of_words": 0.25},
+        "notes": [],
     }
 
 
@@ -142,3 +158,34 @@ def test_preview_says_what_is_not_as_it_is_in_the_file(
     assert (
         shown.err.count("\n") == 1 and "written as escapes such as \\u4e2d, because no font here has them" in shown.err
     )
+
+
+def test_columns_have_other_names(call: Call, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"photo": "a.png", "prompt": "what?", "answer": "x", "by": "me"}])
+    columns = ("--columns", "image=photo,question=prompt")
+    shown = call("data", "check", path, *columns)
+    assert shown.code == 0
+    assert shown.out.splitlines()[-1] == "note: fields that nothing reads: 'by'; --columns gives a field another name"
+    assert call("data", "preview", path, *columns, "--out", tmp_path / "sheet.png").code == 0
+    assert "no field is called 'imge'" in call("data", "check", path, "--columns", "imge=photo").mistake()
+    assert "'image' is missing" in call("data", "check", path, "--columns", "question=prompt").out
+
+
+def test_a_page_to_look_at(call: Call, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = call("data", "preview", data_file, "--html", "page.html", "--rows", 3)
+    assert (shown.code, shown.out) == (0, "page.html: 3 rows\n")
+    assert not Path("preview.png").exists() and "data:image/jpeg" in Path("page.html").read_text()
+    both = call("data", "preview", data_file, "--html", "page.html", "--out", "sheet.png", "--json").values
+    assert (both["html"], both["out"]) == ("page.html", "sheet.png")
+
+
+def test_a_file_is_converted(call: Call, data_file: Path, bad_file: Path, tmp_path: Path) -> None:
+    shown = call("data", "convert", data_file, "--out", tmp_path / "rows.parquet")
+    assert (shown.code, shown.out) == (0, f"{tmp_path / 'rows.parquet'}: 24 rows\n")
+    back = call("data", "convert", tmp_path / "rows.parquet", "--out", tmp_path / "rows.jsonl", "--json").values
+    assert back == {"out": str(tmp_path / "rows.jsonl"), "rows": 24, "bad_rows": 0, "pictures": 12}
+    assert "1 of 26 rows are bad" in call("data", "convert", bad_file, "--out", tmp_path / "x.jsonl").mistake()
+    shown = call("data", "convert", bad_file, "--out", tmp_path / "x.jsonl", "--skip-bad-rows")
+    assert shown.out.endswith("x.jsonl: 25 rows, 1 bad rows left out\n")

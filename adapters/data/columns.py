@@ -1,0 +1,94 @@
+"""Other names for a row's fields: `--columns image=photo,question=prompt` reads `photo` as `image`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from adapters.data.formats.columnar import CLASS_QUESTION
+from adapters.data.formats.raw_rows import RawRow, shorten
+from qformer.errors import UserError
+
+READ = (
+    "image", "images", "file_name", "question", "answer", "answers", "caption", "captions", "choices", "context",
+    "rationale", "id", "question_id", "language", "kind", "steps", "messages", "conversations", "texts", "instruction",
+    "input", "output", "system", "history",
+)  # fmt: skip
+"""The fields of a row that are read."""
+_ASKS = {"question", "answer", "answers", "caption", "captions", "messages", "conversations", "texts", "instruction"}
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """The pairs of `--columns`: a field of ours and the column that is read as it.
+
+    Raises:
+        UserError: it is not of the form field=column,…, or names a field that is not read or twice.
+    """
+    found: dict[str, str] = {}
+    for pair in text.split(","):
+        field, equals, column = (part.strip() for part in pair.partition("="))
+        if not equals or not field or not column:
+            raise UserError(f"--columns {text}: write field=column pairs, such as image=photo,question=prompt")
+        if field in found:
+            raise UserError(f"--columns {text}: '{field}' is there twice: keep one")
+        found[field] = column
+    check_columns(found)
+    return found
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise UserError if a field is not read at all, or two fields are to be read from one column."""
+    for field in columns:
+        if field not in READ:
+            near = difflib.get_close_matches(field, READ, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"take one of {', '.join(READ)}"
+            raise UserError(f"--columns {field}={columns[field]}: no field is called '{field}'; {hint}")
+    if len(set(columns.values())) < len(columns):
+        raise UserError(f"--columns reads one column as two fields ({', '.join(columns)}): name another for one")
+
+
+def named_rows(rows: Iterator[RawRow], columns: Mapping[str, str], *, limited: bool = False) -> Iterator[RawRow]:
+    """Rows under the names of our fields; a class with a name, and no question, answers what the picture is.
+
+    Args:
+        rows: as the file has them.
+        columns: the file's name of a field, by ours.
+        limited: the file may not be read to its end, so a column that was not seen may come later.
+
+    Raises:
+        UserError: after the last row, a column was in none of them.
+    """
+    check_columns(columns)
+    unseen = set(columns.values())
+    seen: dict[str, None] = {}
+    for row in rows:
+        if len(seen) < 50:
+            seen |= dict.fromkeys(map(str, row.fields))
+        unseen -= row.fields.keys()
+        yield _class_answered(_named(row, columns) if columns else row)
+    if unseen and seen and not limited:
+        names = ", ".join(sorted(unseen))
+        raise UserError(f"--columns: no row has '{names}' (found: {shorten(', '.join(seen), 100)}): correct the name")
+
+
+def _named(row: RawRow, columns: Mapping[str, str]) -> RawRow:
+    if row.problem is not None:
+        return row
+    theirs = {column: field for field, column in columns.items()}
+    fields = {theirs.get(name, name): value for name, value in row.fields.items()}
+    if len(fields) < len(row.fields):
+        for field, column in columns.items():
+            if field in row.fields and column in row.fields and field not in theirs:
+                problem = f"the row has '{field}' beside '{column}', which --columns reads as it: keep one of them"
+                return replace(row, fields={}, problem=problem)
+    label = next((field for field, column in columns.items() if column == row.label), row.label)
+    return replace(row, fields=fields, label=label)
+
+
+def _class_answered(row: RawRow) -> RawRow:
+    if row.label is None or row.label not in row.fields or _ASKS & (row.fields.keys() - {row.label}):
+        return row
+    fields = dict(row.fields)
+    fields["answer"] = fields.pop(row.label)
+    return replace(row, fields={**fields, "question": CLASS_QUESTION})

@@ -1,0 +1,1 @@
+"""File formats of data: one file for each, and a table of them."""

@@ -1,0 +1,116 @@
+"""Columns of other names: read as the fields that they are, and never beside one of the same name."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+from data_rows import VQA, complaint
+from PIL import Image
+from scripts_as_modules import load_script
+
+from adapters.data.columns import parse_columns
+from adapters.data.examples import Example
+from adapters.data.image_ref import ImageRef
+from adapters.data.readers import read_data
+from adapters.recipe import load_recipe, parse_recipe
+from adapters.training.setup import read_split
+from qformer.errors import UserError
+
+THEIRS = {"photo": "a.png", "prompt": "What is it?", "answer": "a cat", "question": "unused"}
+COLUMNS = {"image": "photo", "question": "prompt"}
+
+
+def test_other_names_are_read(jsonl: Callable[..., Path]) -> None:
+    row = {name: value for name, value in THEIRS.items() if name != "question"}
+    (example,) = read_data(jsonl(row), columns=COLUMNS).examples
+    (ours,) = read_data(jsonl(VQA)).examples
+    assert (example.images, example.question, example.answers) == (ours.images, ours.question, ours.answers)
+    swapped = {"question": "a cat", "answer": "What is it?", "image": "a.png"}
+    (example,) = read_data(jsonl(swapped), columns={"question": "answer", "answer": "question"}).examples
+    assert (example.question, example.answer) == ("What is it?", "a cat")
+
+
+def test_what_is_wrong_with_names(jsonl: Callable[..., Path]) -> None:
+    assert "has 'question' beside 'prompt', which --columns reads as it" in complaint(jsonl(THEIRS), columns=COLUMNS)
+    message = complaint(jsonl(VQA), columns={"answer": "reply"})
+    assert "no row has 'reply' (found: image, question, answer)" in message
+    for text, words in (
+        ("image", "write field=column pairs"),
+        ("image=", "write field=column pairs"),
+        ("image=a,image=b", "'image' is there twice"),
+        ("imge=a", "no field is called 'imge'; did you mean 'image'?"),
+        ("image=a,question=a", "reads one column as two fields"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parse_columns(text)
+        assert words in str(caught.value)
+    assert parse_columns("image = photo, question=prompt") == COLUMNS
+
+
+def test_a_class_may_be_the_answer_to_a_question_of_the_file(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"]), "ask": datasets.Value("string")}
+    )
+    columns = {"image": [{"bytes": buffer.getvalue(), "path": None}], "label": [1], "ask": ["is it?"]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "rows.parquet")
+    path = tmp_path / "rows.parquet"
+    asked = read_data(path, columns={"question": "ask", "answer": "label"}).examples[0]
+    assert (asked.question, asked.answer) == ("is it?", "yes")
+    alone = read_data(path, columns={"answer": "label"}).examples[0]
+    assert (alone.question, alone.answer) == ("What is this?", "yes")
+
+
+def test_a_recipe_names_columns(jsonl: Callable[..., Path]) -> None:
+    path = jsonl(*({"photo": f"{name}.png", "prompt": "?", "answer": "x"} for name in "abcd"))
+    values = load_recipe("domain_cpu").model_dump()
+    values["data"] |= {"train": str(path), "columns": COLUMNS, "val_fraction": 0.25}
+    train, val = read_split(parse_recipe(values, "test"))
+    assert (len(train.examples), len(val.examples)) == (3, 1)
+    values["data"]["train"] = [
+        {"file": str(path), "columns": {"image": "photo", "question": "answer", "answer": "prompt"}}
+    ]
+    train, _ = read_split(parse_recipe(values, "test"))
+    assert train.examples[0].answers == ("?",)
+
+
+def test_dialogues_need_their_first_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = load_script("make_dialogues", monkeypatch)
+    images = [ImageRef(str(n), path=tmp_path / f"{n}.png") for n in range(4)]
+    said = [
+        (0, "what is the color of the circle?", "red"),
+        (1, "what shape is present?", "triangle"), (1, "is there not a blue shape?", "no"),
+        (2, "is there a red shape?", "no"), (2, "is there a circle?", "yes"),
+        (3, "is there no teal shape?", "yes"), (3, "what is the gray shape?", "rectangle"),
+    ]  # fmt: skip
+    things = script.things_in(Example((images[n],), asked, (answer,), "", "") for n, asked, answer in said)
+    assert things == {
+        images[0].path: ("circle", "red"), images[1].path: ("triangle", "blue"), images[3].path: ("rectangle", "gray"),
+    }  # fmt: skip
+    for ref in images:
+        assert ref.path is not None
+        ref.path.write_bytes(b"x")
+    count = script.write_dialogues(tmp_path, "train", things, each=40, seed=0)
+    talks, alone = (read_data(tmp_path / f"{name}.jsonl").examples for name in ("train", "train_alone"))
+    assert (count, len(talks), len(alone)) == (120, 240, 240)
+    for talk, one in zip(talks, alone, strict=True):
+        assert (talk.question, talk.answer, talk.kind) == (one.question, one.answer, one.kind)
+    by_question: dict[object, set[str]] = {}
+    for talk in talks:
+        if talk.kind == "turn 2":
+            by_question.setdefault((talk.images, talk.question), set()).add(talk.answer)
+            shape, color = things[talk.images[0].path]
+            first, reply = talk.history[0].text, talk.history[1].text
+            if talk.question == "and the other one?":
+                assert {reply, talk.answer} == {shape, color}
+            else:
+                named = (shape in first, color in first)
+                right = {"nothing": named == (True, True), "both": named == (False, False)}
+                right |= {"the color": named == (True, False), "the shape": named == (False, True)}
+                assert right[talk.answer] and sum(right.values()) == 1 and (reply == "yes") == right["nothing"]
+    assert all(len(answers) > 1 for answers in by_question.values())  # the picture and the turn alone do not settle it
