@@ -22,7 +22,7 @@ from adapters.finetune import finetune
 from adapters.recipe import load_recipe
 from qformer.decoding import Decoding
 from serve.adapter import LoadedAdapter, load_adapter
-from serve.batch import VQAPredictor
+from serve.batch.predictor import VQAPredictor
 from serve.cli.command import main
 
 QUESTIONS = ["what colour is it?", "is it a circle?", "is it red?"]

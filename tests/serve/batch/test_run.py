@@ -15,7 +15,10 @@ from adapters.data.examples import Example
 from adapters.inference.answering import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.batch import BatchReport, VQAPredictor, run_batch
+from serve.batch.asking import Asking, Fields
+from serve.batch.predictor import VQAPredictor
+from serve.batch.run import run_batch
+from serve.batch.writing import BatchReport
 
 
 class Stopped(Exception):
@@ -75,6 +78,7 @@ def test_rows_are_decoded_as_their_task_and_the_adapter_want(
         return [Completion("x", 1, True, 0.0)] * len(examples)
 
     monkeypatch.setattr(predictor.engine, "reply", reply)
+    predictor.batch_size = 64
     captions = write_jsonl(tmp_path / "captions.jsonl", [{"image": str(data_file.parent / "0.png")}])
     beams = {"vqa": Decoding(num_beams=2), "caption": Decoding(num_beams=3)}
     for number, chosen in enumerate((None, beams, Decoding(num_beams=4))):
@@ -134,23 +138,35 @@ def test_a_job_that_was_cut_goes_on_where_it_was(
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_batch(source, cut, predictor, chunk=3, on_progress=stop)
+        run_batch(source, cut, predictor, chunk=3, write_every=0, on_progress=stop)
     assert len(read_jsonl(cut)) == 6
     cut.write_bytes(cut.read_bytes() + '{"row": 7, "id": "7", "image": "é'.encode()[:-1])  # killed within a letter
     asked: list[str] = []
-    real = predictor.predict
+    real = predictor.answer
 
-    def predict(examples: Sequence[Example], task: str = "vqa") -> list[Completion]:
+    def answer(examples: Sequence[Example], asking: Asking) -> list[Fields]:
         asked.extend(example.id for example in examples)
-        return real(examples, task)
+        return real(examples, asking)
 
-    monkeypatch.setattr(predictor, "predict", predict)
+    monkeypatch.setattr(predictor, "answer", answer)
     report = run_batch(source, cut, predictor, chunk=3)
 
     assert report == BatchReport(answered=4, already=6, failed=0)
     assert asked == ["7", "8", "9", "10"]
     assert cut.read_bytes() == whole.read_bytes()
     assert run_batch(source, cut, predictor) == BatchReport(answered=0, already=10, failed=0)
+
+
+def test_lines_are_written_after_each_batch_of_prompts(predictor: VQAPredictor, source: Path, tmp_path: Path) -> None:
+    """Rows 1, 6, 2, 7 are about two pictures and asked together, then 3, 8, 4, 9, then 5 and 10."""
+    out = tmp_path / "out.jsonl"
+    seen: list[tuple[int, int]] = []
+
+    def look(done: int, total: int) -> None:
+        seen.append((done, len(read_jsonl(out))))
+
+    run_batch(source, out, predictor, write_every=0, on_progress=look)
+    assert seen == [(2, 2), (4, 4), (10, 10)]
 
 
 def test_separators_within_a_question_do_not_break_a_line(

@@ -18,8 +18,10 @@ from data_rows import read_jsonl, write_jsonl
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, load_adapter
-from serve.batch import BatchReport, VQAPredictor, run_batch
-from serve.batch_job import job_file
+from serve.batch.job import job_file
+from serve.batch.predictor import VQAPredictor
+from serve.batch.run import run_batch
+from serve.batch.writing import BatchReport
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def changed(parameter: torch.Tensor) -> Iterator[None]:
 def test_the_job_says_what_the_answers_were_made_by(begun: Path, predictor: VQAPredictor) -> None:
     assert job_file(begun) == begun.parent / "out.jsonl.job.json"
     job = json.loads(job_file(begun).read_text(encoding="utf-8"))
-    assert (job["format"], job["source"], job["rows"], job["task"]) == (1, "rows.jsonl", 4, "vqa")
+    assert (job["format"], job["source"], job["rows"], job["task"]) == (2, "rows.jsonl", 4, "vqa")
     assert job["adapter"] == predictor.engine.name
     assert job["adapter_fingerprint"].startswith("sha256:") and job["rows_digest"].startswith("sha256:")
     assert job["decoding"]["max_new_tokens"] == 5 and job["decoding"]["num_beams"] == 1
@@ -234,8 +236,8 @@ def test_a_job_without_answers_holds_nobody_to_anything(
     [
         ("", "is damaged"),
         ("[]", "is damaged"),
-        ('{"format": 1}', "is damaged"),
-        ('{"format": 2}', "is of another version of querybridge"),
+        ('{"format": 2}', "is damaged"),
+        ('{"format": 1}', "is of another version of querybridge"),
     ],
 )
 def test_a_job_that_cannot_be_read_is_refused(

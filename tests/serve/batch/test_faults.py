@@ -10,7 +10,9 @@ import pytest
 from data_rows import read_jsonl, write_jsonl
 
 from qformer.errors import UserError
-from serve.batch import BatchReport, VQAPredictor, run_batch
+from serve.batch.predictor import VQAPredictor
+from serve.batch.run import run_batch
+from serve.batch.writing import BatchReport
 
 
 class Stopped(Exception):
@@ -89,7 +91,7 @@ def test_every_row_of_the_file_has_a_line_under_its_own_number(
     }
     for row, words in {
         2: "broken JSON",
-        4: "field 'question' is missing, which the rows before have",
+        4: "field 'question' is missing, which the other rows have",
         7: "'question' is a number",
         10: "'text.jpg' is not a picture",
         11: "'gone.jpg' is not there",
@@ -109,7 +111,7 @@ def test_a_job_with_bad_rows_goes_on_too(predictor: VQAPredictor, with_every_fau
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_batch(with_every_fault, cut, predictor, skip_bad_rows=True, chunk=4, on_progress=stop)
+        run_batch(with_every_fault, cut, predictor, skip_bad_rows=True, chunk=4, write_every=0, on_progress=stop)
     report = run_batch(with_every_fault, cut, predictor, skip_bad_rows=True, chunk=4)
 
     assert report == BatchReport(answered=3, already=5, failed=6)

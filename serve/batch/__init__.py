@@ -1,0 +1,1 @@
+"""Many questions by script: rows in, rows out, on one machine or on many."""
