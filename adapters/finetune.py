@@ -266,7 +266,7 @@ def describe_trainable(assembly: Assembly) -> str:
     model = assembly.model
     lora = sum(p.numel() for name, p in trainable(model).items() if name.startswith("language."))
     bridge = sum(p.numel() for p in trainable(model).values()) - lora
-    bits = {"nf4": "4-bit NF4", "none": "unquantised"}[assembly.recipe.language.quantize]
+    bits = {"nf4": "4-bit NF4", "int8": "8-bit LLM.int8", "none": "unquantised"}[assembly.recipe.language.quantize]
     return (
         f"training {bridge / 1e6:.1f} M parameters of bridge and projection and {lora / 1e6:.1f} M of LoRA;"
         f" frozen: the image encoder and the {bits} LLM, computing in {str(model.language.compute_dtype)[6:]}"

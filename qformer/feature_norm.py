@@ -27,18 +27,20 @@ class FeatureNorm(nn.Module):
 
     Each tower's features pass an fp32 LayerNorm of their own, for the towers themselves end without one. A tower
     narrower than the widest gets a linear layer up to its width. A tower that does not distinguish places gets fixed
-    2-D sine-cosine positions added. `eps` is that of BLIP-2's vision tower.
+    2-D sine-cosine positions added. Each norm's epsilon is its encoder's `norm_eps`, 1e-6 if it names none.
 
     Attributes:
         width: channels of what comes out.
         num_tokens: tokens of all towers together.
     """
 
-    def __init__(self, encoders: Sequence[Tower], eps: float = 1e-6):
+    def __init__(self, encoders: Sequence[Tower]):
         super().__init__()
         self.width = max(encoder.width for encoder in encoders)
         self.num_tokens = sum(encoder.num_tokens for encoder in encoders)
-        self.norms = nn.ModuleList(nn.LayerNorm(encoder.width, eps=eps) for encoder in encoders)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(encoder.width, eps=getattr(encoder, "norm_eps", 1e-6)) for encoder in encoders
+        )
         self.widen = nn.ModuleList(
             nn.Identity() if encoder.width == self.width else nn.Linear(encoder.width, self.width)
             for encoder in encoders

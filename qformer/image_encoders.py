@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from qformer.efficientnet import MODEL_TYPE, EfficientNetLite, EfficientNetLiteConfig
 from qformer.errors import UserError
+from qformer.published import TOWER, is_published, read_tensors, tensor_files
 from qformer.quiet import quiet_transformers
+from qformer.tensor_names import describe_differences
 from qformer.transform import IMAGENET_STATISTICS, describe_transform, square_side
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class ImageEncoder(nn.Module):
     has_positions: ClassVar[bool] = True
     has_class_token: ClassVar[bool] = True
     missing_blocks: ClassVar[int] = 0  # last blocks that checkpoints leave out; they count all the same
+    norm_eps: float = 1e-6  # of the trained norm behind the tower: BLIP-2's
 
     def __init__(self, model: nn.Module, processor: PilBackend, weights: str | None, layer: int, class_token: bool):
         super().__init__()
@@ -242,6 +245,36 @@ class Blip2Encoder(_TransformersEncoder):
     missing_blocks = 1
     preprocessing: ClassVar[Mapping[str, Any]] = {"image_processor_type": "BlipImageProcessor", **_CLIP_STATISTICS}
 
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """Of a whole model's shards only the tower's tensors are read, and only their files need be there."""
+        if not is_published(folder):
+            return super().load(folder, dtype)
+        with torch.device("meta"):
+            model = cls.build(cls.read_config(folder))
+        prefix = TOWER[0]
+        tensors = read_tensors(
+            folder, {name: file for name, file in tensor_files(folder).items() if name.startswith(TOWER)}
+        )
+        found = {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in tensors.items()}
+        if differences := describe_differences(found, model.state_dict()):
+            raise UserError(f"{folder}: its {cls.class_name} cannot be loaded: {differences}; fetch it anew")
+        model.load_state_dict(found, assign=True)
+        return model
+
+    def cut(self, model: Any, layer: int) -> None:
+        """Drop what follows; the norm behind the tower is the bridge's, and the config says its epsilon."""
+        self.norm_eps = float(model.config.layer_norm_eps)
+        super().cut(model, layer)
+
+
+class InstructBlipEncoder(Blip2Encoder):
+    """InstructBLIP's ViT-g: BLIP-2's, under another name."""
+
+    architecture = "instructblip"
+    model_types = ("instructblip", "instructblip_vision_model")
+    class_name = "InstructBlipVisionModel"
+
 
 class EfficientNetLiteEncoder(ImageEncoder):
     """EfficientNet-Lite. Its nine hidden states: stem, seven stages (-2 is the last), head (-1, 1280 channels).
@@ -311,6 +344,7 @@ ENCODERS: tuple[type[ImageEncoder], ...] = (
     SiglipEncoder,
     Dinov2Encoder,
     Blip2Encoder,
+    InstructBlipEncoder,
     EfficientNetLiteEncoder,
 )
 

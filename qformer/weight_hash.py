@@ -11,8 +11,12 @@ from pathlib import Path
 from qformer.errors import UserError
 
 
-def hash_tensors(files: Iterable[Path]) -> str:
+def hash_tensors(files: Iterable[Path], parts: tuple[str, ...] = ()) -> str:
     """`sha256:…` over name, dtype, shape and bytes of every tensor in the safetensors `files`, in the order of names.
+
+    Args:
+        files: of one model.
+        parts: only tensors whose names begin so count; () for all.
 
     Raises:
         UserError: a file is cut short or is no safetensors file.
@@ -25,6 +29,8 @@ def hash_tensors(files: Iterable[Path]) -> str:
             raise UserError(f"{file} is damaged or no safetensors file ({error}): fetch or save it anew") from error
     digest = hashlib.sha256()
     for name in sorted(places):
+        if parts and not name.startswith(parts):
+            continue
         file, kind, start, end = places[name]
         digest.update(f"{name} {kind} {end - start}\n".encode())
         if end > start:

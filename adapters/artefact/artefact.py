@@ -1,6 +1,6 @@
 """The artefact: one folder that holds all that was trained, and nothing else.
 
-    bridge.safetensors     Q-Former, feature norm and projection, bfloat16
+    bridge.safetensors     Q-Former, feature norm and projection, bfloat16; imported or left frozen, as they were
     lora/                  LoRA matrices in PEFT's own format, bfloat16; the first stage, which has no LLM, leaves none
     towers/0/              what is added to the image encoder's weights, if that does not ship with the package
     recipe.yaml            the resolved recipe
@@ -38,20 +38,38 @@ from qformer.atomic import earlier_folder, whole_folder
 from qformer.errors import UserError
 from qformer.tensor_names import describe_differences
 
-_BRIDGE = "bridge.safetensors"
-_LORA = "lora"
+BRIDGE_FILE = "bridge.safetensors"
+LORA_FOLDER = "lora"
 _RECIPE = "recipe.yaml"
+# keys of the bridge that came later: left out, they do not count in an adapter's fingerprint
+_LATER = (
+    "reader", "hidden_size", "num_heads", "intermediate_size", "cross_attention_every", "vocab_size",
+    "max_text_positions", "layer_norm_eps",
+)  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def trained_state(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Norm, bridge, projection and heads as one flat mapping, `part.name` to tensor."""
+    """Norm, bridge, projection and heads as one flat mapping, `part.name` to tensor.
+
+    All of them, though a run may leave them frozen (`train.bridge`); but not the words of a text side, which are known
+    by the fingerprint of what they are from.
+    """
     return {
         f"{part}.{name}": parameter
         for part, module in parts.items()
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad
+        if f"{part}.{name}" != "bridge.embeddings.words.weight"
     }
+
+
+def _stored(parameter: Tensor) -> Tensor:
+    """A tensor as an artefact keeps it: what was trained in bfloat16, what was left frozen without any rounding."""
+    tensor = parameter.detach().cpu().contiguous()
+    if parameter.requires_grad:
+        return tensor.to(torch.bfloat16)
+    halves = (tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((half for half in halves if torch.equal(half.to(tensor.dtype), tensor)), tensor)
 
 
 def adapter_fingerprint(assembly: Assembly) -> str:
@@ -77,9 +95,13 @@ def _described(recipe: Recipe, sections: set[str]) -> dict[str, Any]:
     found = recipe.model_dump(mode="json", include=sections)
     for tower in found["vision"]["towers"]:
         tower["difference"] = None
-    found["bridge"].pop("hide_queries")  # a matter of training
-    if found["bridge"]["reader"] is None:  # as fingerprints were before there were readers
-        found["bridge"].pop("reader")
+        if tower["features"] == "float16":
+            tower.pop("features")
+    bridge = found["bridge"]
+    bridge.pop("hide_queries")  # a matter of training
+    for name in _LATER:
+        if bridge[name] is None:
+            bridge.pop(name)
     return found
 
 
@@ -102,7 +124,7 @@ def save_artefact(folder: Path, assembly: Assembly | VisionSide, facts: Facts) -
         UserError: the disk is full or the folder cannot be written.
     """
     trained = trained_state(assembly.parts())
-    state = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in trained.items()}
+    state = {name: _stored(parameter) for name, parameter in trained.items()}
     kind: Literal["representation", "language"] = "language" if isinstance(assembly, Assembly) else "representation"
     facts = replace(facts, versions={name: version(name) for name in _LIBRARIES}, kind=kind)
     if isinstance(assembly, Assembly):
@@ -110,9 +132,9 @@ def save_artefact(folder: Path, assembly: Assembly | VisionSide, facts: Facts) -
     vision_side = assembly.vision_side if isinstance(assembly, Assembly) else assembly
     try:
         with whole_folder(folder) as building:
-            save_file(state, building / _BRIDGE, metadata={"format": "pt"})
+            save_file(state, building / BRIDGE_FILE, metadata={"format": "pt"})
             if isinstance(assembly, Assembly) and assembly.model.language.has_lora:
-                _save_lora(building / _LORA, assembly)
+                _save_lora(building / LORA_FOLDER, assembly)
             if isinstance(assembly, Assembly) and assembly.reader is not None:
                 assembly.reader.save(building)
             recipe = assembly.recipe.naming_weight_deltas(keep_weight_deltas(vision_side.differences, building))
@@ -122,6 +144,34 @@ def save_artefact(folder: Path, assembly: Assembly | VisionSide, facts: Facts) -
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder}: the artefact cannot be written ({error}); free space or name another --out"
+        ) from error
+
+
+def save_imported(folder: Path, values: dict[str, Any], state: Mapping[str, Tensor], facts: Facts) -> None:
+    """Write an artefact of weights that were trained elsewhere, each tensor in the type that it has.
+
+    Args:
+        folder: new, or empty.
+        values: the recipe, as a mapping.
+        state: the weights by the names of `trained_state`.
+        facts: with the frozen parts' fingerprints.
+
+    Raises:
+        UserError: there is something in the folder, or it cannot be written.
+    """
+    recipe = parse_recipe(values, _RECIPE)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {folder}: there is something already; name another folder")
+    facts = replace(facts, versions={name: version(name) for name in _LIBRARIES})
+    try:
+        with whole_folder(folder) as building:
+            save_file(dict(state), building / BRIDGE_FILE, metadata={"format": "pt"})
+            (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
+            save_facts(building, facts)
+            (building / "README.md").write_text(write_card(recipe, facts, folder.name), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: the adapter cannot be written ({error}); free space or name another --out"
         ) from error
 
 
@@ -297,9 +347,9 @@ def _of_text_side(name: str) -> bool:
 
 def _read_bridge(folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / _BRIDGE)
+        return load_file(folder / BRIDGE_FILE)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / _BRIDGE}: cannot be read ({error}); fetch a fresh copy") from error
+        raise UserError(f"{folder / BRIDGE_FILE}: cannot be read ({error}); fetch a fresh copy") from error
 
 
 @torch.no_grad()
@@ -307,7 +357,7 @@ def _put(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Pa
     if drop_text_side:
         found = {name: tensor for name, tensor in found.items() if name in expected or not _of_text_side(name)}
     if differences := describe_differences(found, expected):
-        raise UserError(f"{folder / _BRIDGE}: does not fit its recipe: {differences}")
+        raise UserError(f"{folder / BRIDGE_FILE}: does not fit its recipe: {differences}")
     for name, tensor in expected.items():
         tensor.copy_(found[name])
 
@@ -324,12 +374,14 @@ def load_trained(assembly: Assembly, folder: Path, *, drop_text_side: bool = Fal
     _put(_read_bridge(folder), trained_state(assembly.parts()), folder, drop_text_side=drop_text_side)
     if not lora:
         return
-    if (folder / _LORA).is_dir():
+    if (folder / LORA_FOLDER).is_dir():
         if assembly.recipe.language.lora is None:
-            raise UserError(f"{folder}: there is a folder '{_LORA}', but the recipe has no LoRA; fetch a fresh copy")
-        assembly.model.language.load_lora(folder / _LORA, assembly.recipe.language.lora.dropout)
+            raise UserError(
+                f"{folder}: there is a folder '{LORA_FOLDER}', but the recipe has no LoRA; fetch a fresh copy"
+            )
+        assembly.model.language.load_lora(folder / LORA_FOLDER, assembly.recipe.language.lora.dropout)
     elif assembly.recipe.language.lora is not None:
-        raise UserError(f"{folder}: the recipe has LoRA, but the folder '{_LORA}' is missing; fetch a fresh copy")
+        raise UserError(f"{folder}: the recipe has LoRA, but the folder '{LORA_FOLDER}' is missing; fetch a fresh copy")
     assembly.model.eval()
 
 

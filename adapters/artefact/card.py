@@ -11,7 +11,7 @@ from adapters.recipe import Recipe, TowerSection
 def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
     """The card as Markdown."""
     towers = " and ".join(_tower(tower) for tower in recipe.vision.towers)
-    bits = "4-bit NF4" if recipe.language.quantize == "nf4" else "unquantised"
+    bits = {"nf4": "4-bit NF4", "int8": "8-bit LLM.int8", "none": "unquantised"}[recipe.language.quantize]
     lora = recipe.language.lora
     lines = [
         f"# {name}",
@@ -31,7 +31,7 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
             else ["| language model | none: this is the first stage (BLIP-2, section 3.2) |"]
         ),
         *([f"| mean of the weights of | {_shares(facts.averaged)} |"] if facts.averaged else []),
-        f"| started from | {facts.started_from or 'fresh weights'} |",
+        f"| started from | {_origin(facts)} |",
         f"| steps | {facts.steps} |",
         "",
         "## Data",
@@ -62,6 +62,12 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _origin(facts: Facts) -> str:
+    if facts.imported is not None:
+        return f"nothing: it is `{facts.imported}` as it was published"
+    return facts.started_from or "fresh weights"
 
 
 def _shares(averaged: Mapping[str, float]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qformer.errors import UserError
 
-_FORMAT_VERSION = 4  # 2 has the kind, 3 averages and the recipe's decoding, 4 the compute dtype
+_FORMAT_VERSION = 5  # 2 has the kind, 3 averages and the recipe's decoding, 4 the compute dtype, 5 imports
 FACTS = "artefact.json"
 
 
@@ -29,6 +29,7 @@ class Facts:
         versions: of the libraries.
         format_version: of this folder's layout.
         kind: "representation" is BLIP-2's first stage (norm, bridge, heads); "language" has an LLM that reads them.
+        imported: the published checkpoint that it is, trained elsewhere; None if it was trained here.
         compute_dtype: "float32" or "bfloat16", in which it was trained; None if that is not known (before format 4).
     """
 
@@ -43,6 +44,7 @@ class Facts:
     format_version: int = _FORMAT_VERSION
     kind: Literal["representation", "language"] = "language"
     compute_dtype: str | None = None
+    imported: str | None = None
 
 
 def read_facts(folder: Path) -> Facts:

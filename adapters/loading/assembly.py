@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features.cache import FeatureCache
+from adapters.loading.bundled import bundled
 from adapters.loading.reader import LeftOut, Reader, answers_read, names_read
 from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side
-from adapters.recipe import LoraSection, Recipe, Sources, load_recipe
+from adapters.recipe import LoraSection, Recipe, load_recipe
+from adapters.recipe_data import Sources
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.language import LanguageModel
@@ -22,6 +24,7 @@ from qformer.language_loading import load_language_model
 from qformer.lora import LoraSettings
 from qformer.model import VisionLanguageModel
 from qformer.precision import default_compute_dtype
+from qformer.published import LANGUAGE
 from qformer.sources import fingerprint, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,6 +41,7 @@ class Assembly:
         vision_side: everything up to the bridge; its modules are the model's own.
         fingerprints: of the frozen weights, by role: "vision.0", "language", "bridge.start".
         reader: what is read of pictures beside the queries, if the recipe has a reader and it was fitted.
+        projection_taken: the projection is that of `bridge.start`, which was trained for this very LLM.
     """
 
     recipe: Recipe
@@ -46,6 +50,7 @@ class Assembly:
     vision_side: VisionSide
     fingerprints: dict[str, str]
     reader: Reader | None = None
+    projection_taken: bool = False
 
     @property
     def caches(self) -> list[FeatureCache]:
@@ -201,7 +206,7 @@ def assemble(
     compute_dtype = chosen_dtype(dtype) or default_compute_dtype(device, four_bit=four_bit)
     frozen = frozen or FrozenModels()
     vision_side = load_vision_side(recipe, device=device, offline=offline, frozen=frozen, artefact=artefact)
-    language_folder = resolve(recipe.language.source, offline=offline)
+    language_folder = resolve(bundled(recipe.language.source, artefact), offline=offline)
     key = (recipe.language.source, recipe.language.quantize, compute_dtype, device)
     if key in frozen.languages:
         language = frozen.languages[key].sibling()
@@ -212,6 +217,8 @@ def assemble(
         frozen.languages[key] = language
     torch.manual_seed(recipe.train.seed + 1)  # fresh weights depend on the seed and on nothing before
     projection = word_sized_projection(vision_side.bridge.config.hidden_size, language)
+    start = vision_side.start
+    projects = start is not None and start.put_projection(projection, recipe.language.source, language_folder)
     if lora and recipe.language.lora is not None:
         language.add_lora(lora_settings(recipe.language.lora))
     if recipe.language.gradient_checkpointing:
@@ -232,9 +239,10 @@ def assemble(
         answer_vectors=answers_read(recipe.bridge.reader),
         is_encoder_decoder=language.is_encoder_decoder,
         style=PromptStyle(**recipe.prompt.model_dump()),
+        end_id=language.end_ids[0] if language.end_ids else None,
     )
-    fingerprints = {**vision_side.fingerprints, "language": fingerprint(language_folder)}
-    return Assembly(recipe, model.eval(), prompts, vision_side, fingerprints)
+    fingerprints = {**vision_side.fingerprints, "language": fingerprint(language_folder, LANGUAGE)}
+    return Assembly(recipe, model.eval(), prompts, vision_side, fingerprints, projection_taken=projects)
 
 
 def assemble_named(name: str, *, device: str = "cpu", dtype: str | None = None, offline: bool = False) -> Assembly:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adapters.data.image_ref import ImageRef
 from adapters.features.cache import FeatureCache, pictures_together
+from adapters.loading.bridge_start import BridgeStart, BridgeTokenizer, start_bridge
+from adapters.loading.bundled import bundled
 from adapters.loading.weight_deltas import WeightDelta, read_weight_delta
 from adapters.recipe import BridgeSection, Recipe
 from qformer.bridge import QFormer
@@ -24,49 +24,15 @@ from qformer.config import BridgeConfig
 from qformer.errors import UserError
 from qformer.feature_norm import FeatureNorm
 from qformer.image_encoders import ImageEncoder
-from qformer.interchange import start_from_bert
 from qformer.language import LanguageModel
 from qformer.objectives import Heads
 from qformer.precision import limit_kernel_cache
 from qformer.representation import RepresentationModel
 from qformer.simple_bridges import SimpleBridge, vectors_of
-from qformer.sources import fingerprint, resolve
 from qformer.vision_loading import load_image_encoder
 
 MAX_INSTRUCTION = 128  # tokens of an instruction that the bridge reads, as in InstructBLIP
 MAX_TEXT = 32  # tokens of a caption in the first stage, as in BLIP-2
-# What takes the place of [CLS] when the bridge writes. BLIP-2 adds [DEC] to BERT's words; a table that stays frozen
-# has no row to learn for it, so one of BERT's spare words takes the part.
-_DECODE_TOKENS = ("[DEC]", "[unused0]", "[MASK]")
-
-
-class BridgeTokenizer:
-    """The bridge's own words: a BERT tokenizer.
-
-    Args:
-        tokenizer: of transformers.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    @property
-    def decode_id(self) -> int:
-        """The token that writing starts from.
-
-        Raises:
-            UserError: the tokenizer has none that would do.
-        """
-        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
-        for token in _DECODE_TOKENS:
-            if token in vocabulary:
-                return vocabulary[token]
-        raise UserError(f"bridge.start: its tokenizer has none of {', '.join(_DECODE_TOKENS)}; name a BERT")
-
-    def __call__(self, texts: Sequence[str], *, longest: int) -> tuple[Tensor, Tensor]:
-        """Texts as ids [T, L] and mask [T, L] bool, cut to `longest` tokens."""
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        return tokens["input_ids"], tokens["attention_mask"].bool()
 
 
 @dataclass
@@ -83,6 +49,7 @@ class VisionSide:
         tokenizer: the bridge's own, if it reads text.
         fingerprints: of the frozen weights, by role: "vision.0", "bridge.start".
         differences: what was added to towers' weights, by the tower's place.
+        start: what the bridge started from, if its recipe names it.
     """
 
     recipe: Recipe
@@ -94,6 +61,7 @@ class VisionSide:
     tokenizer: BridgeTokenizer | None
     fingerprints: dict[str, str]
     differences: dict[int, WeightDelta]
+    start: BridgeStart | None = None
 
     @property
     def encoder_sources(self) -> tuple[str, ...]:
@@ -192,7 +160,7 @@ def load_vision_side(
         )
         if key not in frozen.towers:
             encoder = load_image_encoder(
-                tower.source,
+                bundled(tower.source, artefact),
                 layer=tower.layer,
                 class_token=tower.class_token,
                 image_size=tower.image_size,
@@ -201,17 +169,23 @@ def load_vision_side(
                 dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
                 offline=offline,
             )
-            frozen.towers[key] = (encoder, FeatureCache(encoder, together=pictures_together(device)))
+            cache = FeatureCache(encoder, together=pictures_together(device), half=tower.features == "float16")
+            frozen.towers[key] = (encoder, cache)
         towers.append(frozen.towers[key])
         fingerprints[f"vision.{index}"] = str(towers[-1][0].identity()["fingerprint"])
     encoders, caches = [encoder for encoder, _ in towers], [cache for _, cache in towers]
     torch.manual_seed(recipe.train.seed)  # fresh weights depend on the seed and on nothing before
     feature_norm = FeatureNorm(encoders)
     bridge = build_bridge(recipe.bridge, feature_norm)
-    tokenizer = _bridge_start(recipe.bridge, bridge, fingerprints, offline=offline)
+    start = _bridge_start(recipe.bridge, bridge, feature_norm, fingerprints, offline=offline, artefact=artefact)
     heads = Heads(bridge.config).to(device) if recipe.bridge.text_branch else None
+    if start is not None and heads is not None:
+        start.put_heads(heads)
     feature_norm, bridge = feature_norm.to(device), bridge.to(device)
-    return VisionSide(recipe, encoders, caches, feature_norm, bridge, heads, tokenizer, fingerprints, differences)
+    tokenizer = start.tokenizer if start is not None else None
+    return VisionSide(
+        recipe, encoders, caches, feature_norm, bridge, heads, tokenizer, fingerprints, differences, start
+    )
 
 
 def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:
@@ -242,33 +216,22 @@ def build_bridge(section: BridgeSection, feature_norm: FeatureNorm) -> QFormer |
 
 
 def _bridge_start(
-    section: BridgeSection, bridge: QFormer | SimpleBridge, fingerprints: dict[str, str], *, offline: bool
-) -> BridgeTokenizer | None:
-    """Copy BERT-family weights into a bridge; hand back its tokenizer if the bridge reads text."""
+    section: BridgeSection,
+    bridge: QFormer | SimpleBridge,
+    feature_norm: FeatureNorm,
+    fingerprints: dict[str, str],
+    *,
+    offline: bool,
+    artefact: Path | None,
+) -> BridgeStart | None:
+    """Copy published weights into a bridge, if its recipe names any."""
     reads = "instruction_aware" if section.instruction_aware else "text_branch" if section.text_branch else None
     if section.start is None or isinstance(bridge, SimpleBridge):
         if reads is not None:
             raise UserError(f"bridge.{reads}: needs bridge.start, whose tokenizer reads the text")
         return None
-    folder = resolve(section.start, offline=offline)
-    fingerprints["bridge.start"] = fingerprint(folder)
-    try:
-        start_from_bert(bridge, load_file(folder / "model.safetensors"))
-    except OSError as error:
-        raise UserError(f"bridge.start: {folder} has no model.safetensors; name a BERT saved in one file") from error
-    if bridge.embeddings is not None:  # known by the fingerprint, so neither trained nor kept in the artefact
-        bridge.embeddings.words.requires_grad_(False)
-    if reads is None:
-        return None
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        # transformers would return a tokenizer of five special words
-        raise UserError(f"bridge.start: {folder} has no tokenizer, which bridge.{reads} needs")
-    try:
-        return BridgeTokenizer(AutoTokenizer.from_pretrained(str(folder)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"bridge.start: {folder} has no tokenizer, which bridge.{reads} needs") from error
+    source = bundled(section.start, artefact)
+    return start_bridge(source, bridge, feature_norm, fingerprints, reads=reads, offline=offline)
 
 
 def check_device(device: str) -> None:

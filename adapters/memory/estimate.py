@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from operator import mul
 from typing import Any, cast
 
 import torch
@@ -62,13 +63,15 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
     device = device or _natural_device(recipe)
     on_gpu = device != "cpu"
     compute = torch.bfloat16 if on_gpu else default_compute_dtype("cpu", four_bit=recipe.language.quantize == "nf4")
-    tower = torch.float16 if on_gpu else torch.float32
-    model = build_meta_model(recipe, compute_dtype=compute, tower_dtype=tower)
+    tower_dtype = torch.float16 if on_gpu else torch.float32
+    model = build_meta_model(recipe, compute_dtype=compute, tower_dtype=tower_dtype)
     parts = summarise_modules(model)
     vectors = model.num_queries + answers_read(recipe.bridge.reader)
     shape = MicroBatch.of(recipe.train.micro_batch_tokens, vectors)
     towers = cast("list[ImageEncoder]", list(model.encoders))
-    picture = sum(encoder.num_tokens * encoder.width for encoder in towers)  # values in a picture's features
+    values = [encoder.num_tokens * encoder.width for encoder in towers]  # in a picture's features
+    picture = sum(values)
+    kept = [4 if tower.features == "float32" else 2 for tower in recipe.vision.towers]  # bytes of a value on disk
     trainable = {part.name: part.parameters for part in parts if part.trainable}
     linear = [part for part in parts if part.name == "LLM linear layers"]
     quantized = sum(part.parameters for part in linear if part.quantized)
@@ -76,7 +79,7 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
         "weights": sum(part.bytes for part in parts),
         "gradients": 4 * sum(trainable.values()),
         "optimiser": 8 * sum(trainable.values()),
-        "activations": _activations(recipe, shape, compute, tower, sum(trainable.values()), on_gpu),
+        "activations": _activations(recipe, shape, compute, tower_dtype, sum(trainable.values()), on_gpu),
         "dequantised": _largest_four_bit(model) * compute.itemsize,
         "features": 4 * shape.rows * picture,  # float32 on the device
         "runtime": RUNTIME["cuda" if on_gpu else "cpu"],
@@ -97,7 +100,7 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
         "bytes": needed,
         "total_gib": total / GIB,
         "fits": next((size for size in GPU_SIZES if total * HEADROOM <= size * GIB), None) if on_gpu else None,
-        "picture_bytes": 2 * picture * recipe.data.views,  # float16
+        "picture_bytes": sum(map(mul, values, kept)) * recipe.data.views,
     }
 
 
@@ -113,11 +116,12 @@ def describe_estimate(found: Mapping[str, Any]) -> str:
     lines = [f"Calculated for {found['device']}, computing in {found['compute_dtype']}", ""]
     lines += parts_table([ModuleSummary(**module) for module in found["modules"]])
     trainable = ", ".join(f"{name} {count:,}" for name, count in parameters["trainable"].items() if name != "total")
+    bits = 8 if any(module["dtype"] == "int8" for module in found["modules"]) else 4
     share = parameters["quantized"] / parameters["llm_linear"] if parameters["llm_linear"] else 0.0
     lines += [
         "",
         f"trainable: {parameters['trainable']['total']:,} ({trainable})",
-        f"in 4-bit:  {parameters['quantized']:,} of the {parameters['llm_linear']:,} in the LLM's linear layers"
+        f"in {bits}-bit:  {parameters['quantized']:,} of the {parameters['llm_linear']:,} in the LLM's linear layers"
         f" ({100 * share:.1f} %)",
         "",
         f"A micro-batch of {shape['rows']} rows of {shape['row_tokens']} tokens, a picture each, {checkpointing}"
@@ -138,10 +142,10 @@ def describe_estimate(found: Mapping[str, Any]) -> str:
 
 
 def parts_table(parts: list[ModuleSummary]) -> list[str]:
-    """One line a part: name, dtype, 4-bit or not, trained or frozen, parameters, MiB."""
-    lines = [f"{'module':<26}{'dtype':<10}{'4-bit':<7}{'state':<9}{'parameters':>15}{'MiB':>11}"]
+    """One line a part: name, dtype, in 4 or 8 bits or not, trained or frozen, parameters, MiB."""
+    lines = [f"{'module':<26}{'dtype':<10}{'packed':<8}{'state':<9}{'parameters':>15}{'MiB':>11}"]
     lines += [
-        f"{part.name:<26}{part.dtype:<10}{'yes' if part.quantized else 'no':<7}"
+        f"{part.name:<26}{part.dtype:<10}{'yes' if part.quantized else 'no':<8}"
         f"{'trained' if part.trainable else 'frozen':<9}{part.parameters:>15,}{part.bytes / 2**20:>11,.1f}"
         for part in parts
     ]

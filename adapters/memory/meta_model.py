@@ -27,7 +27,8 @@ from qformer.language import LanguageModel
 from qformer.language_loading import without_dropout
 from qformer.model import VisionLanguageModel
 from qformer.objectives import Heads
-from qformer.precision import nf4_config
+from qformer.precision import int8_config, nf4_config
+from qformer.published import FAMILY
 from qformer.vision_loading import build_image_encoder
 
 
@@ -63,7 +64,7 @@ def build_meta_model(
         heads = Heads(bridge.config) if recipe.bridge.text_branch else None
     if bridge.embeddings is not None and recipe.bridge.start is not None:
         bridge.embeddings.words.requires_grad_(False)  # as when they are loaded
-    return VisionLanguageModel(
+    model = VisionLanguageModel(
         encoders,
         feature_norm,
         bridge,
@@ -72,6 +73,10 @@ def build_meta_model(
         heads=heads,
         read_vectors=names_read(recipe.bridge.reader),
     )
+    if not recipe.train.bridge:
+        for part in model.trainable_parts().values():
+            part.requires_grad_(False)
+    return model
 
 
 def _image_encoder(section: TowerSection, key: str, dtype: torch.dtype) -> ImageEncoder:
@@ -113,11 +118,11 @@ def _transformers_config(values: Mapping[str, Any]) -> Any:
 def _language_model(
     section: LanguageSection, compute_dtype: torch.dtype, quantized: bool, attention: str
 ) -> LanguageModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     found = find_config(section.source, "language.source")
     try:
-        config = AutoConfig.from_pretrained(str(found)) if isinstance(found, Path) else _transformers_config(found)
+        config = _config_of(found) if isinstance(found, Path) else _transformers_config(found)
         loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             model = loader.from_config(without_dropout(config), dtype=compute_dtype, attn_implementation=attention)
@@ -125,11 +130,12 @@ def _language_model(
         raise UserError(f"language.source {section.source!r}: no language model ({first_line(error)})") from error
     if not isinstance(found, Path) and found.get("tie_word_embeddings") is False:
         _untie(model)
-    if quantized and section.quantize == "nf4":
+    if quantized and section.quantize != "none":
         from transformers.quantizers import AutoHfQuantizer
 
         # what from_pretrained does before it loads weights, the choice of layers left alone included
-        AutoHfQuantizer.from_config(nf4_config(compute_dtype)).preprocess_model(model=model, device_map=None)
+        packing = nf4_config(compute_dtype) if section.quantize == "nf4" else int8_config()
+        AutoHfQuantizer.from_config(packing).preprocess_model(model=model, device_map=None)
         for module in model.modules():
             if getattr(module, "bias", None) is not None:  # made in float32 here, cast when weights are loaded
                 module.bias = nn.Parameter(module.bias.to(compute_dtype), requires_grad=False)
@@ -141,6 +147,14 @@ def _language_model(
     if section.gradient_checkpointing:
         language.enable_checkpointing()
     return language
+
+
+def _config_of(folder: Path) -> Any:
+    """The configuration of the LLM in a folder, out of a whole BLIP-2 or InstructBLIP too."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder))
+    return config.text_config if config.model_type in FAMILY else config
 
 
 def _untie(model: Any) -> None:

@@ -27,8 +27,8 @@ class ModuleSummary:
 
     Attributes:
         name: of the group; it comes more than once if its weights differ in what follows.
-        dtype: as torch calls it, or "nf4".
-        quantized: whether they are held in 4-bit.
+        dtype: as torch calls it, "nf4", or "int8" of LLM.int8.
+        quantized: whether they are held in 4 or 8 bits.
         trainable: whether training changes them.
         parameters: how many, unpacked and each counted once.
         bytes: what they occupy, quantisation constants included.
@@ -52,10 +52,13 @@ def summarise_modules(model: VisionLanguageModel) -> list[ModuleSummary]:
             if id(parameter) in seen:
                 continue  # tied weights are held once
             seen.add(id(parameter))
-            quantized = is_four_bit(parameter)
+            four, eight = is_four_bit(parameter), is_eight_bit(parameter)
+            quantized = four or eight
             count = module.in_features * module.out_features if quantized else parameter.numel()
-            size = four_bit_bytes(count) if quantized else parameter.numel() * parameter.element_size()
-            dtype = "nf4" if quantized else str(parameter.dtype).removeprefix("torch.")
+            size = four_bit_bytes(count) if four else parameter.numel() * parameter.element_size()
+            if eight:  # a byte each, and a float32 scale a row
+                size = count + 4 * module.out_features
+            dtype = "nf4" if four else "int8" if eight else str(parameter.dtype).removeprefix("torch.")
             key = (_group(path, name, module, head), dtype, quantized, parameter.requires_grad)
             total = found.setdefault(key, [0, 0])
             total[0] += count
@@ -69,6 +72,11 @@ def summarise_modules(model: VisionLanguageModel) -> list[ModuleSummary]:
 def is_four_bit(parameter: nn.Parameter) -> bool:
     """Whether bitsandbytes holds this weight, or will hold it once loaded, in 4-bit."""
     return type(parameter).__name__ == "Params4bit"
+
+
+def is_eight_bit(parameter: nn.Parameter) -> bool:
+    """Whether bitsandbytes holds this weight, or will hold it once loaded, in 8-bit."""
+    return type(parameter).__name__ == "Int8Params"
 
 
 def four_bit_bytes(parameters: int) -> int:

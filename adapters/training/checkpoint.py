@@ -1,6 +1,6 @@
 """What a run needs to go on as if it had never stopped: weights, optimiser, RNG and position, without pickle.
 
-state/weights.safetensors     trained tensors in float32
+state/weights.safetensors     trained tensors, and a frozen bridge's, in float32
 state/optimiser.safetensors   AdamW's moments and step counts, by parameter name
 state/rng.safetensors         torch's generators, those of every process
 state/position.json           step, epoch, place in the epoch, what the validations said
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from qformer.atomic import earlier_folder, whole_folder
 from qformer.errors import UserError
 from qformer.tensor_names import describe_differences
+
+_BRIDGE = ("feature_norm.", "bridge.", "projection.", "heads.")
+_WORDS = "bridge.embeddings.words.weight"  # of the text side, known by the fingerprint of what they are from
 
 
 @dataclass
@@ -70,6 +73,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a run's state holds, by name: what trains, and what a run left frozen though it is none of others' weights.
+
+    That is the bridge of a run with `train.bridge: false`: a resumed run could not have it from elsewhere.
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or (name.startswith(_BRIDGE) and name != _WORDS)
+    }
+
+
 def generators_of_all() -> dict[str, Tensor]:
     """The states of torch's generators of every process, "RANK.cpu" and "RANK.cuda"; every process must call it."""
     own = {"cpu": torch.get_rng_state()}
@@ -94,7 +109,7 @@ def save_state(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    parameters = trainable(model)
+    parameters = kept(model)
     moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimiser.state.get(parameter, {}).items():
@@ -137,7 +152,7 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer,
         UserError: the state is damaged, or of a run with other trainable parts.
     """
     position = read_run_state(folder)
-    parameters = trainable(model)
+    parameters = kept(model)
     try:
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimiser.safetensors")

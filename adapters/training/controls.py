@@ -10,7 +10,8 @@ from adapters.data.answers import normalise
 from adapters.data.batches import TokenisedPicture
 from adapters.data.examples import Example
 from adapters.data.image_ref import blank_image
-from adapters.evaluation.vqa import exact_match, interval_by_picture, score
+from adapters.evaluation.intervals import interval_by_picture
+from adapters.evaluation.vqa import exact_match, score
 from adapters.inference.answering import answer_examples
 from adapters.loading.assembly import Assembly
 from adapters.training.reader_fit import probe_answers

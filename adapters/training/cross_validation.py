@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from adapters.data.examples import Example
-from adapters.evaluation.vqa import exact_match, interval_by_picture
+from adapters.evaluation.intervals import interval_by_picture
+from adapters.evaluation.vqa import exact_match
 from adapters.training.controls import OnAnswers
 from adapters.training.run_data import Result
 from qformer.atomic import whole_file

@@ -24,9 +24,10 @@ from adapters.training.reader_fit import FittedReader, fit_reader
 from adapters.training.run_data import report_copies
 from adapters.training.self_critical import SelfCriticalSampler, check_self_critical
 from adapters.training.setup import Opened, dtype_of, encode_pictures, facts_of, optimiser_of, position_of, take_over
-from adapters.training.start import has_lora
+from adapters.training.start import freeze_bridge, has_lora
 from adapters.training.text_side import TextSideKeeper, check_keeping
 from qformer.compiling import compile_blocks
+from qformer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,22 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     if not opened.quiet and opened.state is None:
         report_copies(opened.train, opened.val)
     model.language.label_smoothing = train.label_smoothing
-    if opened.state is None and start is None:
+    begins_fresh = opened.state is None and start is None
+    if begins_fresh and (source := assembly.vision_side.start) is not None and source.whole:
+        if not opened.quiet:
+            print(source.describe(projection=assembly.projection_taken), file=sys.stderr)
+    elif begins_fresh:
         seen = list(dict.fromkeys(image for picture in pictures for image in picture.images))
         model.feature_norm.standardise(assembly.features(sample_evenly(seen, 256)))
-    fresh = begun is None or read_facts(begun).kind != "language"  # the first stage leaves a fresh projection
+    # the first stage leaves a fresh projection, and a BLIP-2 that of its own LLM
+    fresh = not assembly.projection_taken if begun is None else read_facts(begun).kind != "language"
+    if not train.bridge:
+        if opened.state is None and fresh:
+            raise UserError(
+                "train.bridge=false: the bridge would stay as it was drawn; add --start-from ADAPTER, or a bridge.start"
+                " that was trained for the recipe's LLM"
+            )
+        freeze_bridge(assembly)
     if opened.state is None and fresh and train.align_steps and not assembly.reads_instructions:
         _align(opened, assembly, pictures)  # before there is a reader, whose vectors it does not change
     fitted = _fit(opened, assembly, pictures) if recipe.bridge.reader is not None else None

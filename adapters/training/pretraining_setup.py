@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,11 @@ def set_up_pretraining(opened: Opened) -> Pretraining:
     images += [picture.image for picture in held_out]
     encode_pictures(opened, vision_side.caches, images)
     start = take_over(opened, vision_side)
-    if opened.state is None and start is None:
+    begins_fresh = opened.state is None and start is None
+    if begins_fresh and (source := vision_side.start) is not None and source.whole:
+        if not opened.quiet:
+            print(source.describe(), file=sys.stderr)
+    elif begins_fresh:
         seen = [picture.image for picture in sample_evenly(pictures, 256)]
         vision_side.feature_norm.standardise(vision_side.features(seen))
     model = vision_side.representation(compute_dtype)

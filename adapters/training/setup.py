@@ -15,13 +15,14 @@ from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts
-from adapters.data.examples import DataSet, merge, repeat, sample_evenly, split_by_image, split_fold
+from adapters.data.examples import DataSet, merge, mix, repeat, sample_evenly, split_by_image, split_fold
 from adapters.data.image_ref import ImageRef
 from adapters.data.readers import read_data
 from adapters.features.cache import FeatureCache
 from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import VisionSide, check_device, default_device
-from adapters.recipe import Recipe, Sources, SourceSection, differing_keys, load_recipe
+from adapters.recipe import Recipe, differing_keys, load_recipe
+from adapters.recipe_data import Sources, SourceSection
 from adapters.training.checkpoint import RunState, find_state, load_state, read_run_state
 from adapters.training.controls import OnAnswers
 from adapters.training.optimiser import build_optimiser
@@ -85,6 +86,14 @@ def _check_finetuning(recipe: Recipe) -> None:
             f"train.contrastive_steps={train.contrastive_steps}: it is the first stage's: run querybridge pretrain"
             " RECIPE --stage 1, or set it to 0"
         )
+    if not train.bridge:
+        if recipe.language.lora is None:
+            raise UserError("train.bridge=false: without language.lora nothing would be trained; set one of them")
+        if train.text_side_every:
+            raise UserError(
+                f"train.text_side_every={train.text_side_every}: it trains the bridge, and train.bridge=false freezes"
+                " it; set it to 0"
+            )
     if train.self_critical and train.minutes:
         raise UserError(
             f"train.minutes={train.minutes:g} (--budget): steps that sample captions are not timed beforehand; leave it"
@@ -119,6 +128,8 @@ def _check_pretraining(recipe: Recipe) -> None:
         raise UserError(
             "the first stage reads captions: set bridge.text_branch=true and bridge.start to a BERT's source"
         )
+    if not recipe.train.bridge:
+        raise UserError("train.bridge=false: the first stage trains the bridge alone; leave it out")
     for name in ("compile", "label_smoothing", "self_critical", "align_steps", "text_side_every", "minutes"):
         if value := getattr(recipe.train, name):
             raise UserError(
@@ -272,11 +283,20 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
         task = None if recipe.task == "mixed" else recipe.task
         listed = (SourceSection(file=sources, limit=limit),) if isinstance(sources, str) else sources
         options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "broken_pictures_too": True, "offline": offline}
-        read_parts = (
-            (read_data(part.file, task=part.task or task, limit=part.limit or limit, **options), part.repeat)
+        parts = [
+            read_data(
+                part.file,
+                task=part.task or task,
+                limit=part.limit or limit,
+                columns=part.columns or data.columns,
+                **options,
+            )
             for part in listed
-        )
-        return merge([repeat(rows, times) for rows, times in read_parts])
+        ]
+        shares = [part.share for part in listed if part.share is not None]
+        if shares:  # of all, as the recipe has checked
+            return merge(mix(parts, shares))
+        return merge([repeat(rows, part.repeat) for rows, part in zip(parts, listed, strict=True)])
 
     train = read(data.train, data.limit)
     if data.terms:

@@ -113,7 +113,9 @@ def _sees_alike(theirs: VisionSection, ours: VisionSection) -> bool:
     if len(theirs.towers) != len(ours.towers):
         return False
     return all(
-        old.model_copy(update={"difference": None, "image_size": new.image_size or old.image_size})
+        old.model_copy(
+            update={"difference": None, "image_size": new.image_size or old.image_size, "features": new.features}
+        )
         == new.model_copy(update={"difference": None})
         for old, new in zip(theirs.towers, ours.towers, strict=True)
     )
@@ -147,9 +149,24 @@ def _fits(theirs: BridgeSection, ours: BridgeSection) -> bool:
     return theirs.model_copy(update=free) == ours.model_copy(update=free)
 
 
+def freeze_bridge(assembly: Assembly) -> None:
+    """Leave norm, bridge, projection and heads as they are: only LoRA is trained."""
+    for part in assembly.parts().values():
+        part.requires_grad_(False)
+
+
 def has_lora(folder: Path) -> bool:
     """Whether an artefact brings LoRA matrices; if not, a run that starts from it begins with fresh ones."""
     return read_facts(folder).kind == "language" and read_recipe(folder).language.lora is not None
+
+
+def is_published(name: str) -> bool:
+    """Whether an adapter is a published checkpoint as it was imported: its bridge knows pictures without a reader.
+
+    Args:
+        name: as `adapters.artefact.artefact.find_artefact` takes it.
+    """
+    return read_facts(find_artefact(name)).imported is not None
 
 
 def sections_of(name: str) -> dict[str, dict[str, Any]]:
@@ -168,4 +185,8 @@ def sections_of(name: str) -> dict[str, dict[str, Any]]:
             found = read_weight_delta(tower["difference"], folder)
             tower["difference"] = tower["difference"] if found.ships else str(found.folder)
     recipe["bridge"] |= {"text_branch": False, "patch_dropout": 0.0, "reader": None, "hide_queries": 0.0}
+    if read_facts(folder).imported is not None:  # it was not trained here, so that quantisation and LoRA are the run's
+        recipe["language"] = {"source": recipe["language"]["source"]}
+        for tower in recipe["vision"]["towers"]:
+            del tower["features"]
     return {key: recipe[key] for key in ("vision", "bridge", "language", "prompt")}

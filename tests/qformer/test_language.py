@@ -154,10 +154,12 @@ def test_unknown_lora_target_is_named(language_folders: dict[str, Path]) -> None
         load(language_folders["llama"]).add_lora(LoraSettings(targets=("no_such_layer",)))
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt", "t5"])
-def test_nf4_gradients_survive_a_validation_pass(language_folders: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "quantize"), [("llama", "nf4"), ("opt", "nf4"), ("t5", "nf4"), ("llama", "int8"), ("t5", "int8")]
+)
+def test_gradients_survive_a_validation_pass(language_folders: dict[str, Path], kind: str, quantize: str) -> None:
     """On CPUs with AVX512-BF16 an evaluation pass repacks 4-bit weights and later gradients are silently wrong."""
-    language = load_language_model(language_folders[kind], quantize="nf4", compute_dtype=torch.bfloat16)
+    language = load_language_model(language_folders[kind], quantize=quantize, compute_dtype=torch.bfloat16)
     language.add_lora(LoraSettings(rank=4, alpha=8))
     torch.manual_seed(2)
     with torch.no_grad():
@@ -188,10 +190,23 @@ def test_nf4_gradients_survive_a_validation_pass(language_folders: dict[str, Pat
         language.supervised_loss(language.embed(ids), mask, labels)
         generate(language, language.embed(ids), mask, Decoding(max_new_tokens=3))
     after = gradients()
-    assert any(isinstance(m, bnb.nn.Linear4bit) for m in language.modules())
+    packed = bnb.nn.Linear4bit if quantize == "nf4" else bnb.nn.Linear8bitLt
+    assert any(isinstance(m, packed) for m in language.modules())
     for first, second in zip(before, after, strict=True):
         if first.norm() > 0:
             assert F.cosine_similarity(first.double(), second.double(), dim=0) >= 0.9999
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "t5"])
+def test_eight_bits_are_near_the_whole_numbers(language_folders: dict[str, Path], kind: str) -> None:
+    losses = []
+    for quantize in ("none", "int8", "nf4"):
+        language = load_language_model(language_folders[kind], quantize=quantize, compute_dtype=torch.float32)
+        ids, mask, labels = batch(language)
+        with torch.no_grad():
+            losses.append(float(language.supervised_loss(language.embed(ids), mask, labels)[0]))
+    whole, eight, four = losses
+    assert 0 < abs(eight - whole) < 0.01 * whole and abs(eight - whole) < abs(four - whole)
 
 
 def test_four_bit_covers_linear_layers_only_and_saves_memory(language_folders: dict[str, Path]) -> None:

@@ -17,11 +17,14 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
+from published import save_published
 from safetensors.torch import save_file
 
 from qformer import sources, weight_hash
 from qformer.errors import UserError
+from qformer.published import TOWER
 from qformer.sources import cache_root, find_cached, fingerprint, resolve, resolve_wheel_data
 
 
@@ -141,22 +144,92 @@ def test_each_trouble_with_the_hub_is_one_line_with_the_way_on(
     def snapshot(name: str, **options: Any) -> str:
         raise error
 
+    monkeypatch.setattr("huggingface_hub.list_repo_files", snapshot)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert says in complaint("openai/clip-vit-large-patch14")
 
 
+class Hub:
+    """Stands in for a hub: one repository's files, and what was asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, files: list[str], folder: Path) -> None:
+        self.files, self.folder = files, folder
+        self.asked: list[dict[str, Any]] = []
+        monkeypatch.setattr("huggingface_hub.list_repo_files", self.list)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.fetch)
+
+    def list(self, name: str, revision: str | None) -> list[str]:
+        self.asked.append({"name": name, "revision": revision})
+        return self.files
+
+    def fetch(self, name: str, **options: Any) -> str:
+        self.asked.append({"name": name, **options})
+        return str(self.folder)
+
+
 def test_a_hub_id_asks_for_safetensors_and_no_pickles(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-
-    def snapshot(name: str, **options: Any) -> str:
-        asked.update(options, name=name)
-        return str(model_folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    wanted = ["config.json", "model.safetensors", "tokenizer.model", "vocab.txt", "qformer_tokenizer/vocab.txt"]
+    others = ["pytorch_model.bin", "README.md", "onnx/model.json", "model.fp16.safetensors", "tf_model.json"]
+    hub = Hub(monkeypatch, [*wanted, *others], model_folder)
     assert resolve("org/name") == model_folder
-    assert asked["name"] == "org/name"
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
+    assert hub.asked[-1] | {"local_files_only": False} == {
+        "name": "org/name", "revision": None, "allow_patterns": wanted, "ignore_patterns": None,
+        "local_files_only": False,
+    }  # fmt: skip
+
+
+def test_a_revision_is_asked_for(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, ["config.json", "model.safetensors"], model_folder)
+    assert resolve("org/name@refs/pr/3") == resolve("org/name@0123abc") == model_folder
+    assert [one["revision"] for one in hub.asked] == ["refs/pr/3"] * 2 + ["0123abc"] * 2
+    assert {one["name"] for one in hub.asked} == {"org/name"}
+    assert "there is no such folder" in complaint("org/name@")
+
+    def gone(name: str, revision: str | None) -> list[str]:
+        raise hub_error(RevisionNotFoundError, 404)
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", gone)
+    assert "no revision 'v9'" in complaint("org/name@v9")
+
+
+def test_a_repository_without_safetensors_is_refused_before_anything_is_fetched(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch, ["config.json", "pytorch_model.bin", "safetensors/model.safetensors"], model_folder)
+    said = complaint("org/name@v1")
+    assert "only pytorch_model.bin, a pickle" in said and "org/name@REVISION" in said and "save_pretrained" in said
+    hub.files = ["config.json"]
+    assert "no *.safetensors" in complaint("org/name")
+    assert not any("allow_patterns" in one for one in hub.asked)
+
+
+def test_a_hub_that_does_not_answer_leaves_its_cache(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, [], model_folder)
+
+    def silent(name: str, revision: str | None) -> list[str]:
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", silent)
+    assert resolve("org/name") == model_folder
+    assert hub.asked[-1]["allow_patterns"] == ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def test_of_a_published_blip2_only_the_shards_that_are_needed_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "blip2"
+    save_published(folder, "blip2-opt")
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in weights.items() if name.startswith("vision_model.")}
+    for file in set(weights.values()) - needed:
+        (folder / file).unlink()
+    hub = Hub(monkeypatch, files, folder)
+    assert resolve("org/blip2", parts=TOWER) == folder
+    assert {file for file in hub.asked[-1]["allow_patterns"] if file.endswith(".safetensors")} == needed
+    whole = fingerprint(folder, TOWER)
+    assert "lacks" in complaint("org/blip2")  # as a whole it is not there
+    assert whole == fingerprint(folder, TOWER) and whole.startswith("sha256:")
 
 
 def test_the_fingerprint_is_that_of_the_tensors(model_folder: Path) -> None:

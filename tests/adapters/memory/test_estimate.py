@@ -40,12 +40,12 @@ def skeleton(recipe: Recipe, quantized: bool = True, attention: str = "eager") -
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "quantize"), [*((kind, "nf4") for kind in KINDS), ("opt", "int8"), ("t5", "int8")])
 def test_a_skeleton_is_what_is_loaded(
-    cache_here: Path, vision_folder: Path, language_folders: dict[str, Path], kind: str
+    cache_here: Path, vision_folder: Path, language_folders: dict[str, Path], kind: str, quantize: str
 ) -> None:
-    """Every group of weights of the loaded 4-bit model: dtype, quantised, trained, count and bytes."""
-    recipe = recipe_of(vision_folder, language_folders[kind])
+    """Every group of weights of the loaded packed model: dtype, quantised, trained, count and bytes."""
+    recipe = recipe_of(vision_folder, language_folders[kind], quantize=quantize)
     loaded = summarise_modules(assemble(recipe, device="cpu", dtype="float32").model)
     assert summarise_modules(skeleton(recipe)) == loaded
     assert any(part.quantized for part in loaded) and any(part.trainable for part in loaded)

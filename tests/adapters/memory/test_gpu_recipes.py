@@ -61,11 +61,8 @@ def test_the_pairs_the_project_promises_are_there() -> None:
     }  # fmt: skip
     clip = ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336")
     llms = ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen2.5-7B-Instruct")
-    blip2 = {
-        ("Salesforce/blip2-opt-2.7b", "facebook/opt-2.7b"),
-        ("Salesforce/blip2-flan-t5-xl", "google/flan-t5-xl"),
-    }
-    assert pairs == {(tower, llm) for tower in clip for llm in llms} | blip2
+    whole = {f"Salesforce/{name}" for name in ("blip2-opt-2.7b", "blip2-flan-t5-xl", "instructblip-flan-t5-xl")}
+    assert pairs == {(tower, llm) for tower in clip for llm in llms} | {(source, source) for source in whole}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -156,7 +153,9 @@ def test_settings_are_those_of_the_papers(name: str) -> None:
     lora = recipe.language.lora
     assert recipe.language.quantize == "nf4" and recipe.language.gradient_checkpointing
     assert lora is not None and 8 <= lora.rank <= 16 and lora.alpha == 2 * lora.rank and lora.targets == "all-linear"
-    assert (recipe.bridge.preset, recipe.bridge.start) == ("blip2", "google-bert/bert-base-uncased")
+    whole = recipe.language.source.startswith("Salesforce/")  # then the bridge is the checkpoint's own
+    start = recipe.language.source if whole else "google-bert/bert-base-uncased"
+    assert (recipe.bridge.preset, recipe.bridge.start) == ("blip2", start)
     assert recipe.vision.towers[0].layer == -2
     train = recipe.train
     assert (train.learning_rate, train.betas, train.weight_decay, train.clip_norm) == (1e-4, (0.9, 0.98), 0.05, 0.3)
