@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adapters.artefact.artefact import load_vision_side_artefact
     from adapters.artefact.averaging import average_artefacts
+    from adapters.artefact.exporting import export_adapter
+    from adapters.artefact.importing import import_published
     from adapters.finetune import finetune
     from adapters.inference.retrieval import Retriever
     from adapters.memory.estimate import estimate_memory
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from qformer.errors import UserError
     from serve.adapter import LoadedAdapter, load_adapter, picture_ref
     from serve.attention import look
-    from serve.batch import VQAPredictor, run_batch
+    from serve.batch.predictor import VQAPredictor
+    from serve.batch.run import run_batch
     from serve.engine import Engine
     from serve.evaluate import evaluate
+    from serve.push import push
     from serve.retrieval import PictureIndex, classify, load_retriever
 
     __version__: str
@@ -35,12 +39,14 @@ _MODULES = {
     "PictureIndex": "serve.retrieval",
     "Retriever": "adapters.inference.retrieval",
     "UserError": "qformer.errors",
-    "VQAPredictor": "serve.batch",
+    "VQAPredictor": "serve.batch.predictor",
     "average_artefacts": "adapters.artefact.averaging",
     "classify": "serve.retrieval",
     "estimate_memory": "adapters.memory.estimate",
     "evaluate": "serve.evaluate",
+    "export_adapter": "adapters.artefact.exporting",
     "finetune": "adapters.finetune",
+    "import_published": "adapters.artefact.importing",
     "load_adapter": "serve.adapter",
     "load_recipe": "adapters.recipe",
     "load_retriever": "serve.retrieval",
@@ -48,7 +54,8 @@ _MODULES = {
     "look": "serve.attention",
     "picture_ref": "serve.adapter",
     "pretrain": "adapters.pretrain",
-    "run_batch": "serve.batch",
+    "push": "serve.push",
+    "run_batch": "serve.batch.run",
 }
 
 __all__ = [
@@ -64,7 +71,9 @@ __all__ = [
     "classify",
     "estimate_memory",
     "evaluate",
+    "export_adapter",
     "finetune",
+    "import_published",
     "load_adapter",
     "load_recipe",
     "load_retriever",
@@ -72,6 +81,7 @@ __all__ = [
     "look",
     "picture_ref",
     "pretrain",
+    "push",
     "run_batch",
 ]
 

@@ -97,6 +97,9 @@ class VisionLanguageModel(nn.Module):
         """Training mode for what is trained; frozen towers stay in evaluation mode."""
         super().train(mode)
         self.encoders.train(False)
+        for part in self.trainable_parts().values():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.train(False)  # frozen means no dropout
         return self
 
     def image_embeddings(
@@ -172,9 +175,15 @@ class VisionLanguageModel(nn.Module):
         )
 
     @torch.no_grad()
-    def prefill(self, batch: TokenBatch, image_embeddings: Tensor) -> list[PrefixCache]:
-        """Read the first parts of prompts, all of one length; images' vectors [I, Q, D_l] in reading order."""
-        return prefill(self.language, self.place(batch, image_embeddings))
+    def prefill(
+        self, batch: TokenBatch, image_embeddings: Tensor, *, stopped: Callable[[], bool] | None = None
+    ) -> list[PrefixCache]:
+        """Read the first parts of prompts, all of one length; images' vectors [I, Q, D_l] in reading order.
+
+        Raises:
+            Stopped: `stopped`, which is looked at between parts of a long prompt, says so.
+        """
+        return prefill(self.language, self.place(batch, image_embeddings), stopped=stopped)
 
     @torch.no_grad()
     def generate(

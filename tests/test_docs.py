@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
+from published import save_published
 from reason_data import draw_reasons, write_scienceqa
 from tiny import draw_captions, save_tiny_bert, tiny_values
 
 from adapters import recipe as recipe_module
+from adapters.artefact.importing import import_published
 from adapters.data.scenes.files import write_scenes
 from adapters.finetune import finetune
 from adapters.pretrain import pretrain
@@ -77,6 +79,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, vision_folder: Path, lan
                 parse_recipe(reasons, "test"), folder / "runs" / name, device="cpu", dtype="float32", quiet=True
             )  # fmt: skip
         compared = "encoders/efficientnet-lite2-head-trained-on-captions-0"
+        save_published(folder / "checkpoints" / "blip2-opt-2.7b", "blip2-opt")
+        import_published(str(folder / "checkpoints" / "blip2-opt-2.7b"), folder / "runs" / "blip2")
         for made, names in (
             ("scenes", ["scienceqa"]), ("stage1", ["scenes_stage1", compared]), ("stage2", ["scenes_stage2"]),
         ):  # fmt: skip
@@ -98,6 +102,9 @@ def draw_questions(folder: Path) -> None:
             file.write(name.encode())  # pictures are told apart by their bytes
     for name in ("my_data", "my_test", "rooms_train", "rooms_val"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "photos.csv").write_text(
+        "photo;prompt;answer\n" + "".join(f"{row['image']};{row['question']};red\n" for row in rows)
+    )
     (folder / "captions.csv").write_text("image\nphoto.jpg\nthird.jpg\n")
 
 

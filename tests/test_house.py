@@ -17,7 +17,7 @@ MAX_LINES = 400
 HEAVY = ("torch", "transformers", "gradio", "peft", "accelerate", "bitsandbytes", "matplotlib", "pyarrow", "onnx")
 FLOORS = (  # from the lowest to the highest; the longest name that fits a file counts
     ("qformer",),
-    ("adapters.catalogue", "adapters.overrides", "adapters.tasks", "adapters.recipe"),
+    ("adapters.catalogue", "adapters.overrides", "adapters.tasks", "adapters.recipe_data", "adapters.recipe"),
     ("adapters.data.scenes",),
     ("adapters.data",),
     ("adapters.choice",),

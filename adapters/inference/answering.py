@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeVar, cast
 
@@ -24,6 +22,7 @@ from adapters.data.collate import (
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt
+from adapters.inference.request import Completion, Request
 from adapters.loading.assembly import Assembly
 from qformer.decoding import Decoding
 from qformer.generation import Generated, OnStep, PrefixCache
@@ -34,41 +33,6 @@ _ONE_LOOP = 64 * 2**20  # bytes of prefixes that a loop over many questions keep
 
 _Key = tuple[object, ...]
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt with its pictures.
-
-    Attributes:
-        prompt: tokenised.
-        images: its pictures, in order.
-    """
-
-    prompt: Prompt
-    images: tuple[ImageRef, ...]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer.
-
-    Attributes:
-        text: in words.
-        tokens: how many tokens were written, the end token included.
-        ended: it came to its end; False if it was cut off.
-        log_prob: mean log-probability of its tokens, so that long and short answers compare.
-    """
-
-    text: str
-    tokens: int
-    ended: bool
-    log_prob: float
-
-    @property
-    def confidence(self) -> float:
-        """The geometric mean of its tokens' probabilities, between 0 and 1."""
-        return math.exp(self.log_prob)
 
 
 class Generator:
@@ -100,7 +64,11 @@ class Generator:
             asked: at least one prompt; an answer does not depend on the others.
             decoding: how tokens are chosen.
             on_step: called after each token with what every row said so far; True ends a row. Not in beam search.
-            stopped: looked at after each token of a beam search; True ends it with what was found.
+            stopped: looked at after each token of a beam search, where True ends it with what was found; and between
+                the parts of a long prompt.
+
+        Raises:
+            Stopped: `stopped` said so while a prompt was being read.
         """
 
         def step(ids: Tensor, log_probs: Tensor) -> Tensor:
@@ -119,6 +87,30 @@ class Generator:
             end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
             written.append(tuple(tokens[: end + 1]))
         return written
+
+    def unread(self, asked: Request) -> int:
+        """Tokens of its prompt that have still to be read, given what is kept of its pictures."""
+        return len(asked.prompt.own) + (0 if self._key(asked) in self._kept else len(asked.prompt.shared))
+
+    @torch.no_grad()
+    def start(
+        self, asked: Sequence[Request], *, stopped: Callable[[], bool] | None = None
+    ) -> list[tuple[PrefixCache | None, Tensor]]:
+        """Read each prompt's shared part, if there is one; with it the vectors [T, D_l] of the rest.
+
+        Raises:
+            Stopped: `stopped`, which is looked at between the parts of a long prompt, says so.
+        """
+        assembly = self.assembly
+        assembly.model.language.activate()
+        prefixes = self._prefixes(asked, stopped)
+        prompts = [Prompt((), one.prompt.own, 0) for one in asked]
+        batch = collate_prompts(prompts, assembly.prompts.tokenizer.pad_token_id).to(assembly.model.device)
+        answers = self._read_answers([(image, one.prompt.instruction) for one in asked for image in one.images])
+        placed = assembly.model.place(batch, self._none(), answers)  # [B, T, D_l], padded on the left
+        self._forget()
+        rests = [row[len(row) - len(one.own) :] for row, one in zip(placed, prompts, strict=True)]
+        return list(zip(prefixes, rests, strict=True))
 
     def knows(self, asked: Request) -> bool:
         """Whether all its pictures' vectors are kept: they have been opened, and need not be again."""
@@ -139,7 +131,7 @@ class Generator:
         language.activate()
         pad, device = assembly.prompts.tokenizer.pad_token_id, assembly.model.device
         if language.can_reuse_prefix:
-            prefixes = self._prefixes(asked)
+            prefixes = self._prefixes(asked, stopped)
             prompts = [Prompt((), one.prompt.own, 0) for one in asked]
             vectors = self._none()
         else:
@@ -168,7 +160,8 @@ class Generator:
             ended = len(written) < len(tokens)
             count = len(written) + ended
             log_prob = sum(chance[:count]) / count
-            said.append(Completion(self.assembly.prompts.decode(written), count, ended, log_prob))
+            single = tuple(zip(tokens[:count], chance[:count], strict=True))
+            said.append(Completion(self.assembly.prompts.decode(written), count, ended, log_prob, single))
         return said
 
     @torch.no_grad()
@@ -225,7 +218,9 @@ class Generator:
         whole = iter(part.sum().item() for part in tokens.split(lengths))
         return [[next(whole) for _ in row.packed_answers] for row in rows]
 
-    def _prefixes(self, asked: Sequence[Request]) -> list[PrefixCache | None]:
+    def _prefixes(
+        self, asked: Sequence[Request], stopped: Callable[[], bool] | None = None
+    ) -> list[PrefixCache | None]:
         """Keys and values over each prompt's shared part; None for a prompt without pictures."""
         keys = [self._key(one) for one in asked]
         waiting = {
@@ -238,7 +233,7 @@ class Generator:
         for alike in by_length.values():
             prompts = [Prompt(one.prompt.shared, (), one.prompt.num_images) for _, one in alike]
             vectors = self._vectors([one for _, one in alike])
-            read = self.assembly.model.prefill(collate_prompts(prompts, pad).to(device), vectors)
+            read = self.assembly.model.prefill(collate_prompts(prompts, pad).to(device), vectors, stopped=stopped)
             self._kept |= zip([key for key, _ in alike], read, strict=True)
         return [cast(PrefixCache, self._kept[key]) if key in self._kept else None for key in keys]
 

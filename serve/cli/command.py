@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import typer
 
 from qformer.errors import UserError
-from serve.cli import cache, data, demo, look, reason, search, serve, train
+from serve.cli import batch, cache, data, demo, export, import_, look, push, reason, search, serve, train
 from serve.cli.common import (
     AdapterOption,
     AnswerAdapterOption,
     BeamsOption,
     ChoicesOption,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -34,6 +35,7 @@ from serve.cli.common import (
     RationaleTokensOption,
     SkipOption,
     check_pictures,
+    columns_of,
     decoding_over,
     progress,
     report,
@@ -50,6 +52,10 @@ app = typer.Typer(
 
 app.command()(train.finetune)
 app.command()(train.pretrain)
+app.command("import")(import_.import_)
+app.command()(export.export)
+app.command()(push.push)
+app.command()(batch.batch)
 app.command()(reason.reason)
 app.command()(search.search)
 app.command()(search.classify)
@@ -124,45 +130,6 @@ def caption(
 
 
 @app.command()
-def batch(
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="JSONL, JSON or CSV with image and question columns.")],
-    out: Annotated[Path, typer.Option("--out", help="The JSONL file to write; a stopped job goes on where it was.")],
-    adapter: AdapterOption = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="vqa or caption; inferred from the rows if left out.")
-    ] = None,
-    limit: LimitOption = None,
-    skip_bad_rows: SkipOption = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 64,
-    decoding: PresetOption = None,
-    beams: BeamsOption = None,
-    max_new_tokens: MaxTokensOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    offline: OfflineOption = False,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Answer a file of questions: rows in, rows out, each kept as it comes."""
-    from adapters.data.readers import check_source
-    from serve.batch import TASKS, VQAPredictor, run_batch
-
-    over = decoding_over(decoding, beams, max_new_tokens)
-    check_source(source)
-    predictor = VQAPredictor(adapter, batch_size=batch_size, device=device, dtype=dtype, offline=offline)
-    predictor.decoding = {kind: over(predictor.engine.default_decoding(kind)) for kind in TASKS}
-    done = run_batch(
-        source, out, predictor, task=task, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
-        on_progress=None if quiet else progress("answered"),
-    )  # fmt: skip
-    report(
-        {"out": str(out), **vars(done)},
-        as_json,
-        f"{out}: {done.answered} rows answered, {done.already} were already, {done.failed} bad rows",
-    )
-
-
-@app.command()
 def evaluate(
     data: Annotated[str, typer.Argument(help="A data file with answers, easy-vqa:test, or FOLDER:SPLIT of ScienceQA.")],
     adapter: AdapterOption = None,
@@ -177,6 +144,7 @@ def evaluate(
     rerank: Annotated[
         bool, typer.Option("--rerank/--no-rerank", help="For retrieval: let ITM rank the best 16 again.")
     ] = True,
+    columns: ColumnsOption = None,
     limit: LimitOption = None,
     skip_bad_rows: SkipOption = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 64,
@@ -197,7 +165,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score an adapter on a data set, with what language alone would score beside it."""
-    from adapters.data.readers import check_source
+    from adapters.data.sources import check_source
 
     if task not in ("vqa", "caption", "reason", "retrieval"):
         raise UserError(f"--task {task}: take vqa, caption, reason or retrieval")
@@ -209,6 +177,7 @@ def evaluate(
         raise UserError(f"--no-rerank goes with --task retrieval, not {task}")
     if task != "vqa" and match != "exact":
         raise UserError(f"--match goes with --task vqa, not {task}")
+    named = columns_of(columns)
     check_source(data)
     if match != "exact":
         from serve.evaluate import check_match
@@ -228,8 +197,8 @@ def evaluate(
         first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
         scores = evaluate_reasons(
             first, data, answer_adapter=second, controls=controls, blank_images=blank_images, limit=limit,
-            skip_bad_rows=skip_bad_rows, offline=offline, batch_size=batch_size, rationale_tokens=rationale_tokens,
-            decoding=over(Decoding()), on_progress=on_progress,
+            skip_bad_rows=skip_bad_rows, columns=named, offline=offline, batch_size=batch_size,
+            rationale_tokens=rationale_tokens, decoding=over(Decoding()), on_progress=on_progress,
         )  # fmt: skip
     elif task == "retrieval":
         from serve.evaluate import evaluate_retrieval
@@ -237,8 +206,8 @@ def evaluate(
 
         retriever, _ = load_retriever(adapter, device=device, dtype=dtype, offline=offline)
         scores = evaluate_retrieval(
-            retriever, data, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows, offline=offline,
-            rerank=rerank, on_progress=on_progress,
+            retriever, data, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows, columns=named,
+            offline=offline, rerank=rerank, on_progress=on_progress,
         )  # fmt: skip
     else:
         from serve.adapter import load_adapter
@@ -248,7 +217,7 @@ def evaluate(
         loaded = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
         scores = run(
             loaded, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
-            offline=offline, batch_size=batch_size, decoding=over(loaded.default_decoding(task)),
+            columns=named, offline=offline, batch_size=batch_size, decoding=over(loaded.default_decoding(task)),
             predictions=predictions, match=match, on_progress=on_progress,
             tell=None if quiet else partial(typer.echo, err=True),
         )  # fmt: skip

@@ -53,6 +53,12 @@ RationaleTokensOption = Annotated[
 SkipOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, count and report them, instead of stopping.")
 ]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--columns", metavar="FIELD=COLUMN,…", help="Names of the data's columns, such as image=photo,question=prompt."
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of weights and order; the recipe's if left out.")]
 
@@ -86,6 +92,19 @@ def split_list(text: str, flag: str) -> list[str]:
     if not all(isinstance(entry, str) for entry in listed):
         raise UserError(f"{flag} {text}: put each entry of the list into double quotes")
     return listed
+
+
+def columns_of(text: str | None) -> dict[str, str] | None:
+    """The columns that `--columns` names; None if it was not given.
+
+    Raises:
+        UserError: it is not of the form field=column,…
+    """
+    if text is None:
+        return None
+    from adapters.data.columns import parse_columns
+
+    return parse_columns(text)
 
 
 def report(values: dict[str, Any], as_json: bool, text: str) -> None:

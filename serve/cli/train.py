@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +13,17 @@ from typing import Annotated, Any
 import typer
 
 from qformer.errors import UserError
-from serve.cli.common import DeviceOption, DtypeOption, JsonOption, OfflineOption, QuietOption, SeedOption, report
+from serve.cli.common import (
+    ColumnsOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OfflineOption,
+    QuietOption,
+    SeedOption,
+    columns_of,
+    report,
+)
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="The run's folder; left out, runs/RECIPE.")]
 StartOption = Annotated[
@@ -30,6 +41,7 @@ def finetune(
     task: Annotated[
         str | None, typer.Option("--task", help="vqa, caption or reason; the recipe's, or inferred from the data.")
     ] = None,
+    columns: ColumnsOption = None,
     start_from: StartOption = None,
     budget: Annotated[
         str | None, typer.Option("--budget", help="Time for the whole run, such as 10m: as many steps as fit.")
@@ -54,6 +66,8 @@ def finetune(
     from adapters.training.cross_validation import cross_validate
 
     given = _overrides(set_, task=task, seed=seed)
+    if (named := columns_of(columns)) is not None:
+        given.append(f"data.columns={json.dumps(named)}")
     if budget is not None and folds is not None:
         raise UserError("--budget and --folds: a budget is for one run; leave one of the two out")
     if budget is not None:
@@ -159,20 +173,25 @@ def _recipe_for(
     sets what was not set, and says why. ScienceQA has its own rows to choose on, and is answered by
     letters.
     """
+    from adapters.catalogue import shipped_recipes
     from adapters.choice import WITHOUT_READER, choose_settings
     from adapters.data.readers import read_data
     from adapters.data.scienceqa import scienceqa_folder
+    from adapters.data.sources import is_data
     from adapters.recipe import find_recipe, load_recipe
-    from adapters.training.start import sections_of
+    from adapters.training.start import is_published, sections_of
 
     path = Path(name)
-    packaged, science = name.startswith("easy-vqa:"), scienceqa_folder(name)
-    if not packaged and science is None and path.suffix.lower() not in (".jsonl", ".json", ".csv"):
+    science = scienceqa_folder(name)
+    if name in shipped_recipes() or not is_data(name):
         return load_recipe(name, overrides), find_recipe(name).stem
-    source = name if packaged else str(path.resolve())
+    source = name if name.startswith(("easy-vqa:", "hub:")) else str(path.resolve())
     given = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
-    skips = load_recipe("domain_cpu", overrides).data.skip_bad_rows
-    rows = read_data(source, task=given.get("task"), skip_bad_rows=skips, offline=offline)
+    data_section = load_recipe("domain_cpu", overrides).data
+    rows = read_data(
+        source, task=given.get("task"), skip_bad_rows=data_section.skip_bad_rows, columns=data_section.columns,
+        offline=offline,
+    )  # fmt: skip
     task = rows.task
     held_out = None if science is None else f"{science[0].resolve()}:val"
     data = [f"data.train={json.dumps(source)}", f"data.val={json.dumps(held_out)}", f"task={task}"]
@@ -181,7 +200,7 @@ def _recipe_for(
     theirs = sections_of(start_from) if start_from is not None else {}
     sections = [f"{key}={json.dumps(section)}" for key, section in theirs.items()]
     chosen: tuple[str, ...] = ()
-    if base is None and task in ("caption", "mixed"):
+    if base is None and (task in ("caption", "mixed") or (start_from is not None and is_published(start_from))):
         chosen = WITHOUT_READER
     elif base is None and task == "vqa" and "bridge.reader" not in given:
         choice = choose_settings(rows.examples)
@@ -189,4 +208,4 @@ def _recipe_for(
         if not quiet:
             print("\n".join(choice.reasons), file=sys.stderr)
     base = base or ("reason_cpu" if task == "reason" else "domain_cpu")
-    return load_recipe(base, [*data, *sections, *chosen, *overrides]), path.stem.replace(":", "-")
+    return load_recipe(base, [*data, *sections, *chosen, *overrides]), re.sub(r"[^\w.-]+", "-", path.stem).strip("-")
