@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,9 +27,16 @@ from qformer.language import LanguageModel
 from qformer.lm_head import logits_at
 
 _LOGITS_AT_ONCE = 512  # positions: those of a whole batch of long answers would take gigabytes
+READ_AT_ONCE = 256  # positions of a prompt: between two parts of a long one it is seen whether anybody still waits
+_FEWEST_AT_ONCE = 64
+_PART_SECONDS = 0.6  # a slower machine reads smaller parts
 
 OnStep = Callable[[Tensor, Tensor], Tensor | None]
 """Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
+
+
+class Stopped(Exception):
+    """Nobody waits for the answer any more; raised while its prompt is being read."""
 
 
 @dataclass(frozen=True)
@@ -213,13 +221,37 @@ class PartlyRead:
             self.cache, read = _stack_prefixes(prefixes, language.config)
             self.mask = torch.cat([read, mask], dim=1)
 
-    def read_on(self) -> None:
-        """Read up to the last token: beams that start from one prompt would read all of it once each."""
-        if self.embeds.shape[1] > 1:
-            if self.cache is None:
-                self.cache = DynamicCache(config=self.language.config)
-            self._logits(self.embeds[:, :-1], self.mask[:, :-1], self.cache, slice(-1, None))
-            self.embeds = self.embeds[:, -1:]
+    def read_on(self, *, keep: int = 1, stopped: Callable[[], bool] | None = None) -> Tensor | None:
+        """Read on, a part of `READ_AT_ONCE` positions after the other, or of fewer if a part takes long.
+
+        Args:
+            keep: positions at the end that are left unread. Beams that start from one prompt would read all of it once
+                each, so they share all but its last token.
+            stopped: looked at between parts.
+
+        Returns:
+            Logits [B, 1, V] after the last position that was read; None if there was nothing to read.
+
+        Raises:
+            Stopped: `stopped` says so.
+        """
+        logits, done, most = None, self.mask.shape[1] - self.embeds.shape[1], READ_AT_ONCE
+        if self.cache is None and self.embeds.shape[1] > keep:
+            self.cache = DynamicCache(config=self.language.config)
+        while (left := self.embeds.shape[1] - keep) > 0:
+            if logits is not None and stopped is not None and stopped():
+                raise Stopped
+            part, self.embeds = self.embeds.tensor_split([min(left, most)], dim=1)
+            done, began = done + part.shape[1], time.monotonic()
+            with fused_attention(self.language, len(part) == 1 and done > READ_AT_ONCE):
+                logits = self._logits(part, self.mask[:, :done], self.cache, slice(-1, None))
+            if time.monotonic() - began > _PART_SECONDS:
+                most = max(min(most, _FEWEST_AT_ONCE), most // 2)
+        return logits
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [B, H, R, D] of each layer over what has been read."""
+        return [(layer.keys, layer.values) for layer in cast(Any, self.cache).layers]
 
     def inputs(self, beams: int) -> dict[str, Any]:
         """What transformers' `generate` takes; beams go on with a copy of the cache."""
@@ -261,8 +293,7 @@ class PartlyRead:
 
     def _rows_of_cache(self, rows: Tensor) -> DynamicCache:
         """A copy of the cache with these rows, in this order."""
-        parts = [(layer.keys, layer.values) for layer in cast(Any, self.cache).layers]
-        layers = [(keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in parts]
+        layers = [(keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in self.layers()]
         return DynamicCache(layers, config=self.language.config)
 
     def _logits(self, embeds: Tensor, mask: Tensor, cache: DynamicCache | None, wanted: slice) -> Tensor:
@@ -274,13 +305,39 @@ class PartlyRead:
             return cast(Tensor, self.language.model(**inputs, use_cache=cache is not None).logits)
 
 
+@contextmanager
+def fused_attention(language: LanguageModel, wanted: bool) -> Iterator[None]:
+    """Let a model that is loaded with plain matrix products attend by torch's fused kernel for a while.
+
+    Over the thousands of keys of a long prompt the kernel is faster on a CPU; over few it is slower.
+    """
+    config = language.config
+    plain = config._attn_implementation
+    fused = wanted and plain == "eager" and getattr(language.base, "_supports_sdpa", False)
+    if fused:
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        if fused:
+            config._attn_implementation = plain
+
+
 @torch.no_grad()
-def prefill(language: LanguageModel, inputs_embeds: Tensor) -> list[PrefixCache]:
-    """Read the first parts of prompts, all of one length and unpadded, [B, T, D_l], if `can_reuse_prefix`."""
-    with language.evaluating(), language.autocast(), logits_at(language.base, (slice(None), slice(-1, None))):
-        cache = language.model(inputs_embeds=inputs_embeds.to(language.compute_dtype), use_cache=True).past_key_values
+def prefill(
+    language: LanguageModel, inputs_embeds: Tensor, *, stopped: Callable[[], bool] | None = None
+) -> list[PrefixCache]:
+    """Read the first parts of prompts, all of one length and unpadded, [B, T, D_l], if `can_reuse_prefix`.
+
+    Raises:
+        Stopped: `stopped`, which is looked at between parts of `READ_AT_ONCE` positions, says so.
+    """
+    mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+    with language.evaluating():
+        prompts = PartlyRead(language, inputs_embeds, mask, None)
+        prompts.read_on(keep=0, stopped=stopped)
     return [
-        PrefixCache(tuple((layer.keys[row].clone(), layer.values[row].clone()) for layer in cache.layers))
+        PrefixCache(tuple((keys[row].clone(), values[row].clone()) for keys, values in prompts.layers()))
         for row in range(len(inputs_embeds))
     ]
 
@@ -306,7 +363,11 @@ def generate(
         prefixes: what `prefill` gave for each row; None for a row that starts with `inputs_embeds`.
         on_step: called after each token with all new ones, [B, N], and their log-probabilities; what it returns,
             bool [B], ends rows. Not in beam search, which may still change its mind.
-        stopped: looked at after each token of a beam search; True ends it with what was found.
+        stopped: looked at after each token of a beam search, where True ends it with what was found; and between the
+            parts of a long prompt that beams share.
+
+    Raises:
+        Stopped: `stopped` said so while the prompt was being read.
     """
     options = generation_options(decoding, pad_id=language.tokenizer.pad_token_id, stop_ids=language.stop_ids)
     # a decoder starts from a start token, which is no answer's
@@ -318,7 +379,7 @@ def generate(
     with language.evaluating():
         prompts = PartlyRead(language, inputs_embeds, attention_mask, prefixes)
         if observer is None and language.can_reuse_prefix:
-            prompts.read_on()
+            prompts.read_on(stopped=stopped)
         with (
             language.autocast(),
             logits_at(language.base, (slice(None), slice(-1, None))),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
         model: a causal or an encoder-decoder model of transformers.
         tokenizer: its tokenizer. A missing padding token is replaced by the end-of-text token.
         compute_dtype: bfloat16 runs the model under autocast; float32 does not.
+        end_ids: tokens that end an answer; left out, the tokenizer's end token and the model's own.
     """
 
     def __init__(
@@ -48,8 +49,11 @@ class LanguageModel(nn.Module):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         compute_dtype: torch.dtype = torch.float32,
+        *,
+        end_ids: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        self.end_ids = end_ids
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.compute_dtype = compute_dtype
@@ -120,7 +124,7 @@ class LanguageModel(nn.Module):
         other = LanguageModel.__new__(LanguageModel)
         nn.Module.__init__(other)
         other.model, other.tokenizer, other.compute_dtype = self.model, self.tokenizer, self.compute_dtype
-        other.checkpointing, other.label_smoothing = False, 0.0
+        other.checkpointing, other.label_smoothing, other.end_ids = False, 0.0, self.end_ids
         other._lora, other._family = None, self._family
         self._family.append(other)
         return other.train(False)
@@ -242,7 +246,9 @@ class LanguageModel(nn.Module):
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the tokenizer's end token and the model's own."""
+        """Tokens that end an answer: `end_ids`, or the tokenizer's end token and the model's own."""
+        if self.end_ids is not None:
+            return sorted(self.end_ids)
         ids = {self.tokenizer.eos_token_id}
         configured = getattr(self.base.generation_config, "eos_token_id", None)
         ids.update(configured if isinstance(configured, list) else [configured])

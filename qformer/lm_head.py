@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
+
+_ASKED: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()  # of each head, the innermost last
 
 
 @contextmanager
@@ -14,13 +17,22 @@ def logits_at(model: Any, positions: Tensor | tuple[slice, slice]) -> Iterator[N
     """Hand the LM head only the hidden states [B, T, D] that `positions` picks: a mask [B, T] gives [N, D].
 
     Training wants the supervised positions, generation the last; logits of a whole batch of prompts take gigabytes.
+    Of contexts inside each other the innermost holds: a search may pause while something else is computed.
 
     A hook on the head, rather than a call of the parts below it, keeps whatever a model does before its head (T5's
     scaling) and after it (Gemma's soft cap), and works through PEFT's wrapper.
     """
-    # A slice that isn't contiguous would have torch multiply batch by batch, with a copy of the head for each
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][positions].contiguous(),))
+    head = model.get_output_embeddings()
+    asked, own = _ASKED.setdefault(head, []), object()
+
+    def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        # A slice that isn't contiguous would have torch multiply batch by batch, with a copy of the head for each
+        return (args[0][positions].contiguous(),) if asked[-1] is own else None
+
+    asked.append(own)
+    hook = head.register_forward_pre_hook(pick)
     try:
         yield
     finally:
         hook.remove()
+        asked.remove(own)

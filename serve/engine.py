@@ -1,27 +1,32 @@
 """The engine behind the page, the API and the command: several adapters over frozen models that are loaded once.
 
-One thread works for all who ask. It gathers what arrives together into batches, and each answer can be read along.
+One thread works for all who ask. Answers are written side by side, a token of each at a time: a request joins at the
+next token, and leaves when it is answered. What takes longer (beams, long prompts, other work with the models) is done
+one after the other, in slices, and between two slices the others get on.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
-from adapters.data.images import open_image
 from adapters.data.prompts import Turn
-from adapters.inference.answering import Completion, Request
+from adapters.inference.request import Request
 from adapters.loading.vision_side import FrozenModels
+from qformer.continuous import can_continue
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.adapter import ImageInput, LoadedAdapter, checked_choices, load_adapter, ranked, short_name
-from serve.pending import Answer, Busy, PendingAnswer
+from qformer.generation import Stopped
+from qformer.token_rules import TokenRules
+from serve.adapter import ImageInput, LoadedAdapter, checked_choices, load_adapter, short_name
+from serve.limits import MAX_PROMPT
+from serve.pending import Busy, PendingAnswer
+from serve.queue import Job, Queue, Waiting
+from serve.writing import Writers, answer_whole, batch_key, choose_after_reading, end_unwritten, language_of
 
 T = TypeVar("T")
 
@@ -31,8 +36,9 @@ _GATHER = 0.01  # seconds that a first request waits for company
 class Engine:
     """Several adapters over frozen models that are loaded once; one thread works for all who ask.
 
-    Requests that arrive together, or while others are being answered, are answered in one batch, each as it would be
-    alone. Every method may be called from any thread.
+    Requests that are answered at the same time share their passes through the models, each being answered as it would
+    be alone. Who asks for much doesn't keep others waiting: each client of `serve.pending.CLIENT` gets a turn. Every
+    method may be called from any thread.
 
     Args:
         adapters: loaded ones, or names as `load_adapter` takes them; the default first. None is the shipped default.
@@ -41,6 +47,7 @@ class Engine:
         offline: take frozen weights from the cache only.
         max_batch: requests answered together.
         max_waiting: requests that may wait; the next one is refused.
+        max_prompt: tokens that a request may have a model read; longer ones are refused.
 
     Raises:
         UserError: there is no such adapter, it does not fit its frozen models, or two have the same name.
@@ -55,9 +62,11 @@ class Engine:
         offline: bool = False,
         max_batch: int = 16,
         max_waiting: int = 64,
+        max_prompt: int = MAX_PROMPT,
     ) -> None:
         self.max_batch = max_batch
         self.max_waiting = max_waiting
+        self.max_prompt = max_prompt
         self._adapters: dict[str, LoadedAdapter] = {}
         frozen = FrozenModels()
         for named in adapters:
@@ -70,7 +79,8 @@ class Engine:
             if name in self._adapters:
                 raise UserError(f"--adapter {loaded.name}: another is called '{name}' too; rename one of the folders")
             self._adapters[name] = LoadedAdapter(loaded.assembly, loaded.facts, name)
-        self._waiting: deque[PendingAnswer | _Job] = deque()
+        self._queue = Queue()
+        self._writers = Writers()
         self._arrived = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="querybridge-engine", daemon=True)
@@ -84,7 +94,12 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait."""
-        return len(self._waiting)
+        return len(self._queue)
+
+    def ahead_of(self, pending: PendingAnswer) -> int:
+        """How many requests came before one and wait still; 0 once it is being answered."""
+        with self._arrived:
+            return self._queue.ahead_of(pending)
 
     def adapter(self, name: str | None = None) -> LoadedAdapter:
         """A loaded adapter; the default if no name is given.
@@ -105,6 +120,7 @@ class Engine:
         adapter: str | None = None,
         decoding: Decoding | None = None,
         stops: Sequence[str] = (),
+        rules: TokenRules | None = None,
     ) -> PendingAnswer:
         """Go on with a conversation; one user's turn is a plain question.
 
@@ -113,14 +129,22 @@ class Engine:
             adapter: which one answers; the default if left out.
             decoding: how tokens are chosen; greedy if left out.
             stops: the answer ends before any of these strings.
+            rules: what else is asked of its tokens; not in a beam search.
 
         Raises:
-            UserError: the conversation cannot be put to the model.
+            UserError: the conversation cannot be put to the model, or the model takes no rules.
             Busy: too many wait.
         """
         loaded = self.adapter(adapter)
-        pending = _pending_answer(loaded, loaded.chat_request(turns), decoding or Decoding())
+        pending = _pending_answer(
+            loaded, self._checked(loaded, loaded.chat_request(turns)), decoding or Decoding(), rules
+        )
         pending.stops = tuple(stops)
+        if rules is not None and (pending.decoding.num_beams > 1 or not can_continue(language_of(pending))):
+            raise UserError(
+                f"adapter '{loaded.name}': penalties, forms of answers and their tokens' probabilities are not for beam"
+                " searches, nor for its kind of language model; leave them out"
+            )
         return self._submit(pending)
 
     def caption(
@@ -140,7 +164,11 @@ class Engine:
     def choose(self, turns: Sequence[Turn], choices: Sequence[str], *, adapter: str | None = None) -> PendingAnswer:
         """Answer with one of the choices; raises as `chat`, and if there are fewer than two choices."""
         loaded = self.adapter(adapter)
-        return self._submit(PendingAnswer(loaded, loaded.chat_request(turns), Decoding(), checked_choices(choices)))
+        return self._submit(
+            PendingAnswer(
+                loaded, self._checked(loaded, loaded.chat_request(turns)), Decoding(), checked_choices(choices)
+            )
+        )
 
     def submit(
         self,
@@ -164,9 +192,9 @@ class Engine:
         if choices:
             worded = tuple(loaded.assembly.prompts.choice(choice, choices) for choice in choices)
             return self._submit(
-                PendingAnswer(loaded, loaded.check_length(asked), Decoding(), tuple(choices), worded), admitted
+                PendingAnswer(loaded, self._checked(loaded, asked), Decoding(), tuple(choices), worded), admitted
             )
-        return self._submit(_pending_answer(loaded, loaded.check_length(asked), decoding or Decoding()), admitted)
+        return self._submit(_pending_answer(loaded, self._checked(loaded, asked), decoding or Decoding()), admitted)
 
     def run(
         self, job: Callable[[LoadedAdapter], T], *, adapter: str | None = None, admitted: bool = False
@@ -181,7 +209,7 @@ class Engine:
         Raises:
             Busy: too many wait.
         """
-        waiting = _Job(self.adapter(adapter), job)
+        waiting = Job(self.adapter(adapter), job)
         self._submit(waiting, admitted)
         return waiting.future
 
@@ -198,175 +226,108 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, request: _Request, admitted: bool = False) -> _Request:
+    def _checked(self, loaded: LoadedAdapter, asked: Request) -> Request:
+        length = len(loaded.check_length(asked).prompt.ids)
+        if length > self.max_prompt:
+            raise UserError(
+                f"what is asked is {length} tokens, and --max-prompt is {self.max_prompt}: shorten it, or begin anew"
+            )
+        return asked
+
+    def _submit(self, request: Waiting, admitted: bool = False) -> Waiting:
         with self._arrived:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            if len(self._waiting) >= self.max_waiting:
+            if len(self._queue) >= self.max_waiting:
                 self._drop_stopped()
-            if len(self._waiting) >= self.max_waiting and not admitted:
+            if len(self._queue) >= self.max_waiting and not admitted:
                 raise Busy(f"{self.max_waiting} requests wait already; try again in a moment")
-            self._waiting.append(request)
+            self._queue.put(request)
             self._arrived.notify_all()
         return request
 
     def _work(self) -> None:
         while True:
             with self._arrived:
-                self._arrived.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    for request in self._waiting:
-                        request._fail(RuntimeError("the engine was closed"))
-                    return
-            time.sleep(_GATHER)
-            chosen: _Job | list[PendingAnswer] = []
-            try:
-                with self._arrived:
-                    chosen = self._next()
-                if isinstance(chosen, _Job):
-                    chosen.do()
-                else:
-                    _answer(chosen)
-            except BaseException as error:
-                for request in [chosen] if isinstance(chosen, _Job) else chosen:
-                    request._fail(error)
+                self._arrived.wait_for(lambda: len(self._queue) or len(self._writers) or self._closed)
+            if not self._closed and not len(self._writers):
+                time.sleep(_GATHER)
+            if not self._closed:
+                self._long_turn()
+                self._brief_turn()
+            if self._closed:
+                self._end_all(RuntimeError("the engine was closed"))
+                return
 
-    def _next(self) -> _Job | list[PendingAnswer]:
-        """The oldest request and those answered with it, taken off the queue; none if all were stopped."""
-        self._drop_stopped()
-        if not self._waiting:
-            return []
-        first = self._waiting.popleft()
-        if isinstance(first, _Job):
-            return first
-        chosen = [first]
-        for request in list(self._waiting):
-            if len(chosen) == self.max_batch or not isinstance(request, PendingAnswer):
-                continue
-            if _batch_key(request) == _batch_key(first) and _have_room([*chosen, request]):
-                chosen.append(request)
-                self._waiting.remove(request)
-        return chosen
+    def _brief_turn(self) -> None:
+        """Begin what can be begun in one short pass, and write one more token of each answer."""
+        chosen: list[PendingAnswer] = []
+        try:
+            with self._arrived:
+                self._drop_stopped()
+                self._writers.drop_stopped()
+                chosen = self._queue.next_brief(self._writers.clients, room=self.max_batch - len(self._writers))
+            if chosen and chosen[0].choices:
+                answer_whole(chosen, lambda: all(pending.stopped for pending in chosen))
+            elif chosen:
+                self._writers.begin(chosen)
+        except BaseException as error:
+            for pending in chosen:
+                pending._fail(error)
+        self._writers.step()
+
+    def _long_turn(self) -> None:
+        """Do the oldest work that takes longer, with a brief turn for the others between its slices."""
+        chosen: list[PendingAnswer] = []
+        try:
+            with self._arrived:
+                self._drop_stopped()
+                found = self._queue.next_long(self._writers.clients, room=self.max_batch)
+            if isinstance(found, Job):
+                found.do()
+                return
+            if not (chosen := found):
+                return
+            self._do_in_slices(chosen)
+        except Stopped:
+            for pending in chosen:
+                if pending.stopped:
+                    end_unwritten(pending)
+                else:
+                    pending._fail(RuntimeError("the engine was closed"))
+        except BaseException as error:
+            for pending in chosen:
+                pending._fail(error)
+
+    def _do_in_slices(self, chosen: list[PendingAnswer]) -> None:
+        language = language_of(chosen[0])
+
+        def stopped() -> bool:
+            if not self._closed:
+                self._brief_turn()
+                language.activate()
+            return self._closed or all(pending.stopped for pending in chosen)
+
+        if batch_key(chosen[0])[0] == "whole":
+            answer_whole(chosen, stopped)
+        elif chosen[0].choices:
+            choose_after_reading(chosen[0], stopped)
+        else:
+            self._writers.begin(chosen, stopped)
+
+    def _end_all(self, error: RuntimeError) -> None:
+        self._writers.fail(error)
+        with self._arrived:
+            for request in self._queue.take_all():
+                request._fail(error)
 
     def _drop_stopped(self) -> None:
         """Take those off the queue that nobody waits for any more."""
-        for request in [one for one in self._waiting if isinstance(one, PendingAnswer) and one.stopped]:
-            self._waiting.remove(request)
-            length = len(request.asked.prompt.ids)
-            request._finish(Answer("", request.adapter.name, "stopped", None, 0, length))
+        for pending in self._queue.take_stopped():
+            end_unwritten(pending)
 
 
-class _Job:
-    """Something else that is done in the engine's thread."""
-
-    def __init__(self, adapter: LoadedAdapter, job: Callable[[LoadedAdapter], Any]) -> None:
-        self.adapter = adapter
-        self.job = job
-        self.future: Future[Any] = Future()
-
-    def do(self) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_result(self.job(self.adapter))
-
-    def _fail(self, error: BaseException) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-
-_Request = TypeVar("_Request", PendingAnswer, _Job)
-
-
-def _pending_answer(adapter: LoadedAdapter, asked: Request, decoding: Decoding) -> PendingAnswer:
-    return PendingAnswer(adapter, asked, adapter.fit_decoding(asked, decoding))
-
-
-def _batch_key(pending: PendingAnswer) -> tuple[object, ...]:
-    """Pending answers with equal keys are generated together: lengths may differ, unless beams are searched."""
-    decoding = pending.decoding if pending.decoding.num_beams > 1 else replace(pending.decoding, max_new_tokens=1)
-    return (id(pending.adapter), decoding, bool(pending.choices))
-
-
-def _have_room(pending_answers: Sequence[PendingAnswer]) -> bool:
-    """Whether every prompt could be followed by the longest of the answers: a row that is done is still counted on."""
-    longest = pending_answers[0].adapter.context_length
-    prompt = max(len(pending.asked.prompt.ids) for pending in pending_answers)
-    return longest is None or prompt + max(pending.decoding.max_new_tokens for pending in pending_answers) <= longest
-
-
-def _answer(pending_answers: Sequence[PendingAnswer]) -> None:
-    """Answer requests that belong together."""
-    if not pending_answers:
-        return
-    adapter = pending_answers[0].adapter
-    readable = _those_that_can_be_read(pending_answers)
-    if not readable:
-        return
-
-    def stopped() -> bool:
-        return all(pending.stopped for pending in readable)
-
-    if pending_answers[0].choices:
-        found = adapter.generator.choose(
-            [pending.asked for pending in readable], [pending.worded for pending in readable], stopped=stopped
-        )
-        for pending, each in zip(readable, found, strict=True):
-            shares = ranked(pending.choices, each)
-            best = next(iter(shares))
-            finish: Literal["stop", "stopped"] = "stopped" if pending.stopped else "stop"
-            length = len(pending.asked.prompt.ids)
-            pending._finish(Answer(best, adapter.name, finish, shares[best], 0, length, shares))
-        return
-
-    def on_step(said: list[Completion]) -> list[bool]:
-        return [_pass_on(pending, one) for pending, one in zip(readable, said, strict=True)]
-
-    decoding = replace(
-        pending_answers[0].decoding, max_new_tokens=max(pending.decoding.max_new_tokens for pending in readable)
-    )
-    said = adapter.generator([pending.asked for pending in readable], decoding, on_step=on_step, stopped=stopped)
-    for pending, one in zip(readable, said, strict=True):
-        if not pending.done:
-            _finish(pending, one)
-
-
-def _those_that_can_be_read(pending_answers: Sequence[PendingAnswer]) -> list[PendingAnswer]:
-    """Pending answers whose pictures open; the others fail alone, not their company with them."""
-    good = []
-    for pending in pending_answers:
-        try:
-            if len(pending_answers) > 1 and not pending.adapter.generator.knows(pending.asked):
-                for image in pending.asked.images:
-                    open_image(image)
-            good.append(pending)
-        except UserError as error:
-            pending._fail(error)
-    return good
-
-
-def _pass_on(pending: PendingAnswer, said: Completion) -> bool:
-    """Pass on to a request what was written; whether that is enough."""
-    if pending.done:
-        return True
-    cut = _cut(said.text, pending.stops)
-    enough = said.ended or cut is not None or pending.stopped or said.tokens >= pending.decoding.max_new_tokens
-    if enough:
-        _finish(pending, said)
-    else:
-        pending._update(said.text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may want more tokens
-    return enough
-
-
-def _finish(pending: PendingAnswer, said: Completion) -> None:
-    cut = _cut(said.text, pending.stops)
-    finish: Literal["stop", "length", "stopped"] = (
-        "stop" if said.ended or cut is not None else "stopped" if pending.stopped else "length"
-    )
-    text = said.text if cut is None else cut
-    length = len(pending.asked.prompt.ids)
-    pending._finish(Answer(text, pending.adapter.name, finish, said.confidence, said.tokens, length))
-
-
-def _cut(text: str, stops: Sequence[str]) -> str | None:
-    """The text before the first of the stops; None if none is in it."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)].rstrip() if places else None
+def _pending_answer(
+    adapter: LoadedAdapter, asked: Request, decoding: Decoding, rules: TokenRules | None = None
+) -> PendingAnswer:
+    return PendingAnswer(adapter, asked, adapter.fit_decoding(asked, decoding), rules=rules)

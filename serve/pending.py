@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
 from adapters.inference.answering import Request
+from qformer.continuous import AnswerRow
 from qformer.decoding import Decoding
+from qformer.token_rules import TokenRules
 from serve.adapter import LoadedAdapter
+
+CLIENT: ContextVar[str] = ContextVar("CLIENT", default="")
+"""Who asks, in words of whoever lets them in: the engine gives each of them a turn. All are one if it is not set."""
+
+
+@dataclass(frozen=True)
+class TokenChance:
+    """A token of an answer.
+
+    Attributes:
+        token: its id.
+        log_prob: under the model, before penalties and temperature.
+        likeliest: ids and log-probabilities of the likeliest tokens in its place.
+    """
+
+    token: int
+    log_prob: float
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,7 @@ class Answer:
         prompt_tokens: read, the pictures' included.
         choices: each choice's probability, the likeliest first, if there were any.
         rationale: the reasons that it was made from, in an answer of two stages; its tokens are then those of both.
+        chances: of each token that was written, if the request asked for them.
     """
 
     text: str
@@ -36,6 +58,7 @@ class Answer:
     prompt_tokens: int
     choices: dict[str, float] | None = None
     rationale: str | None = None
+    chances: tuple[TokenChance, ...] = ()
 
 
 class Busy(Exception):
@@ -51,6 +74,11 @@ class PendingAnswer:
         decoding: how tokens are chosen.
         choices: what the answer must be one of; () leaves it open.
         worded: what the model would write for each of them, such as its letter; None for the choices themselves.
+        rules: what is asked of its tokens besides.
+
+    Attributes:
+        client: who asks, as `CLIENT` says.
+        row: the answer while the engine writes it; None before, and if it is not written token by token.
     """
 
     def __init__(
@@ -60,6 +88,7 @@ class PendingAnswer:
         decoding: Decoding,
         choices: tuple[str, ...] = (),
         worded: tuple[str, ...] | None = None,
+        rules: TokenRules | None = None,
     ) -> None:
         self.adapter = adapter
         self.asked = asked
@@ -67,6 +96,9 @@ class PendingAnswer:
         self.choices = choices
         self.worded = choices if worded is None else worded
         self.stops: tuple[str, ...] = ()
+        self.rules = rules or TokenRules()
+        self.client = CLIENT.get()
+        self.row: AnswerRow | None = None
         self._changed = threading.Condition()
         self._text = ""
         self._answer: Answer | None = None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Turn
-from adapters.inference.answering import Completion, Generator
+from qformer.continuous import AnswerBatch
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, load_adapter, short_name, user_turn
@@ -97,26 +97,26 @@ def test_each_adapter_answers_as_it_does_alone(
     assert [a.confidence for a in found["tiny"]] != [a.confidence for a in found["other"]]
 
 
-def test_what_arrives_together_is_one_batch_with_the_same_answers(
+def test_what_arrives_together_is_written_side_by_side_with_the_same_answers(
     hall: Engine, turns: list[list[Turn]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = [replace(SHORT, max_new_tokens=3 + number % 4) for number in range(len(turns))]
     alone = [hall.chat(one, decoding=how).result(60) for one, how in zip(turns, lengths, strict=True)]
     sizes: list[int] = []
-    real = Generator.__call__
+    real = AnswerBatch.step
 
-    def counted(self: Generator, asked: list, *rest: object, **options: object) -> list[Completion]:
-        sizes.append(len(asked))
-        return real(self, asked, *rest, **options)  # type: ignore[arg-type]
+    def counted(self: AnswerBatch) -> None:
+        sizes.append(len(self.rows))
+        real(self)
 
-    monkeypatch.setattr(Generator, "__call__", counted)
+    monkeypatch.setattr(AnswerBatch, "step", counted)
     held = threading.Event()
     hall.run(lambda _: held.wait(60))
     pending_answers = [hall.chat(one, decoding=how) for one, how in zip(turns, lengths, strict=True)]
     held.set()
     together = [pending.result(60) for pending in pending_answers]
 
-    assert sizes == [len(turns)]
+    assert max(sizes) > len(turns) / 2
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
     assert [a.confidence for a in together] == pytest.approx([a.confidence for a in alone], rel=1e-4)
@@ -136,13 +136,13 @@ def test_one_broken_picture_fails_alone(hall: Engine, turns: list[list[Turn]]) -
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that takes its time over a token, as real ones do."""
-    real = Generator._said
+    real = AnswerBatch.step
 
-    def said(self: Generator, *rest: object) -> list[Completion]:
+    def step(self: AnswerBatch) -> None:
         time.sleep(0.02)
-        return real(self, *rest)  # type: ignore[arg-type]
+        real(self)
 
-    monkeypatch.setattr(Generator, "_said", said)
+    monkeypatch.setattr(AnswerBatch, "step", step)
 
 
 @pytest.mark.usefixtures("unhurried")
@@ -262,13 +262,11 @@ def test_no_answer_is_longer_than_there_is_room_for(hall: Engine, turns: list[li
     alone = hall.chat(nearly, decoding=Decoding(max_new_tokens=10_000))
     assert alone.decoding.max_new_tokens < 40
     alone.result(60)
-    held = threading.Event()
-    hall.run(lambda _: held.wait(60))
-    while hall.waiting:  # until the job is being done
-        time.sleep(0.01)
-    long_prompt = hall.chat(nearly, decoding=Decoding(max_new_tokens=2))
-    long_answer = hall.chat(turns[0], decoding=Decoding(max_new_tokens=60))
-    short_answer = hall.chat(turns[1], decoding=Decoding(max_new_tokens=2))
-    assert hall._next() == [long_prompt, short_answer]
-    assert hall._next() == [long_answer]
-    held.set()
+    together = [
+        hall.chat(nearly, decoding=Decoding(max_new_tokens=2)),
+        hall.chat(turns[0], decoding=Decoding(max_new_tokens=60)),
+    ]
+    assert [pending.result(60).text for pending in together] == [
+        hall.chat(nearly, decoding=Decoding(max_new_tokens=2)).result(60).text,
+        hall.chat(turns[0], decoding=Decoding(max_new_tokens=60)).result(60).text,
+    ]
