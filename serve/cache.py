@@ -20,7 +20,7 @@ def cache_info() -> dict[str, Any]:
 
     Returns:
         `cache`: the folder; `models`: frozen models and packaged data, each with name, bytes and path; `features`: by
-        encoder, each with key, encoder, pictures, bytes and path; `indexes`: bytes of the indexes of searched folders;
+        encoder, each with key, encoder, pictures, bytes and path; `indexes`: bytes of the indexes of searched folders and of known pictures;
         `bytes`: of all together. Models of the hub lie in the hub's own cache and are not counted.
     """
     root = cache_root()
@@ -51,7 +51,7 @@ def describe_cache(info: Mapping[str, Any]) -> str:
         f"  {readable(found['bytes']):>10}  {found['pictures']:,} pictures  {found['encoder']}  ({found['key'][:8]})"
         for found in info["features"]
     ] or ["  none"]
-    lines += ["", f"Indexes of searched folders: {readable(info['indexes'])}"]
+    lines += ["", f"Indexes of searched folders and known pictures: {readable(info['indexes'])}"]
     return "\n".join(lines)
 
 
@@ -62,7 +62,7 @@ def clear_cache(*, models: bool = True, features: bool = True) -> dict[str, int]
 
     Args:
         models: remove frozen models and packaged data.
-        features: remove the features of all encoders, and the indexes of searched folders.
+        features: remove the features of all encoders, and the indexes of searched folders and known pictures.
 
     Returns:
         Bytes freed, by "models" and "features".
@@ -103,9 +103,9 @@ def _fetched(root: Path) -> list[Path]:
 
 
 def _indexes(root: Path) -> list[Path]:
-    """Files of `serve.retrieval`: indexes, their locks, and what a killed process left half written."""
+    """Files of `serve.retrieval`: indexes, their locks, what a killed process left half written; and known pictures."""
     folder = root / "indexes"
-    return sorted(path for end in ("safetensors", "lock", "partial") for path in folder.glob(f"*.{end}"))
+    return sorted(path for end in ("safetensors", "lock", "partial", "sqlite3") for path in folder.glob(f"*.{end}"))
 
 
 def _name(folder: Path) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,21 @@ from adapters.data.duplicates import copies_between_rows, describe_copies
 from adapters.data.examples import DataSet, Example
 from adapters.data.image_ref import ImageRef, blank_image
 from adapters.data.readers import read_data
-from adapters.evaluation.breakdown import break_down
-from adapters.evaluation.captions import score_captions
-from adapters.evaluation.java_scores import java_scores
+from adapters.evaluation.report import Report, check_report, save_report
 from adapters.evaluation.retrieval import recalls
-from adapters.evaluation.vqa import commonest_answer_score, exact_match, interval_by_picture, score
+from adapters.evaluation.wordnet import WordNet
 from adapters.inference.answering import Completion
+from adapters.inference.reasoning import Passes
+from adapters.inference.reasoning_controls import blanked
 from adapters.inference.retrieval import RERANKED, Retriever
-from qformer.atomic import whole_file
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.adapter import LoadedAdapter
+from serve.adapter import LoadedAdapter, short_name
+from serve.evaluate_answers import score_answers, score_caption_answers, score_probe_answers
+from serve.evaluate_predictions import check_predictions, write_predictions
 from serve.training_rows import training_rows
 
+MEASURES = {"vqa": "exact_match", "probes": "accuracy", "caption": "CIDEr"}  # what controls are compared by
 SHOWN = 3  # pairs of one picture in training and test that are named
 
 
@@ -35,56 +37,81 @@ def evaluate(
     *,
     task: str = "vqa",
     blank_images: bool = False,
+    controls: bool = False,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    columns: Mapping[str, str] | None = None,
     offline: bool = False,
     batch_size: int = 64,
     decoding: Decoding | None = None,
     predictions: str | Path | None = None,
+    report: str | Path | None = None,
     match: str = "exact",
+    wordnet: WordNet | None = None,
+    against: LoadedAdapter | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Score short answers or captions.
+    """Score short answers, yes-or-no probes or captions.
 
     Args:
         adapter: the loaded adapter.
         data: a data file with answers, or a packaged set.
-        task: "vqa" or "caption".
-        blank_images: the control: every picture is replaced by a mid-grey one.
+        task: "vqa", "probes" or "caption".
+        blank_images: one control alone: every picture is replaced by a mid-grey one.
+        controls: ask twice more: about mid-grey pictures, and about other rows' pictures.
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
+        columns: the file's name of a field by ours, such as {"image": "photo"}.
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
         decoding: how tokens are chosen; as the adapter usually does if left out.
         predictions: a JSONL file to write, a line for each row in its order: "row", "image" (or "images"), "question",
-            "kind" if the row has one, "answer", "prediction", "right" and "confidence". Of answers only.
-        match: "exact", or "set": answers with commas are lists, in any order, and what is in one twice counts once, as
-            DAQUAR's are.
+            "kind" if the row has one, "answer", "prediction", "right" and "confidence"; of captions a line for each
+            picture, without "question", and with "CIDEr" in place of "right".
+        report: an HTML file to write (`adapters.evaluation.report`).
+        match: of short answers: "exact", or "set": answers with commas are lists, in any order, and what is in one
+            twice counts once, as DAQUAR's are.
+        wordnet: of short answers: score WUPS too.
+        against: of answers and probes: another adapter, which answers the same questions.
         on_progress: called with (done, total) distinct questions or pictures.
         tell: called with a line for whatever the reader of the scores must know: pictures that training has too, what
-            could not be compared, and each score of captions that is left out, and why.
+            could not be compared, and each score that is left out, and why.
 
     Returns:
-        Of answers "n", "pictures", "exact_match" and "vqa_accuracy" as fractions, "exact_match_low" and
-        "exact_match_high" if there are two pictures or more (the 95 % interval by picture), "skipped", and
-        "commonest_answer": exact match of giving each question its commonest answer, which needs no picture and no
-        model. "commonest_answer_from" is "training" if the training's answers were counted, and "test" if those are
-        not here any more as they were, so that this very set's were. "in_training" is how many of the pictures
-        training has too, near copies included (`adapters.data.duplicates`); None if its data are not here. Then what
-        `adapters.evaluation.breakdown.break_down` says. Of captions "n" pictures, "BLEU-1" to "BLEU-4" and "ROUGE-L"
-        as fractions, "CIDEr", "in_training", "skipped", and "METEOR" and "SPICE" if Java can compute them.
+        Scores are fractions, but for CIDEr. NAME_low and NAME_high are a score's 95 % interval by picture, if there
+        are two pictures or more. Of short answers "n", "pictures", "exact_match" and "vqa_accuracy" with intervals,
+        "anls", and with a WordNet "wups_0.9" and "wups_0.0"; "confidence", the mean, and
+        "expected_calibration_error"; "commonest_answer": exact match of giving each question its commonest answer,
+        which needs no picture and no model, from "commonest_answer_from": "training" if the training's answers were
+        counted, and "test" if those are not here any more as they were, so that this very set's were. With controls
+        "blank_exact_match" and "shuffled_exact_match". "over_commonest", "over_blank" and "over_shuffled": how much
+        higher the adapter scores, with intervals. "against": the other adapter's "name" and what
+        `adapters.evaluation.comparison.compare_hits` says, the other as the second. Then what
+        `adapters.evaluation.breakdown.break_down` says. Of probes what `adapters.evaluation.probes.score_probes` says,
+        also "by_kind", and "unclear" answers; the controls have "_accuracy", "_F1" and "_yes_rate". Of captions "n"
+        pictures, "BLEU-1" to "BLEU-4", "ROUGE-L", "CIDEr" with its interval, "confidence", and "METEOR" and "SPICE" if
+        Java can compute them; the controls have "_CIDEr". Of all "in_training": how many of the pictures training
+        has too, near copies included (`adapters.data.duplicates`), None if its data are not here; and "skipped".
 
     Raises:
-        UserError: the data cannot be read, the task has no scores here, or `predictions` cannot be written.
+        UserError: the data cannot be read, the task has no scores here, something does not go with the task, there
+            are no two pictures to shuffle, or a file cannot be written.
     """
-    if task not in ("vqa", "caption"):
-        raise UserError(f"--task {task}: an LLM's answers are scored as vqa or caption")
-    check_match(match)
+    _check(task, match=match, controls=controls, blank_images=blank_images, wordnet=wordnet, against=against)
     if predictions is not None:
         check_predictions(predictions, data, task)
+    if report is not None:
+        check_report(report)
+    kind = "caption" if task == "caption" else "vqa"
     rows = read_data(
-        data, task=task, skip_bad_rows=skip_bad_rows, broken_pictures_too=True, limit=limit, offline=offline
+        data,
+        task=kind,
+        skip_bad_rows=skip_bad_rows,
+        broken_pictures_too=True,
+        limit=limit,
+        columns=columns,
+        offline=offline,
     )
     examples = rows.examples
     languages = {example.language for example in examples}
@@ -94,44 +121,67 @@ def evaluate(
         examples = tuple(
             replace(examples[first], answers=texts) for first, texts in _captions_by_picture(rows).values()
         )
-    blank = blank_image()
-    asked = [
-        replace(example, images=(blank,) * len(example.images)) if blank_images else example for example in examples
-    ]
-    how: Any = {"decoding": decoding, "batch_size": batch_size, "on_progress": on_progress}
-    answers = [example.answers for example in examples]
+    passes = Passes(on_progress, len(examples), 1 + 2 * controls + (against is not None))
+    say = tell or (lambda line: None)
+
+    def ask(asked: Sequence[Example], other: LoadedAdapter | None = None) -> list[Completion]:
+        shown = [blanked(example) for example in asked] if blank_images else asked
+        how: Any = {"decoding": decoding, "batch_size": batch_size, "on_progress": passes.next()}
+        return (other or adapter).reply(shown, kind, **how)
+
     learned = training_rows(adapter)
     in_training = _in_training(learned, rows, tell)
-    if task == "caption":
-        said, language = adapter.answer(asked, task, **how), languages.pop()
-        by_java, left_out = java_scores(said, answers, language=language)
-        if tell is not None:
-            for reason in left_out.values():
-                tell(reason)
-        found = {**score_captions(said, answers, language=language), **by_java}
-        return {**found, "in_training": in_training, "skipped": len(rows.skipped)}
-    sets = match == "set"
-    told = adapter.reply(asked, task, **how)
-    said = [one.text for one in told]
-    if predictions is not None:
-        _write_predictions(Path(predictions), examples, told, sets=sets)
     known = [(row.question, row.answers) for row in learned.examples if row.question] if learned is not None else []
-    pictures = [_digests(example) for example in examples]
-    scores: dict[str, Any] = {"n": len(examples), "pictures": len(set(pictures)), **score(said, answers, sets=sets)}
-    hits = [exact_match(*pair, sets=sets) for pair in zip(said, answers, strict=True)]
-    in_any_order = sum(exact_match(*pair, sets=True) for pair in zip(said, answers, strict=True)) - sum(hits)
-    if in_any_order and tell is not None:
-        tell(f"{in_any_order} more answers would be right as lists in any order, which --match set is for")
-    if scores["pictures"] > 1:
-        scores["exact_match_low"], scores["exact_match_high"] = interval_by_picture(hits, pictures)
-    return {
-        **scores,
-        "commonest_answer": commonest_answer_score([row.question for row in examples], answers, known, sets=sets),
-        "commonest_answer_from": "training" if known else "test",
-        "in_training": in_training,
-        "skipped": len(rows.skipped),
-        **break_down(said, examples, sets=sets),
-    }
+    second = None if against is None else (against.name, partial(ask, other=against))
+    if task == "caption":
+        scores, answered = score_caption_answers(
+            examples, ask, language=languages.pop(), controls=controls, tell=say
+        )  # fmt: skip
+    elif task == "probes":
+        scores, answered = score_probe_answers(
+            examples, ask, known=known, controls=controls, against=second, tell=say
+        )  # fmt: skip
+    else:
+        scores, answered = score_answers(
+            examples, ask, known=known, sets=match == "set", wordnet=wordnet, controls=controls, against=second,
+            tell=say,
+        )  # fmt: skip
+    groups = {name: value for name, value in scores.items() if isinstance(value, dict | list)}
+    single = {name: value for name, value in scores.items() if name not in groups}
+    found = {**single, "in_training": in_training, "skipped": len(rows.skipped), **groups}
+    if predictions is not None:
+        write_predictions(predictions, answered, captions=task == "caption")
+    if report is not None:
+        chosen = decoding or adapter.default_decoding(kind)
+        facts = [
+            ("adapter", adapter.name), ("data", str(data)), ("task", task), ("rows", str(found["n"])),
+            ("left out", f"{len(rows.skipped)} bad rows"), ("limit", "none" if limit is None else f"{limit} rows"),
+            ("pictures", "every one replaced by a grey one" if blank_images else "as they are"),
+            ("decoding", describe_decoding(chosen)), ("answers compared", "as sets" if match == "set" else "exactly"),
+        ]  # fmt: skip
+        title = f"{short_name(adapter.name)} on {Path(str(data)).name}"
+        save_report(Report(title, facts, MEASURES[task], found, answered, sets=match == "set"), report)
+    return found
+
+
+def _check(
+    task: str,
+    *,
+    match: str,
+    controls: bool,
+    blank_images: bool,
+    wordnet: WordNet | None,
+    against: LoadedAdapter | None,
+) -> None:
+    if task not in MEASURES:
+        raise UserError(f"--task {task}: what an LLM writes is scored as {', '.join(MEASURES)}")
+    check_match(match)
+    if controls and blank_images:
+        raise UserError("--blank-images is one of the --controls; leave it out")
+    if task != "vqa" and (wordnet is not None or match != "exact"):
+        raise UserError(f"--wordnet and --match go with --task vqa, not {task}")
+    if task == "caption" and against is not None:
+        raise UserError("--against goes with --task vqa or probes, not caption; compare takes captions' predictions")
 
 
 def check_match(match: str) -> None:
@@ -140,50 +190,10 @@ def check_match(match: str) -> None:
         raise UserError(f"--match {match}: take exact or set")
 
 
-def check_predictions(predictions: str | Path, data: str | Path, task: str) -> None:
-    """Say what is wrong with a file for predictions before anything slow is done.
-
-    Raises:
-        UserError: it is the data file or a folder, its folder cannot be made, or the task has no predictions.
-    """
-    path = Path(predictions)
-    if task != "vqa":
-        raise UserError(f"--predictions goes with --task vqa, not {task}")
-    if path.is_dir() or path.resolve() == Path(data).expanduser().resolve():
-        what = "a folder" if path.is_dir() else "the data file itself"
-        raise UserError(f"--predictions {predictions}: this is {what}; name another file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(_unwritable(path, error)) from error
-
-
-def _unwritable(path: Path, error: OSError) -> str:
-    return f"--predictions {path}: cannot be written ({error.strerror}); free space or name another file"
-
-
-def _write_predictions(path: Path, examples: Sequence[Example], told: Sequence[Completion], *, sets: bool) -> None:
-    try:
-        with whole_file(path) as building, building.open("w", encoding="utf-8") as file:
-            for example, one in zip(examples, told, strict=True):
-                file.write(json.dumps(_prediction(example, one, sets), ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(_unwritable(path, error)) from error
-
-
-def _prediction(example: Example, said: Completion, sets: bool) -> dict[str, Any]:
-    """A row as its file has it, with what was answered."""
-    labels = [image.label for image in example.images]
-    return {
-        "row": example.row,
-        **({"image": labels[0]} if len(labels) == 1 else {"images": labels}),
-        "question": example.question,
-        **({"kind": example.kind} if example.kind else {}),
-        "answer": example.answers[0] if len(example.answers) == 1 else example.answers,
-        "prediction": said.text,
-        "right": exact_match(said.text, example.answers, sets=sets),
-        "confidence": round(said.confidence, 4),
-    }
+def describe_decoding(decoding: Decoding) -> str:
+    """How tokens are chosen, in words."""
+    beams = "greedy" if decoding.num_beams == 1 else f"{decoding.num_beams} beams"
+    return f"{beams}, {decoding.max_new_tokens} tokens at most"
 
 
 def _in_training(learned: DataSet | None, rows: DataSet, tell: Callable[[str], None] | None) -> int | None:
@@ -210,6 +220,7 @@ def evaluate_retrieval(
     blank_images: bool = False,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    columns: Mapping[str, str] | None = None,
     offline: bool = False,
     rerank: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -222,6 +233,7 @@ def evaluate_retrieval(
         blank_images: the control: every picture is replaced by a mid-grey one.
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
+        columns: the file's name of a field by ours, such as {"image": "photo"}.
         offline: do not fetch a packaged set.
         rerank: let ITM rank the best 16 by ITC again; "i2t_R@1" and the like are then its, and "itc_i2t_R@1" ITC's own.
         on_progress: called with (pairs done, pairs in all) of ITM.
@@ -233,7 +245,13 @@ def evaluate_retrieval(
         UserError: the data cannot be read.
     """
     rows = read_data(
-        data, task="caption", skip_bad_rows=skip_bad_rows, broken_pictures_too=True, limit=limit, offline=offline
+        data,
+        task="caption",
+        skip_bad_rows=skip_bad_rows,
+        broken_pictures_too=True,
+        limit=limit,
+        columns=columns,
+        offline=offline,
     )
     pictures = group_captions(rows.examples)
     if not pictures:

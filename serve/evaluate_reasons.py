@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def evaluate_reasons(
     blank_images: bool = False,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    columns: Mapping[str, str] | None = None,
     offline: bool = False,
     batch_size: int = 64,
     decoding: Decoding | None = None,
@@ -45,6 +46,7 @@ def evaluate_reasons(
         blank_images: one of the controls alone: every picture is replaced by a mid-grey one.
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
+        columns: the file's name of a field by ours, such as {"image": "photo"}.
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
         decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens if left out.
@@ -67,7 +69,13 @@ def evaluate_reasons(
         raise UserError("--blank-images is one of the --controls; leave it out")
     second = None if answer_adapter is None else answer_adapter.assembly
     rows = read_data(
-        data, task="reason", skip_bad_rows=skip_bad_rows, broken_pictures_too=True, limit=limit, offline=offline
+        data,
+        task="reason",
+        skip_bad_rows=skip_bad_rows,
+        broken_pictures_too=True,
+        limit=limit,
+        columns=columns,
+        offline=offline,
     )
     languages = {example.language for example in rows.examples}
     if len(languages) > 1:

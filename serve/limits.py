@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_PROMPT = 8192  # tokens that a request may ask a model to read
 MAX_FILE_SIZE = "64mb"  # of a file that is uploaded on the page
 MAX_TURN_PICTURES = 8  # in a turn of a conversation on the page
 MAX_SEARCHED_UPLOADS = 200  # pictures that are uploaded on the page to be searched
@@ -18,9 +19,11 @@ class Limits:
         max_body: bytes of a request's body; and of its pictures that are fetched from elsewhere, together.
         max_images: pictures of one request.
         max_tokens: the longest answer; what is given to who asks for more, or names no number. No reasons are longer.
+        max_per_client: requests of one address that are handled at a time; None sets no bound but that of all.
     """
 
     request_timeout: float = 120.0
     max_body: int = 20 * 2**20
     max_images: int = 8
     max_tokens: int = 512
+    max_per_client: int | None = None

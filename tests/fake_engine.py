@@ -63,6 +63,7 @@ class FakeEngine:
         self._adapters = {adapter.name: adapter for adapter in adapters}
         self.pause = pause  # seconds between two words
         self.busy = False
+        self.ahead = 0  # others that wait
         self.answer = "a ball"  # of the second stage
         self.decodings: list[Decoding] = []
         self.pending: list[PendingAnswer] = []
@@ -76,6 +77,9 @@ class FakeEngine:
     @property
     def names(self) -> list[str]:
         return list(self._adapters)
+
+    def ahead_of(self, pending: PendingAnswer) -> int:
+        return self.ahead
 
     def adapter(self, name: str | None = None) -> FakeAdapter:
         if name is not None and name not in self._adapters:

@@ -7,47 +7,19 @@ where it stopped and every process of a distributed run knows its share without 
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.data.collate import PackedAnswer, PackedSequence, padded_length
 from adapters.data.examples import DataSet, Example, Fault
-from adapters.data.image_ref import ImageRef
+from adapters.data.lazy import LazySequence, Picked, places_where
 from adapters.data.prompts import Prompt, PromptBuilder, Turn
+from adapters.data.tokenised import TokenisedPicture, TokenisedPictures, TokenisedQuestion
 from adapters.data.views import draw_view, names_a_side
 from adapters.tasks import Stage
 from qformer.errors import UserError
-
-
-@dataclass(frozen=True)
-class TokenisedQuestion:
-    """One question with its possible answers, tokenised.
-
-    Attributes:
-        own: the prompt after its last image.
-        answers: with their end tokens; an answer is there as often as people gave it.
-        instruction: what an instruction-aware bridge reads: the question, or the request for a caption.
-        prefix_end: None; or, for a caption to an encoder-decoder, how many of `own`'s last tokens close the prompt:
-            each epoch a chance prefix of the caption goes in front of them, to the encoder; the rest is learned.
-        caption: the language of the answers, if they are captions.
-    """
-
-    own: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    instruction: str
-    prefix_end: int | None = None
-    caption: str | None = None
-
-
-@dataclass(frozen=True)
-class TokenisedPicture:
-    """All questions that share their pictures and the first part of the prompt; `sided` if one says left or right."""
-
-    images: tuple[ImageRef, ...]
-    shared: tuple[int, ...]
-    questions: tuple[TokenisedQuestion, ...]
-    sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +56,7 @@ class Step:
 
 def tokenise(
     data: DataSet, prompts: PromptBuilder, *, max_tokens: int, stages: Sequence[Stage] = ("rationale", "answer")
-) -> list[TokenisedPicture]:
+) -> TokenisedPictures:
     """Turn a data set into tokenised questions, grouped by picture in the order of first appearance.
 
     Args:
@@ -97,8 +69,7 @@ def tokenise(
     Raises:
         UserError: an example has no answer, or is longer than `max_tokens`; or no row has the reasons to learn.
     """
-    grouped: dict[tuple[object, ...], tuple[tuple[ImageRef, ...], tuple[int, ...], list[TokenisedQuestion]]] = {}
-    sided: set[tuple[object, ...]] = set()
+    found = TokenisedPictures()
     _check_rationales(data, stages)
     for example, task, answers in (
         part for row in data.examples for part in _to_learn(row, data.task, stages, prompts)
@@ -115,15 +86,10 @@ def tokenise(
             ]
         else:  # one of the answers people gave is drawn each epoch, so each counts by its share
             questions = [TokenisedQuestion(prompt.own, counted, prompt.instruction)]
-        key = (*(image.digest() for image in example.images), prompt.shared, example.turn)
-        grouped.setdefault(key, (example.images, prompt.shared, []))[2].extend(questions)
         said = (turn.text for turn in example.history)
-        if names_a_side((example.question, example.context, example.rationale, *example.choices, *answers, *said)):
-            sided.add(key)
-    return [
-        TokenisedPicture(images, shared, tuple(questions), key in sided)
-        for key, (images, shared, questions) in grouped.items()
-    ]
+        sided = names_a_side((example.question, example.context, example.rationale, *example.choices, *answers, *said))
+        found.add(example.images, prompt.shared, example.turn, questions, sided=sided)
+    return found.finished()
 
 
 def leave_out_long(data: DataSet, prompts: PromptBuilder, *, max_tokens: int, stages: Sequence[Stage]) -> DataSet:
@@ -138,20 +104,22 @@ def leave_out_long(data: DataSet, prompts: PromptBuilder, *, max_tokens: int, st
     Raises:
         UserError: no row is left.
     """
-    kept, faults = [], list(data.faults)
-    for row in data.examples:
+    faults = list(data.faults)
+
+    def fits(row: Example) -> bool:
         problems = (
             _too_long(prompt_for(example, task, prompts), [prompts.answer_ids(text) for text in answers], max_tokens)
             for example, task, answers in _to_learn(row, data.task, stages, prompts)
         )
         problem = next(filter(None, problems), None)
-        if problem is None:
-            kept.append(row)
-        else:
+        if problem is not None:
             faults.append(Fault(row.row, row.where, problem))
+        return problem is None
+
+    kept = Picked(data.examples, places_where(data.examples, fits))
     if not kept:
         raise UserError(f"{data.name}: no row is left; the first: {faults[0]}")
-    return replace(data, examples=tuple(kept), faults=tuple(faults))
+    return replace(data, examples=kept, faults=tuple(faults))
 
 
 def _too_long(prompt: Prompt, answers: Sequence[Sequence[int]], max_tokens: int) -> str | None:
@@ -166,8 +134,10 @@ def _too_long(prompt: Prompt, answers: Sequence[Sequence[int]], max_tokens: int)
 
 
 def _check_rationales(data: DataSet, stages: Sequence[Stage]) -> None:
-    reasons = [example for example in data.examples if (example.task or data.task) == "reason"]
-    if reasons and set(stages) != {"direct"} and not any(example.rationale for example in reasons):
+    if data.task not in ("reason", "mixed") or set(stages) == {"direct"}:
+        return
+    reasons = (bool(one.rationale) for one in data.examples if (one.task or data.task) == "reason")
+    if (first := next(reasons, None)) is not None and not (first or any(reasons)):
         raise UserError(
             f"{data.name}: no row has a rationale to learn; fill them in, or learn answers alone with"
             " --set reason.stages=[direct]"
@@ -220,6 +190,76 @@ def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
     return prompts.rationale(example.question, len(example.images), **asked)
 
 
+class EpochPlan(LazySequence[Step]):
+    """The steps of an epoch, each made when it is asked for: what was drawn is kept as numbers, 12 to 28 bytes an answer.
+
+    Args:
+        pictures: what `tokenise` gave.
+        rng: draws.
+        batch_size: as `plan_epoch` takes it.
+        row_tokens: likewise.
+        views: likewise.
+        world: likewise.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[TokenisedPicture],
+        rng: random.Random,
+        *,
+        batch_size: int,
+        row_tokens: int,
+        views: int,
+        world: int,
+    ) -> None:
+        self._pictures = pictures
+        self._picture_of, self._view_of = array("i"), array("i")  # by row
+        self._row_starts = array("i", [0])  # of the rows, in the next three
+        self._questions, self._answers, self._cuts = array("i"), array("i"), array("i")
+        for number, picture in enumerate(pictures):
+            for _, view, drawn in _rows(picture, rng, row_tokens, views):
+                self._picture_of.append(number)
+                self._view_of.append(view)
+                for question, answer, cut in drawn:
+                    self._questions.append(question)
+                    self._answers.append(answer)
+                    self._cuts.append(cut)
+                self._row_starts.append(len(self._questions))
+        self._order = array("i", range(len(self._picture_of)))
+        rng.shuffle(self._order)
+        self._step_starts = self._cut(batch_size, world)
+
+    def _cut(self, batch_size: int, world: int) -> array[int]:
+        """Where in the order each step begins, and the end."""
+        starts = array("i", [0])
+        waiting = 0
+        for place, row in enumerate(self._order):
+            if waiting >= batch_size and place - starts[-1] >= world:
+                starts.append(place)
+                waiting = 0
+            waiting += self._row_starts[row + 1] - self._row_starts[row]
+        if len(starts) > 1 and (waiting < batch_size or len(self._order) - starts[-1] < world):
+            starts.pop()
+        starts.append(len(self._order))
+        return starts
+
+    def __len__(self) -> int:
+        return len(self._step_starts) - 1
+
+    def item(self, index: int) -> Step:
+        """Make a step."""
+        return Step(tuple(map(self._row, self._order[self._step_starts[index] : self._step_starts[index + 1]])))
+
+    def _row(self, row: int) -> PackedSequence:
+        picture, view = self._pictures[self._picture_of[row]], self._view_of[row]
+        images = (picture.images[0].seen_as(view),) if view else picture.images
+        branches = tuple(
+            _branch(picture.questions[self._questions[place]], self._answers[place], self._cuts[place])
+            for place in range(self._row_starts[row], self._row_starts[row + 1])
+        )
+        return PackedSequence(images, picture.shared, branches)
+
+
 def plan_epoch(
     pictures: Sequence[TokenisedPicture],
     *,
@@ -229,7 +269,7 @@ def plan_epoch(
     row_tokens: int,
     views: int = 1,
     world: int = 1,
-) -> list[Step]:
+) -> EpochPlan:
     """Shuffle an epoch and cut it into steps of at least `batch_size` answers; a row is never split over steps.
 
     Args:
@@ -242,63 +282,77 @@ def plan_epoch(
         world: processes; a step has at least a row for each.
     """
     rng = random.Random(f"{seed}:{epoch}")
-    rows = [row for picture in pictures for row in _rows(picture, rng, row_tokens, views)]
-    rng.shuffle(rows)
-    steps: list[list[PackedSequence]] = [[]]
-    waiting = 0
-    for row in rows:
-        if waiting >= batch_size and len(steps[-1]) >= world:
-            steps.append([])
-            waiting = 0
-        steps[-1].append(row)
-        waiting += len(row.packed_answers)
-    if len(steps) > 1 and (waiting < batch_size or len(steps[-1]) < world):
-        rest = steps.pop()
-        steps[-1] += rest
-    return [Step(tuple(rows)) for rows in steps]
+    return EpochPlan(pictures, rng, batch_size=batch_size, row_tokens=row_tokens, views=views, world=world)
 
 
 def plan_validation(pictures: Sequence[TokenisedPicture], *, row_tokens: int) -> Step:
     """All rows once, in order, with the first answer of each question."""
-    return Step(tuple(row for picture in pictures for row in _rows(picture, None, row_tokens)))
+    return Step(tuple(row for picture in pictures for row, _, _ in _rows(picture, None, row_tokens)))
+
+
+_Drawn = tuple[int, int, int]  # a question of a picture, one of its answers, and where that is cut, or _WHOLE
+_WHOLE = -1
 
 
 def _rows(
     picture: TokenisedPicture, rng: random.Random | None, row_tokens: int, views: int = 1
-) -> list[PackedSequence]:
-    """Fill sequences of at most `row_tokens` with a picture's questions; 0 gives each question its own."""
-    questions = list(picture.questions)
+) -> Iterator[tuple[PackedSequence, int, list[_Drawn]]]:
+    """Fill sequences of at most `row_tokens` with a picture's questions; 0 gives each question its own.
+
+    Yields:
+        Each sequence, the view it shows, and what was drawn for it.
+    """
+    places = list(range(len(picture.questions)))
     if rng is not None:
-        rng.shuffle(questions)
-    rows: list[PackedSequence] = []
-    for question in questions:
-        answer = rng.choice(question.answers) if rng is not None else question.answers[0]
-        own = question.own
-        if rng is not None and question.prefix_end is not None:
-            own, answer = split_prefix(own, answer, question.prefix_end, rng)
-        branch = PackedAnswer(own, answer, question.instruction, question.caption)
-        if rows and len(longer := replace(rows[-1], packed_answers=(*rows[-1].packed_answers, branch))) <= row_tokens:
-            rows[-1] = longer
-        else:
-            images = picture.images if rng is None else draw_view(picture.images, views, rng, sided=picture.sided)
-            rows.append(PackedSequence(images, picture.shared, (branch,)))
-    return rows
+        rng.shuffle(places)
+    row: PackedSequence | None = None
+    view, drawn = 0, list[_Drawn]()
+    for place in places:
+        question = picture.questions[place]
+        answer, cut = 0, _WHOLE
+        if rng is not None:
+            answer = rng.choice(range(len(question.answers)))
+            if question.prefix_end is not None:
+                cut = draw_cut(question.answers[answer], rng)
+        branch = _branch(question, answer, cut)
+        if row is not None:
+            if len(longer := replace(row, packed_answers=(*row.packed_answers, branch))) <= row_tokens:
+                row = longer
+                drawn.append((place, answer, cut))
+                continue
+            yield row, view, drawn
+        images = picture.images if rng is None else draw_view(picture.images, views, rng, sided=picture.sided)
+        row, view, drawn = PackedSequence(images, picture.shared, (branch,)), images[0].view, [(place, answer, cut)]
+    if row is not None:
+        yield row, view, drawn
+
+
+def _branch(question: TokenisedQuestion, answer: int, cut: int) -> PackedAnswer:
+    """A question with one of its answers, from the cut on."""
+    own, tokens = question.own, question.answers[answer]
+    if cut != _WHOLE:
+        own, tokens = split_prefix(own, tokens, question.prefix_end or 0, cut)
+    return PackedAnswer(own, tokens, question.instruction, question.caption)
+
+
+def draw_cut(answer: Sequence[int], rng: random.Random) -> int:
+    """How many of a caption's tokens are given: a word's token and the end at least stay to be learned."""
+    return rng.randrange(max(1, len(answer) - 1))
 
 
 def split_prefix(
-    own: tuple[int, ...], answer: tuple[int, ...], closing: int, rng: random.Random
+    own: tuple[int, ...], answer: tuple[int, ...], closing: int, cut: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Prefix language modelling (BLIP-2, arXiv 2301.12597, section 3.3): a chance cut through a caption.
+    """Prefix language modelling (BLIP-2, arXiv 2301.12597, section 3.3): a cut through a caption.
 
     Args:
         own: the prompt after its last image, `closing` end tokens included.
         answer: the caption's tokens, its end token included.
         closing: tokens that close the prompt.
-        rng: draws the cut; at least a word's token and the end stay to be learned.
+        cut: how many of the caption's tokens are given.
 
     Returns:
         The prompt with the caption's prefix before its closing tokens, and the rest of the caption.
     """
-    cut = rng.randrange(max(1, len(answer) - 1))
     place = len(own) - closing
     return own[:place] + answer[:cut] + own[place:], answer[cut:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +110,10 @@ def _check(
     columns: Mapping[str, str] | None,
     offline: bool,
     on_progress: Callable[[int, int], None] | None,
-) -> tuple[DataCheck, list[Example]]:
+) -> tuple[DataCheck, Sequence[Example]]:
     """What a data file holds, and its good rows."""
     found = read_rows(source, task=task, need_answers=need_answers, columns=columns, offline=offline)
-    if not found.digests:
+    if not found.rows:
         raise UserError(no_rows(source))
     opened = scan_pictures(found.examples, on_progress)
     good, unreadable = opened.sort(found.examples)
@@ -122,7 +122,7 @@ def _check(
     checked = DataCheck(
         name=found.name,
         task=found.task if good else None,
-        rows=len(found.digests),
+        rows=found.rows,
         pictures=opened.pictures,
         distinct_pictures=len(set(opened.digests.values())),
         answers=sum(len(example.answers) for example in good),
@@ -131,6 +131,6 @@ def _check(
         longest_question_row=longest.row if longest is not None and asks else 0,
         faults=tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row)),
         unread=found.unread,
-        findings=find_out(good, opened.digests, found.unread, rows=len(found.digests)),
+        findings=find_out(good, opened.digests, found.unread, rows=found.rows),
     )
     return checked, good

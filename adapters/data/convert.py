@@ -79,13 +79,13 @@ def convert_data(
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
     found = read_rows(source, task=task, need_answers=need_answers, columns=columns, offline=offline)
-    if not found.digests:
+    if not found.rows:
         raise UserError(no_rows(source))
     bad = {fault.row for fault in found.faults}
     if bad and not skip_bad_rows:
-        rows = f"{len(bad)} of {len(found.digests)} rows are bad"
+        rows = f"{len(bad)} of {found.rows} rows are bad"
         raise UserError(f"{found.faults[0]}; {rows} (--skip-bad-rows leaves them out)")
-    if len(bad) == len(found.digests):
+    if len(bad) == found.rows:
         raise UserError(f"{found.faults[0]}; all {len(bad)} rows are bad, so none are left")
 
     def good() -> Iterator[tuple[RawRow, Source]]:

@@ -6,9 +6,13 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
+import numpy as np
+
 from adapters.data.image_ref import ImageRef
+from adapters.data.lazy import Joined, Mapped, Picked
 from adapters.data.prompts import Turn
 from adapters.tasks import Mixed, Task
 from qformer.errors import UserError
@@ -88,21 +92,18 @@ class DataSet:
     Args:
         name: the file's name, or the packaged set's.
         task: "vqa", "caption" or "reason"; "mixed" if each example says its own.
-        examples: the good rows in the order of the file.
+        examples: the good rows in the order of the file; each is made when it is asked for.
         fingerprint: "sha256:…" over the rows and their pictures' names and sizes.
         terms: the licence of a packaged set; None for a user's file.
         faults: the bad rows that were left out, in the order of the file.
-        row_digests: a short hash of each row read, good or bad, in the order of the file; pictures' names count, their
-            bytes do not.
     """
 
     name: str
     task: Task | Mixed
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     fingerprint: str
     terms: str | None = None
     faults: tuple[Fault, ...] = ()
-    row_digests: tuple[str, ...] = ()
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -116,29 +117,27 @@ def merge(parts: Sequence[DataSet]) -> DataSet:
     Args:
         parts: at least one.
     """
-    stamped = tuple(
-        example if part.task == "mixed" else replace(example, task=part.task)
+    stamped: list[Sequence[Example]] = [
+        part.examples if part.task == "mixed" else Mapped(part.examples, partial(replace, task=part.task))
         for part in parts
-        for example in part.examples
-    )
+    ]
     if len(parts) == 1:
-        return replace(parts[0], examples=stamped)
+        return replace(parts[0], examples=stamped[0])
     tasks = {part.task for part in parts}
     return DataSet(
         name=" + ".join(part.name for part in parts),
         task=parts[0].task if len(tasks) == 1 else "mixed",
-        examples=stamped,
+        examples=Joined(stamped),
         fingerprint="sha256:" + hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest(),
         terms="; ".join(dict.fromkeys(part.terms for part in parts if part.terms)) or None,
         faults=tuple(fault for part in parts for fault in part.faults),
-        row_digests=tuple(digest for part in parts for digest in part.row_digests),
     )
 
 
 def repeat(data: DataSet, times: int) -> DataSet:
     """A data set whose rows come so often in an epoch, each time at another place of it."""
-    turns = (replace(example, turn=turn) for turn in range(times) for example in data.examples)
-    return replace(data, examples=tuple(turns))
+    turns = [Mapped(data.examples, partial(replace, turn=turn)) for turn in range(times)]
+    return replace(data, examples=turns[0] if times == 1 else Joined(turns))
 
 
 def mix(parts: Sequence[DataSet], shares: Sequence[float], seed: int = 0) -> list[DataSet]:
@@ -157,8 +156,8 @@ def mix(parts: Sequence[DataSet], shares: Sequence[float], seed: int = 0) -> lis
         count = len(part.examples)
         times, rest = divmod(round(unit * share), count)
         again = random.Random(f"{seed}:{number}").sample(range(count), rest)
-        more = tuple(replace(part.examples[place], turn=times) for place in sorted(again))
-        mixed.append(replace(part, examples=(*repeat(part, times).examples, *more)))
+        more = Mapped(Picked(part.examples, sorted(again)), partial(replace, turn=times))
+        mixed.append(replace(part, examples=Joined([repeat(part, times).examples, more])))
     return mixed
 
 
@@ -221,16 +220,16 @@ def _order(groups: Sequence[str], seed: int) -> list[str]:
 def _split(dataset: DataSet, groups: Sequence[str], held_out: set[str], how: str) -> tuple[DataSet, DataSet]:
     """The rows whose picture is not held out, and those whose picture is."""
 
+    is_held_out = np.fromiter((group in held_out for group in groups), dtype=bool, count=len(groups))
+
     def part(name: str, keep_held_out: bool) -> DataSet:
-        rows = zip(dataset.examples, groups, strict=True)
         origin = f"{dataset.fingerprint}:{name}:{how}"
         return replace(
             dataset,
             name=f"{dataset.name} ({name})",
-            examples=tuple(example for example, group in rows if (group in held_out) == keep_held_out),
+            examples=Picked(dataset.examples, np.flatnonzero(is_held_out == keep_held_out)),
             fingerprint="sha256:" + hashlib.sha256(origin.encode()).hexdigest(),
             faults=() if keep_held_out else dataset.faults,
-            row_digests=(),  # of the file, which neither part is
         )
 
     return part("train", False), part("val", True)
@@ -245,16 +244,18 @@ def _group_by_image(examples: Iterable[Example]) -> list[str]:
             name = parent[name]
         return name
 
-    rows = [sorted({image.digest() for image in example.images}) for example in examples]
-    for first, *others in rows:
+    firsts: list[str] = []
+    for example in examples:
+        first, *others = sorted({image.digest() for image in example.images})
+        firsts.append(first)
         for other in others:
             low, high = sorted((root(first), root(other)))  # the least name leads, whatever the order of the rows
             parent[high] = low
-    return [root(row[0]) for row in rows]
+    return [root(first) for first in firsts]
 
 
-def sample_evenly(items: Sequence[Item], most: int | None) -> tuple[Item, ...]:
+def sample_evenly(items: Sequence[Item], most: int | None) -> Sequence[Item]:
     """At most so many items, evenly over all: a mixture of files keeps its mixture."""
     if most is None or len(items) <= most:
-        return tuple(items)
-    return tuple(items[index * len(items) // most] for index in range(most))
+        return items
+    return Picked(items, [index * len(items) // most for index in range(most)])

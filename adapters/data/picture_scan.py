@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from adapters.data.examples import Example, Fault
 from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
+from adapters.data.lazy import Picked, places_where
 from qformer.errors import UserError
 
 _THREADS = min(4, os.cpu_count() or 1)
@@ -30,16 +31,17 @@ class PictureScan:
     digests: dict[ImageRef, str]
     broken: dict[ImageRef, str]
 
-    def sort(self, examples: Iterable[Example]) -> tuple[list[Example], list[Fault]]:
+    def sort(self, examples: Sequence[Example]) -> tuple[Sequence[Example], list[Fault]]:
         """The rows whose pictures can all be decoded, and a fault for each of the others."""
-        good, faults = [], []
-        for example in examples:
+        faults: list[Fault] = []
+
+        def is_good(example: Example) -> bool:
             wrong = next((image for image in example.images if image in self.broken), None)
-            if wrong is None:
-                good.append(example)
-            else:
+            if wrong is not None:
                 faults.append(Fault(example.row, example.where, self.broken[wrong]))
-        return good, faults
+            return wrong is None
+
+        return Picked(examples, places_where(examples, is_good)), faults
 
 
 def scan_pictures(examples: Sequence[Example], on_progress: Callable[[int, int], None] | None = None) -> PictureScan:

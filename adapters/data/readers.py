@@ -18,8 +18,8 @@ from typing import get_args
 from adapters.data.columns import READ, named_rows
 from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.formats.raw_rows import RawRow
-from adapters.data.image_ref import ImageRef
 from adapters.data.picture_scan import scan_pictures
+from adapters.data.row_store import StoredExamples
 from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, has_captions, read_row, tasks_of
 from adapters.data.sources import open_source
 from adapters.tasks import Task
@@ -37,7 +37,7 @@ class ReadRows:
         task: what the first good row was read as; None if there is none.
         examples: the good rows in the order of the file.
         faults: the bad rows in the order of the file.
-        digests: a short hash of each row in the order of the file.
+        rows: how many the file has, good and bad.
         terms: the licence of a packaged set; None for a user's file.
         pictures: what the rows' pictures were found by.
         unread: fields that nothing reads, with how many rows have them.
@@ -45,9 +45,9 @@ class ReadRows:
 
     name: str
     task: Task | None
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     faults: tuple[Fault, ...]
-    digests: tuple[str, ...]
+    rows: int
     terms: str | None
     pictures: Pictures
     unread: dict[str, int]
@@ -97,7 +97,7 @@ def read_data(
     if skip_bad_rows and broken_pictures_too:
         good, unreadable = scan_pictures(found.examples).sort(found.examples)
         faults = tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row))
-        found = replace(found, examples=tuple(good), faults=faults)
+        found = replace(found, examples=good, faults=faults)
     if found.faults and not (skip_bad_rows and found.examples):
         raise UserError(_complaint(found.faults, len(found.examples), skip_bad_rows))
     if not found.examples or found.task is None:
@@ -109,7 +109,6 @@ def read_data(
         fingerprint=_fingerprint(found.task, found.examples, found.pictures),
         terms=found.terms,
         faults=found.faults,
-        row_digests=found.digests,
     )
 
 
@@ -133,9 +132,9 @@ def read_rows(
         raise UserError(f"--limit {limit}: give a number of rows from 1 on")
     opened = open_source(source, offline=offline)
     pictures = Pictures(opened.base)
-    examples: list[Example] = []
+    examples = StoredExamples()
     faults: list[Fault] = []
-    digests: list[str] = []
+    count = 0
     unread: Counter[str] = Counter()
     good = 0
     found_task: Task | None = None
@@ -146,7 +145,7 @@ def read_rows(
         rows = chain(alone, rows)
         found_task = _tasks_in(settled_by)[0] if settled_by is not None else None
     for row in rows:
-        digests.append(_digest(row))
+        count += 1
         unread.update(str(field) for field in row.fields if field not in READ)
         try:
             if row.problem is not None:
@@ -156,16 +155,15 @@ def read_rows(
                 found_task, settled_by = _settle_task(task, tasks, row), row
             elif found_task not in tasks or (task is None and tasks[0] == "reason" != found_task):
                 raise BadRow(_stray(tasks[0], found_task, row, settled_by))
-            examples += read_row(row, found_task, pictures, need_answers=need_answers)
+            for example in read_row(row, found_task, pictures, need_answers=need_answers):
+                examples.append(example)
             good += 1
         except BadRow as error:
             missing = error.label if isinstance(error, MissingImage) else None
             faults.append(Fault(row.number, row.where, str(error), missing))
         if limit is not None and good == limit:
             break
-    return ReadRows(
-        opened.name, found_task, tuple(examples), tuple(faults), tuple(digests), opened.terms, pictures, dict(unread)
-    )  # fmt: skip
+    return ReadRows(opened.name, found_task, examples, tuple(faults), count, opened.terms, pictures, dict(unread))
 
 
 def _pictures_alone(rows: Iterator[RawRow], limit: int | None) -> tuple[list[RawRow], RawRow | None]:
@@ -243,16 +241,6 @@ def _complaint(faults: Sequence[Fault], good: int, skipping: bool) -> str:
     if not good:
         return f"{text}; {count}"
     return f"{text}; {count} (--skip-bad-rows leaves them out; in training, --set data.skip_bad_rows=true)"
-
-
-def _digest(row: RawRow) -> str:
-    """What distinguishes a row from another, 16 hex digits: what the file holds, whatever became of its pictures."""
-    return hashlib.sha256(json.dumps([row.fields, row.problem], default=_written).encode()).hexdigest()[:16]
-
-
-def _written(value: object) -> str:
-    """What stands for a value that JSON does not have: a picture inside the file, a date."""
-    return (value.mark() or value.label) if isinstance(value, ImageRef) else str(value)
 
 
 def _fingerprint(task: Task, examples: Sequence[Example], pictures: Pictures) -> str:

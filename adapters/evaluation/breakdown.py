@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from adapters.data.answers import normalise
 from adapters.data.examples import Example
-from adapters.evaluation.vqa import exact_match, interval_by_picture
+from adapters.evaluation.intervals import with_interval
+from adapters.evaluation.vqa import exact_match, vqa_accuracy
 
 CONFUSIONS = 20  # pairs of answers that are named
+OTHER = "…"  # stands for all answers that have no row or column of their own
 
 
 def break_down(predictions: Sequence[str], examples: Sequence[Example], *, sets: bool = False) -> dict[str, Any]:
@@ -22,50 +24,63 @@ def break_down(predictions: Sequence[str], examples: Sequence[Example], *, sets:
         sets: as in `adapters.evaluation.vqa.exact_match`.
 
     Returns:
-        "by_kind", of the rows that say their kind; "by_question", by its words; "by_opening", by the question's first
-        two words, as VQAv2's question types go; "by_answer", by the right answer, the commonest if a row has several.
+        "by_kind", of the rows that say their kind; "by_form", closed questions apart from open ones (`form_of`);
+        "by_question", by its words; "by_opening", by the question's first two words, as VQAv2's question types go;
+        "by_answer", by the right answer, the commonest if a row has several.
         Each maps a group to what `score_groups` says of it, and is left out if no row belongs to one. "confusions" is
         what `confusions` returns.
     """
     pairs = list(zip(predictions, examples, strict=True))
     hits = [exact_match(said, example.answers, sets=sets) for said, example in pairs]
+    scores = {"exact_match": hits, "vqa_accuracy": [vqa_accuracy(said, example.answers) for said, example in pairs]}
     pictures = [tuple(image.digest() for image in example.images) for example in examples]
     labels: dict[str, list[str | None]] = {
         "by_kind": [example.kind for example in examples],
+        "by_form": [form_of(example) for example in examples],
         "by_question": [_spoken(example.question) for example in examples],
         "by_opening": [" ".join(_spoken(example.question).split()[:2]) for example in examples],
         "by_answer": [right_answer(example.answers) for example in examples],
     }
-    groups = {name: score_groups(each, hits, pictures) for name, each in labels.items()}
+    groups = {name: score_groups(each, scores, pictures) for name, each in labels.items()}
     found = {name: group for name, group in groups.items() if group}
     return found | {"confusions": confusions(predictions, examples, sets=sets)}
 
 
+def form_of(example: Example) -> str:
+    """ "closed" if the question's answers are all yes or no or it has choices, else "open".
+
+    A row whose own kind is closed or open is what it says, as in VQA-RAD.
+    """
+    if example.kind is not None and example.kind.lower() in ("closed", "open"):
+        return example.kind.lower()
+    closed = bool(example.choices) or {normalise(answer) for answer in example.answers} <= {"yes", "no"}
+    return "closed" if closed else "open"
+
+
 def score_groups(
-    labels: Sequence[str | None], hits: Sequence[bool], pictures: Sequence[Hashable]
+    labels: Sequence[str | None], scores: Mapping[str, Sequence[float]], pictures: Sequence[Hashable]
 ) -> dict[str, dict[str, float]]:
-    """Exact match of each group, the largest group first.
+    """Mean scores of each group, the largest group first.
 
     Args:
         labels: the group of each row; a row without one counts nowhere.
-        hits: whether each row was answered right.
+        scores: of each row, by their names.
         pictures: which picture each row is about.
 
     Returns:
-        For each group "n", "exact_match" and, of a group with two pictures or more, "exact_match_low" and
-        "exact_match_high", the 95 % interval of `adapters.evaluation.vqa.interval_by_picture`.
+        For each group "n", each score and, of a group with two pictures or more, the first score's 95 % interval by
+        picture (`adapters.evaluation.intervals.interval_by_picture`), its name with "_low" and "_high" behind it.
     """
     members: defaultdict[str, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):
         if label:
             members[label].append(row)
+    first = next(iter(scores))
     found = {}
     for label, rows in sorted(members.items(), key=lambda item: -len(item[1])):
-        theirs, shown = [hits[row] for row in rows], [pictures[row] for row in rows]
-        scores = {"n": len(rows), "exact_match": sum(theirs) / len(rows)}
-        if len(set(shown)) > 1:
-            scores["exact_match_low"], scores["exact_match_high"] = interval_by_picture(theirs, shown)
-        found[label] = scores
+        means = {name: sum(values[row] for row in rows) / len(rows) for name, values in scores.items()}
+        interval = with_interval(first, [scores[first][row] for row in rows], [pictures[row] for row in rows])
+        found[label] = {"n": len(rows), **interval, **means}
     return found
 
 
@@ -89,6 +104,39 @@ def confusions(
         {"right": right, "given": given, "n": count, "of": totals[right]}
         for (right, given), count in wrong.most_common(most)
     ]
+
+
+def confusion_table(
+    predictions: Sequence[str], examples: Sequence[Example], *, most: int = 10, sets: bool = False
+) -> tuple[list[str], list[str], list[list[int]]]:
+    """How often each right answer was answered by which.
+
+    Args:
+        predictions: one answer for each example.
+        examples: the rows.
+        most: right answers that have a row of their own, the commonest ones, and as many answers that were given.
+        sets: as in `adapters.evaluation.vqa.exact_match`.
+
+    Returns:
+        The right answers, one a row; the given ones, one a column, the same ones first and in the same order; and the
+        counts. What has no row or column of its own is counted under `OTHER`, which is last. An answer that is right
+        counts as the row's right answer, in whatever words.
+    """
+    rights = [right_answer(example.answers) for example in examples]
+    given = [
+        right if exact_match(said, example.answers, sets=sets) else normalise(said)
+        for right, said, example in zip(rights, predictions, examples, strict=True)
+    ]
+    rows = [answer for answer, _ in Counter(rights).most_common(most)]
+    others = [answer for answer, _ in Counter(given).most_common() if answer not in rows]
+    columns = [*rows, *others[: max(most - len(rows), 2)]]
+    counts = Counter(
+        (right if right in rows else OTHER, said if said in columns else OTHER)
+        for right, said in zip(rights, given, strict=True)
+    )
+    rows += [OTHER] if any(right == OTHER for right, _ in counts) else []
+    columns += [OTHER] if any(said == OTHER for _, said in counts) else []
+    return rows, columns, [[counts[right, said] for said in columns] for right in rows]
 
 
 def right_answer(answers: Sequence[str]) -> str:

@@ -1,13 +1,11 @@
-"""Scores of short answers: exact match and its interval, the VQA accuracy of VQAv2, and what language alone scores."""
+"""Scores of short answers: exact match, the VQA accuracy of VQAv2, and what language alone scores."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from adapters.data.answers import answer_set, normalise
 
@@ -55,12 +53,15 @@ def exact_match(prediction: str, answers: Sequence[str], *, sets: bool = False) 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQAv2's accuracy: the mean over leave-one-out sets of min(matching answers / 3, 1).
 
-    Antol et al. 2015 (arXiv 1505.00468), section 5. With a single answer it is exact match. Answers are compared in
-    the form that the official evaluation (github.com/GT-Vision-Lab/VQA) brings them to. That leaves them as they are if
-    all ten are equal; here they have the form then too, so that a capital letter does not make "yes" wrong.
+    Antol et al. 2015 (arXiv 1505.00468), section 5, as the official evaluation (github.com/GT-Vision-Lab/VQA) computes
+    it. Answers are compared in the form of `vqa_form`; but if several people all gave the very same answer, the
+    official evaluation leaves both sides as they are written, so that there "Yes" is not "yes". With a single answer,
+    which VQAv2 never has, it is exact match in that form.
     """
-    said = vqa_form(prediction)
-    given = [vqa_form(answer) for answer in answers]
+    unanimous = len(answers) > 1 and len({_plain(answer) for answer in answers}) == 1
+    form = _plain if unanimous else vqa_form
+    said = form(prediction)
+    given = [form(answer) for answer in answers]
     if len(given) == 1:
         return float(said == given[0])
     scores = []
@@ -70,6 +71,11 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
+def as_written_only(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether `vqa_accuracy` finds an answer wrong only because all people gave the same one, and so no form is used."""
+    return vqa_accuracy(prediction, answers) == 0.0 and vqa_form(prediction) in map(vqa_form, answers)
+
+
 def vqa_form(answer: str) -> str:
     """The form VQAv2 compares in: lower case, no punctuation and articles, digits for number words, apostrophes.
 
@@ -77,12 +83,16 @@ def vqa_form(answer: str) -> str:
     comma between digits; other marks become spaces. A full stop is left out unless a digit follows it. Characters are
     in Unicode's form NFKC first: a full-width digit is a digit.
     """
-    said = unicodedata.normalize("NFKC", answer).replace("\n", " ").replace("\t", " ").strip()
+    said = _plain(answer)
     text, close = said, _COMMA_IN_NUMBER.search(said) is not None
     for mark in _PUNCTUATION:
         text = text.replace(mark, "" if close or f"{mark} " in said or f" {mark}" in said else " ")
     words = (_NUMBERS.get(word, word) for word in _PERIOD.sub("", text).lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _plain(answer: str) -> str:
+    return unicodedata.normalize("NFKC", answer).replace("\n", " ").replace("\t", " ").strip()
 
 
 def score(predictions: Sequence[str], answers: Sequence[Sequence[str]], *, sets: bool = False) -> dict[str, float]:
@@ -95,38 +105,28 @@ def score(predictions: Sequence[str], answers: Sequence[Sequence[str]], *, sets:
     }
 
 
-def interval_by_picture(
-    hits: Sequence[float], pictures: Sequence[Hashable], *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % interval of a mean score, by drawing whole pictures with replacement, with all that was asked of each.
-
-    Questions on one picture tend to be right or wrong together, so an interval that took them for independent would be
-    too narrow. This is the percentile bootstrap over clusters (Davison and Hinkley 1997, Bootstrap Methods and their
-    Application).
+def commonest_answers(
+    questions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    learned_from: Sequence[tuple[str, Sequence[str]]] = (),
+) -> list[str]:
+    """Each question answered as it is most often answered: what can be said without the picture.
 
     Args:
-        hits: the score of each question, from 0 to 1.
-        pictures: which picture each question is on.
-        draws: how often as many pictures are drawn.
-        seed: of the draws.
-
-    Raises:
-        ValueError: there is no question, or not one picture for each.
+        questions: what is asked.
+        answers: the right ones of each question.
+        learned_from: questions with their answers, such as training's; a question that is not among them is answered
+            by their commonest answer over all. If there are none, the very answers that are scored are counted, which
+            flatters: a question that is asked once is then always right.
     """
-    grouped: dict[Hashable, list[float]] = defaultdict(list)
-    for hit, picture in zip(hits, pictures, strict=True):
-        grouped[picture].append(float(hit))
-    if not grouped:
-        raise ValueError("no questions, so no interval")
-    sums = np.array([sum(each) for each in grouped.values()])
-    counts = np.array([len(each) for each in grouped.values()])
-    generator, even = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums))
-    means = []
-    for start in range(0, draws, 100):  # some at a time: a large set has tens of thousands of pictures
-        drawn = generator.multinomial(len(sums), even, size=min(100, draws - start))  # [100, pictures]
-        means.append(drawn @ sums / (drawn @ counts))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for question, given in learned_from or zip(questions, answers, strict=True):
+        counted = [normalise(answer) for answer in given]
+        by_question[normalise(question)].update(counted)
+        overall.update(counted)
+    seen = (by_question.get(normalise(question)) or overall for question in questions)
+    return [known.most_common(1)[0][0] for known in seen]
 
 
 def commonest_answer_score(
@@ -136,21 +136,6 @@ def commonest_answer_score(
     *,
     sets: bool = False,
 ) -> float:
-    """Exact match of answering each question as it is most often answered: what can be scored without the picture.
-
-    Args:
-        questions: what is asked.
-        answers: the right ones of each question.
-        learned_from: questions with their answers, such as training's; a question that is not among them is answered
-            by their commonest answer over all. If there are none, the very answers that are scored are counted, which
-            flatters: a question that is asked once is then always right.
-        sets: as in `exact_match`.
-    """
-    by_question: dict[str, Counter[str]] = defaultdict(Counter)
-    overall: Counter[str] = Counter()
-    for question, given in learned_from or zip(questions, answers, strict=True):
-        counted = [normalise(answer) for answer in given]
-        by_question[normalise(question)].update(counted)
-        overall.update(counted)
-    seen = (by_question.get(normalise(question)) or overall for question in questions)
-    return score([known.most_common(1)[0][0] for known in seen], answers, sets=sets)["exact_match"]
+    """Exact match of `commonest_answers`; `sets` as in `exact_match`."""
+    guesses = commonest_answers(questions, answers, learned_from)
+    return score(guesses, answers, sets=sets)["exact_match"]

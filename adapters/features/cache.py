@@ -85,16 +85,26 @@ class FeatureCache:
         together: pictures for each call of the encoder, always as many: a matrix product may round otherwise in another
             shape, and a picture's features must not depend on what was encoded with it. Fewer are filled up with the
             last one. On a CPU take 1: there the place in a batch counts too.
+        half: keep features in float16 where they fit into its range; False keeps float32, of which nothing is rounded.
     """
 
     _live: ClassVar[weakref.WeakSet[FeatureCache]] = weakref.WeakSet()
 
     def __init__(
-        self, encoder: Encoder, root: Path | None = None, max_bytes: int | None = None, *, together: int = 1
+        self,
+        encoder: Encoder,
+        root: Path | None = None,
+        max_bytes: int | None = None,
+        *,
+        together: int = 1,
+        half: bool = True,
     ) -> None:
         self.encoder = encoder
         self.root = feature_files.features_root(root)
         self.identity = dict(encoder.identity())
+        self.half = half
+        if not half:  # other files, so another key; that of half precision stays as it was
+            self.identity["features"] = "float32"
         self.key = encoder_key(self.identity)
         self.folder = self.root / self.key
         self.together = together
@@ -138,7 +148,7 @@ class FeatureCache:
             raise
 
     def load(self, refs: Sequence[ImageRef]) -> Tensor:
-        """Return features [B, P, D] on the CPU, in float16, or float32 if a picture's exceed its range.
+        """Return features [B, P, D] on the CPU, in float16, or float32 if that is kept or a picture's exceed its range.
 
         What is missing is encoded first, in batches of 16. A damaged file is encoded again, with one warning.
 
@@ -265,7 +275,7 @@ class FeatureCache:
         half = features.half()
         arrays = []
         for row, ref in enumerate(refs):
-            if half[row].isfinite().all():
+            if self.half and half[row].isfinite().all():
                 arrays.append(half[row].numpy())
             elif features[row].isfinite().all():
                 arrays.append(features[row].numpy())

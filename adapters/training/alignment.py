@@ -55,10 +55,10 @@ def align_words(
     Returns:
         The last step's loss; 0.0 if no name tells pictures apart, so that there was nothing to learn.
     """
-    bags = {picture: names_in(assembly, picture) for picture in pictures if len(picture.images) == 1}
-    names = distinctive_names(list(bags.values()), partial(is_word, assembly.prompts.tokenizer))
+    bags = [(picture.images[0], names_in(assembly, picture)) for picture in pictures if len(picture.images) == 1]
+    names = distinctive_names([bag for _, bag in bags], partial(is_word, assembly.prompts.tokenizer))
     column = {name: index for index, name in enumerate(names)}
-    chosen = [picture for picture, bag in bags.items() if any(name in column for name in bag)]
+    chosen = [(image, bag) for image, bag in bags if any(name in column for name in bag)]
     if len(names) < 2 or not chosen:
         return 0.0
     model = assembly.model
@@ -73,11 +73,11 @@ def align_words(
     value = 0.0
     for step in range(steps):
         batch = rng.sample(chosen, min(batch_size, len(chosen)))
-        vectors = assembly.image_embeddings([picture.images[0] for picture in batch]).float()  # [B, Q, D_l]
+        vectors = assembly.image_embeddings([image for image, _ in batch]).float()  # [B, Q, D_l]
         vectors = vectors[:, : model.bridge.config.num_queries]  # names that are read are not learned
         wanted = torch.zeros(len(batch), len(names), device=table.device)
-        for row, picture in enumerate(batch):
-            wanted[row, [column[name] for name in bags[picture] if name in column]] = 1.0
+        for row, (_, bag) in enumerate(batch):
+            wanted[row, [column[name] for name in bag if name in column]] = 1.0
         loss = naming_loss(vectors - mean, targets, wanted / wanted.sum(dim=1, keepdim=True))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)

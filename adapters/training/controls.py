@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -57,16 +57,15 @@ def fixed_controls(
 
 def commonest_answers(train: Sequence[Example], questions: Sequence[str]) -> list[str]:
     """The commonest training answer to each question; to a question that is new, the commonest of all."""
-    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    wanted = [normalise(question) for question in questions]
+    by_question: dict[str, Counter[str]] = {question: Counter() for question in wanted}
     overall: Counter[str] = Counter()
     for example in train:
         answers = [normalise(answer) for answer in example.answers]
-        by_question[normalise(example.question)].update(answers)
+        if (counted := by_question.get(normalise(example.question))) is not None:
+            counted.update(answers)
         overall.update(answers)
-    return [
-        (by_question.get(normalise(question)) or overall or Counter([""])).most_common(1)[0][0]
-        for question in questions
-    ]
+    return [(by_question[question] or overall or Counter([""])).most_common(1)[0][0] for question in wanted]
 
 
 def validate_answers(

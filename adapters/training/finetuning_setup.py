@@ -102,8 +102,8 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     held_out = tokenise(opened.val, assembly.prompts, **how)
     validation = plan_validation(held_out, row_tokens=row_tokens)
     images = all_views((row.images[0] for row in opened.train.examples if len(row.images) == 1), recipe.data.views)
-    images += [image for data in (opened.train, opened.val) for row in data.examples for image in row.images]
-    encode_pictures(opened, assembly.caches, images)
+    named = (image for data in (opened.train, opened.val) for row in data.examples for image in row.images)
+    encode_pictures(opened, assembly.caches, [*images, *dict.fromkeys(named)])
 
     if not opened.quiet and opened.state is None:
         report_copies(opened.train, opened.val)

@@ -15,8 +15,9 @@ from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts
-from adapters.data.examples import DataSet, merge, mix, repeat, sample_evenly, split_by_image, split_fold
+from adapters.data.examples import DataSet, Example, merge, mix, repeat, sample_evenly, split_by_image, split_fold
 from adapters.data.image_ref import ImageRef
+from adapters.data.lazy import Picked, places_where
 from adapters.data.readers import read_data
 from adapters.features.cache import FeatureCache
 from adapters.loading.assembly import Assembly
@@ -304,15 +305,19 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
     if data.val is not None:
         return train, read(data.val, data.val_limit)
     if not data.hold_out:
-        return train, replace(train, name=f"{train.name} (val)", examples=(), faults=(), row_digests=())
+        return train, replace(train, name=f"{train.name} (val)", examples=(), faults=())
     if data.fold is not None:
         fold, folds = map(int, data.fold.split("/"))
         train, val = split_fold(train, fold, folds)
-        return train, replace(val, examples=tuple(example for example in val.examples if example.turn == 0))
+        return train, replace(val, examples=_once(val))
     share = data.val_fraction or held_out_share(len(train.examples))
     train, val = split_by_image(train, share, seed=0)  # the split does not depend on the run's seed
-    once = [example for example in val.examples if example.turn == 0]
-    return train, replace(val, examples=sample_evenly(once, data.val_limit))
+    return train, replace(val, examples=sample_evenly(_once(val), data.val_limit))
+
+
+def _once(data: DataSet) -> Sequence[Example]:
+    """The rows of a data set that is repeated, each once."""
+    return Picked(data.examples, places_where(data.examples, lambda example: example.turn == 0))
 
 
 def check_run_folder(out: Path, resume: bool, recipe: Recipe) -> Path | None:

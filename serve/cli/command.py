@@ -10,38 +10,27 @@ import logging
 import os
 import sys
 import traceback
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qformer.errors import UserError
-from serve.cli import batch, cache, data, demo, export, import_, look, push, reason, search, serve, train
+from serve.cli import batch, cache, data, demo, evaluate, export, import_, look, push, reason, search, serve, train
 from serve.cli.common import (
     AdapterOption,
-    AnswerAdapterOption,
     BeamsOption,
     ChoicesOption,
-    ColumnsOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
-    LimitOption,
     MaxTokensOption,
     OfflineOption,
     PresetOption,
-    QuietOption,
-    RationaleTokensOption,
-    SkipOption,
     check_pictures,
-    columns_of,
     decoding_over,
-    progress,
     report,
     split_list,
 )
-from serve.cli.scores import describe_scores
 
 app = typer.Typer(
     help="A Q-Former bridges a frozen image encoder and a frozen 4-bit LLM: train it, ask it, serve it.",
@@ -55,6 +44,8 @@ app.command()(train.pretrain)
 app.command("import")(import_.import_)
 app.command()(export.export)
 app.command()(push.push)
+app.command()(evaluate.evaluate)
+app.command()(evaluate.compare)
 app.command()(batch.batch)
 app.command()(reason.reason)
 app.command()(search.search)
@@ -127,101 +118,6 @@ def caption(
     captions = {picture: loaded.caption(picture, language=language, decoding=how) for picture in pictures}
     lines = list(captions.values()) if len(captions) == 1 else [f"{name}: {text}" for name, text in captions.items()]
     report({"captions": captions, "language": language}, as_json, "\n".join(lines))
-
-
-@app.command()
-def evaluate(
-    data: Annotated[str, typer.Argument(help="A data file with answers, easy-vqa:test, or FOLDER:SPLIT of ScienceQA.")],
-    adapter: AdapterOption = None,
-    task: Annotated[str, typer.Option("--task", help="What to score: vqa, caption, reason or retrieval.")] = "vqa",
-    answer_adapter: AnswerAdapterOption = None,
-    controls: Annotated[
-        bool, typer.Option("--controls", help="For reason: also without reasons, with given ones, without the picture.")
-    ] = False,
-    blank_images: Annotated[
-        bool, typer.Option("--blank-images", help="The control: every picture is replaced by a grey one.")
-    ] = False,
-    rerank: Annotated[
-        bool, typer.Option("--rerank/--no-rerank", help="For retrieval: let ITM rank the best 16 again.")
-    ] = True,
-    columns: ColumnsOption = None,
-    limit: LimitOption = None,
-    skip_bad_rows: SkipOption = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 64,
-    decoding: PresetOption = None,
-    beams: BeamsOption = None,
-    max_new_tokens: MaxTokensOption = None,
-    rationale_tokens: RationaleTokensOption = None,
-    predictions: Annotated[
-        Path | None, typer.Option("--predictions", help="For vqa: a JSONL file to write, an answer a line.")
-    ] = None,
-    match: Annotated[
-        str, typer.Option("--match", help="For vqa: exact, or set: lists with commas, in any order.")
-    ] = "exact",
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    offline: OfflineOption = False,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Score an adapter on a data set, with what language alone would score beside it."""
-    from adapters.data.sources import check_source
-
-    if task not in ("vqa", "caption", "reason", "retrieval"):
-        raise UserError(f"--task {task}: take vqa, caption, reason or retrieval")
-    if task != "reason" and (controls or answer_adapter is not None or rationale_tokens is not None):
-        raise UserError(f"--controls, --answer-adapter and --rationale-tokens go with --task reason, not {task}")
-    if task == "retrieval" and not decoding is beams is max_new_tokens is None:
-        raise UserError("--decoding, --beams and --max-new-tokens are for what an LLM writes, not for retrieval")
-    if task != "retrieval" and not rerank:
-        raise UserError(f"--no-rerank goes with --task retrieval, not {task}")
-    if task != "vqa" and match != "exact":
-        raise UserError(f"--match goes with --task vqa, not {task}")
-    named = columns_of(columns)
-    check_source(data)
-    if match != "exact":
-        from serve.evaluate import check_match
-
-        check_match(match)
-    if predictions is not None:
-        from serve.evaluate import check_predictions
-
-        check_predictions(predictions, data, task)
-    on_progress = None if quiet else progress("done")
-    if task == "reason":
-        from qformer.decoding import Decoding
-        from serve.evaluate_reasons import evaluate_reasons
-        from serve.reasoning import load_pair
-
-        over = decoding_over(decoding, beams, max_new_tokens)
-        first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
-        scores = evaluate_reasons(
-            first, data, answer_adapter=second, controls=controls, blank_images=blank_images, limit=limit,
-            skip_bad_rows=skip_bad_rows, columns=named, offline=offline, batch_size=batch_size,
-            rationale_tokens=rationale_tokens, decoding=over(Decoding()), on_progress=on_progress,
-        )  # fmt: skip
-    elif task == "retrieval":
-        from serve.evaluate import evaluate_retrieval
-        from serve.retrieval import load_retriever
-
-        retriever, _ = load_retriever(adapter, device=device, dtype=dtype, offline=offline)
-        scores = evaluate_retrieval(
-            retriever, data, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows, columns=named,
-            offline=offline, rerank=rerank, on_progress=on_progress,
-        )  # fmt: skip
-    else:
-        from serve.adapter import load_adapter
-        from serve.evaluate import evaluate as run
-
-        over = decoding_over(decoding, beams, max_new_tokens)
-        loaded = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
-        scores = run(
-            loaded, data, task=task, blank_images=blank_images, limit=limit, skip_bad_rows=skip_bad_rows,
-            columns=named, offline=offline, batch_size=batch_size, decoding=over(loaded.default_decoding(task)),
-            predictions=predictions, match=match, on_progress=on_progress,
-            tell=None if quiet else partial(typer.echo, err=True),
-        )  # fmt: skip
-    report(scores, as_json, describe_scores(scores))
 
 
 @app.command()

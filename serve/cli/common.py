@@ -42,6 +42,9 @@ PresetOption = Annotated[
     ),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
+MaxPromptOption = Annotated[
+    int, typer.Option("--max-prompt", min=1, help="Tokens of a conversation that a model is asked to read.")
+]
 AnswerAdapterOption = Annotated[
     str | None,
     typer.Option("--answer-adapter", help="Another adapter that answers, from the reasons that --adapter gives."),

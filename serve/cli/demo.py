@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from qformer.errors import UserError
-from serve.cli.common import DeviceOption, DtypeOption, OfflineOption
+from serve.cli.common import DeviceOption, DtypeOption, MaxPromptOption, OfflineOption
+from serve.limits import MAX_PROMPT
 
 
 def demo(
@@ -27,6 +28,7 @@ def demo(
         str | None,
         typer.Option("--auth", envvar="QUERYBRIDGE_DEMO_AUTH", help="user:password that the page asks for."),
     ] = None,
+    max_prompt: MaxPromptOption = MAX_PROMPT,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
@@ -40,5 +42,5 @@ def demo(
     from serve.engine import Engine
     from serve.page.app import launch
 
-    with Engine(adapter or (None,), device=device, dtype=dtype, offline=offline) as engine:
+    with Engine(adapter or (None,), device=device, dtype=dtype, offline=offline, max_prompt=max_prompt) as engine:
         launch(engine, port=port, auth=auth, search_folder=search_folder)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from qformer.errors import UserError
-from serve.cli.common import DeviceOption, DtypeOption, OfflineOption
-from serve.limits import Limits
+from serve.cli.common import DeviceOption, DtypeOption, MaxPromptOption, OfflineOption
+from serve.limits import MAX_PROMPT, Limits
 
 
 def serve(
@@ -45,6 +45,7 @@ def serve(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")
     ] = Limits.max_tokens,
+    max_prompt: MaxPromptOption = MAX_PROMPT,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
@@ -73,8 +74,9 @@ def serve(
         request_timeout=request_timeout, max_body=int(max_body * 2**20), max_images=max_images, max_tokens=max_tokens
     )
     with Engine(
-        adapter or (None,), device=device, dtype=dtype, offline=offline, max_batch=max_batch, max_waiting=max_waiting
-    ) as engine:
+        adapter or (None,), device=device, dtype=dtype, offline=offline, max_batch=max_batch, max_waiting=max_waiting,
+        max_prompt=max_prompt,
+    ) as engine:  # fmt: skip
         app = build_app(
             engine,
             limits=limits,

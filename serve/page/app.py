@@ -23,17 +23,19 @@ from serve.engine import Engine
 from serve.hosts import OwnNamesOnly
 from serve.limits import MAX_FILE_SIZE
 from serve.page.context import IMMEDIATE, PageContext
-from serve.page.examples import find_examples
-from serve.page.inputs import MAX_BEAMS, MAX_TOKENS
+from serve.page.examples import ExamplePicture, find_examples
 from serve.page.notes import about, caption_note, head, look_note, reason_note, search_note, shown_note
+from serve.page.script import HEAD
 from serve.page.security import fetch_nothing, private_uploads, tidy_ending
+from serve.page.settings import make_settings, show_settings
+from serve.page.styles import CSS
 from serve.page.tabs.attention import attention_tab
 from serve.page.tabs.caption import caption_tab
 from serve.page.tabs.chat import chat_tab
 from serve.page.tabs.reason import reason_tab
 from serve.page.tabs.search import ImageFinder, search_tab
 from serve.page.tabs.vqa import vqa_tab
-from serve.page.theme import CSS, make_theme
+from serve.page.theme import make_theme
 from serve.retrieval import find_folder
 
 HOST = "127.0.0.1"
@@ -56,21 +58,18 @@ def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Block
         tempfile.TemporaryDirectory() as drawn,
         gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page,
     ):
-        learned = adapter.assembly
-        examples_from, examples = find_examples(
-            Path(drawn), task=learned.task, train=learned.train_sources, val=learned.val_sources
+        with gr.Row(equal_height=False, elem_id="top"):
+            top = gr.HTML(head(adapter), elem_id="head", padding=False)
+            chooser = gr.Dropdown(
+                engine.names, value=adapter.name, label="Adapter", filterable=False, elem_id="adapter",
+                visible=len(engine.names) > 1, container=False, min_width=110, scale=0,
+            )  # fmt: skip
+        settings = make_settings()
+        context = PageContext(
+            engine, chooser, settings, _examples_of(engine, Path(drawn)), Path(chooser.GRADIO_CACHE).resolve()
         )
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=280):
-                top = gr.HTML(head(adapter), elem_id="head")
-            with gr.Column(scale=1, min_width=200, visible=len(engine.names) > 1):
-                chooser = gr.Dropdown(
-                    engine.names, value=adapter.name, label="Adapter", filterable=False, elem_id="adapter"
-                )
-        settings = _make_settings()
-        context = PageContext(engine, chooser, settings, examples, examples_from, Path(chooser.GRADIO_CACHE).resolve())
         with gr.Tabs(elem_id="tabs"):
-            chat_tab(context)
+            chat_tab(context, page)
             vqa_tab(context)
             captions = caption_tab(context)
             reasons = reason_tab(context)
@@ -79,11 +78,8 @@ def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Block
         context.share_pictures()
         context.open_endpoints()
         with gr.Accordion("Settings", open=False, elem_id="settings"):
-            for pair in (settings[:2], settings[2:]):
-                with gr.Row():
-                    for control in pair:
-                        control.render()
-        with gr.Accordion("About this adapter", open=False):
+            show_settings(settings)
+        with gr.Accordion("About this adapter", open=False, elem_id="about-adapter"):
             facts = gr.HTML(about(adapter), elem_classes="about", elem_id="about")
 
         def show_adapter(name: str) -> list[Any]:
@@ -174,6 +170,7 @@ def _open(
             app_kwargs={} if login else {"middleware": [Middleware(OwnNamesOnly)]},
             theme=make_theme(),
             css=CSS,
+            head=HEAD,
         )
     except OSError as error:  # taken since we looked
         raise UserError(_port_taken(port)) from error
@@ -181,26 +178,16 @@ def _open(
     return page
 
 
-def _make_settings() -> list[Any]:
-    """The controls of `Settings`, in its order, not on the page yet."""
-    return [
-        gr.Slider(
-            0, MAX_TOKENS, 0, step=8, label="Longest answer", info="In tokens; 0: as each tab needs", render=False,
-            elem_id="longest",
-        ),
-        gr.Slider(
-            0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest word; above: drawn at random",
-            render=False, elem_id="temperature",
-        ),
-        gr.Slider(
-            0.05, 1, 1, step=0.05, label="Top-p", info="The share of the likeliest words that are drawn from",
-            render=False, elem_id="top-p",
-        ),
-        gr.Slider(
-            0, MAX_BEAMS, 0, step=1, label="Beams", info="0: as each tab needs; 1: no search",
-            render=False, elem_id="beams",
-        ),
-    ]  # fmt: skip
+def _examples_of(engine: Engine, drawn: Path) -> dict[str, tuple[str, list[ExamplePicture]]]:
+    """Pictures to try, by adapter; scenes are drawn into a folder."""
+    found = {}
+    for number, name in enumerate(engine.names):
+        learned, folder = engine.adapter(name).assembly, drawn / str(number)
+        folder.mkdir()
+        found[name] = find_examples(
+            folder, task=learned.task, train=learned.train_sources, val=learned.val_sources
+        )
+    return found
 
 
 def _login(auth: str | None) -> tuple[str, str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +13,13 @@ import gradio as gr
 from qformer.errors import UserError
 from serve.engine import Engine
 from serve.page.examples import ExamplePicture
-from serve.page.inputs import toast, uploaded
+from serve.page.inputs import for_programs, toast, uploaded
 from serve.pending import Answer, PendingAnswer
 
 T = TypeVar("T")
 
 _NOTICED = 0.3  # seconds until it is noticed that nobody waits any more: a generator ends at a yield
-AT_ONCE = 8  # events that ask the models at a time; the engine answers them together, others wait
+AT_ONCE = 32  # events that ask the models at a time: they wait in the engine, which knows how many are ahead
 
 # preprocess=False hands over what was sent as it is, files unopened: our own opener sees them first
 ASKS_MODELS: dict[str, Any] = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": AT_ONCE}
@@ -39,8 +39,7 @@ class PageContext:
         engine: what answers.
         adapter: the chooser.
         settings: longest, temperature, top_p and beams, as `Settings.of` takes them.
-        examples: pictures to try.
-        examples_from: what they are.
+        examples: by adapter, what its pictures to try are, and these.
         uploads: where the page keeps what is uploaded.
         pictures: the slots of the shared picture, one a tab.
     """
@@ -48,8 +47,7 @@ class PageContext:
     engine: Engine
     adapter: gr.Dropdown
     settings: list[Any]
-    examples: Sequence[ExamplePicture]
-    examples_from: str
+    examples: Mapping[str, tuple[str, Sequence[ExamplePicture]]]
     uploads: Path
     pictures: list[gr.Image] = field(default_factory=list)
     _loads: list[tuple[gr.Image, Any]] = field(default_factory=list)
@@ -58,22 +56,37 @@ class PageContext:
     def picture_slot(self) -> gr.Image:
         """A place for the shared picture."""
         slot = gr.Image(
-            type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], height=360,
+            type="filepath", image_mode=None, label="Picture", height=320,
+            sources=["upload", "webcam", "clipboard"],
             buttons=["fullscreen"], elem_classes="picture", elem_id=f"picture-{len(self.pictures)}",
         )  # fmt: skip
         self.pictures.append(slot)
         return slot
 
-    def offer_examples(self, slot: gr.Image, *fields: Any, fill: Callable[[ExamplePicture], Sequence[str]]) -> None:
-        """Pictures to try beside a slot, with what they put into text fields."""
-        if not self.examples:
-            return
-        rows = [[str(example.path), *fill(example)] for example in self.examples]
-        offered = gr.Examples(
-            rows, [slot, *fields], label=f"Try one: {self.examples_from}", api_visibility="private",
-            elem_id=f"examples-{len(self.pictures) - 1}", visible_columns=[0],
+    def offer_examples(
+        self, slot: gr.Image, *fields: Any, fill: Callable[[ExamplePicture], Sequence[str]] = lambda example: ()
+    ) -> None:
+        """Pictures to try beside a slot, with what they put into text fields; they are the chosen adapter's."""
+        number = len(self.pictures) - 1
+        where, first = self.examples[self.engine.adapter().name]
+        offered = gr.Dataset(
+            components=[gr.Image(render=False, type="filepath")], samples=_samples(first), type="index",
+            label=f"Try one: {where}", elem_id=f"examples-{number}", elem_classes="examples", visible=bool(first),
         )  # fmt: skip
-        self._loads.append((slot, offered.load_input_event))
+
+        def load(index: Any, adapter: str) -> list[Any]:
+            shown = self.examples[self.engine.adapter(adapter).name][1]
+            example = shown[int(index) % len(shown)]  # our own: what an event says of itself is anybody's
+            return [str(example.path), *fill(example)]
+
+        def swap(adapter: str) -> Any:
+            where, shown = self.examples[self.engine.adapter(adapter).name]
+            return gr.Dataset(samples=_samples(shown), label=f"Try one: {where}", visible=bool(shown))
+
+        if len(self.examples) > 1:
+            self.adapter.change(swap, self.adapter, offered, **IMMEDIATE)
+        loaded = offered.click(load, [offered, self.adapter], [slot, *fields], show_progress="hidden", **PRIVATE)
+        self._loads.append((slot, loaded))
 
     def forget(self, picture: gr.Image | None, answered: dict[Any, Any], asking: Any) -> None:
         """Take an answer off the page, and end one that is under way, if another picture or adapter comes.
@@ -108,7 +121,7 @@ class PageContext:
     def open_endpoints(self) -> None:
         """Put the endpoints' unseen components on the page; tabs hold nothing but tabs."""
         for name, call, inputs, outputs in self._endpoints:
-            gr.Button(visible=False).click(call, inputs, outputs(), api_name=name, **ASKS_MODELS)
+            gr.Button(visible=False).click(for_programs(call), inputs, outputs(), api_name=name, **ASKS_MODELS)
 
     def share_pictures(self) -> None:
         """Have a picture that is put into one slot, or taken out of it, appear in all; report files that are none."""
@@ -123,13 +136,18 @@ class PageContext:
 
         for slot in self.pictures:
             others = [other for other in self.pictures if other is not slot]
-            seen = slot.upload(
-                check, slot, slot, preprocess=False, show_progress="hidden", concurrency_id="check", **PRIVATE
-            )
+            seen = gr.on(
+                [slot.upload, slot.input], check, slot, slot, preprocess=False, show_progress="hidden",
+                concurrency_id="check", **PRIVATE,
+            )  # fmt: skip
             loads = [load for owner, load in self._loads if owner is slot]
             for event in (seen, *loads):
                 event.then(None, slot, others, js=f"picture => Array({len(others)}).fill(picture)", **PRIVATE)
             slot.clear(None, None, others, js=f"() => Array({len(others)}).fill(null)", **PRIVATE)
+
+
+def _samples(examples: Sequence[ExamplePicture]) -> list[list[str]]:
+    return [[str(example.path)] for example in examples]
 
 
 def submit_all(asks: Iterable[Callable[[], PendingAnswer]]) -> list[PendingAnswer]:

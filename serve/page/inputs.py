@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 import mimetypes
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from html import escape
+from functools import wraps
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
 
 from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.page.security import inside
-from serve.pending import Busy
+from serve.pending import CLIENT, Busy
 
 MAX_TOKENS = 512
 MAX_BEAMS = 8
 
 
+_BYTES = re.compile(r" \(it starts with b(['\"]).*\1\)")
+_FLAG_FIRST = re.compile(r"^(--[a-z][\w-]*|[A-Z]{4,})( [^ :]+)?: ")
+_FLAG = re.compile(r"--([a-z][\w-]*)")
+
+
 @contextmanager
 def show_user_errors() -> Iterator[None]:
     """Show a user's mistake on the page, and to a program as its error; ours still reach the terminal."""
+    as_visitor()
     try:
         yield
     except UserError as error:
@@ -37,9 +47,58 @@ def show_user_errors() -> Iterator[None]:
         ) from error  # fmt: skip
 
 
+def as_visitor() -> None:
+    """Have what is asked from here on count as this visitor's: the engine gives each of them a turn."""
+    request = LocalContext.request.get(None)
+    CLIENT.set(str(getattr(request, "session_hash", None) or ""))
+
+
 def toast(error: UserError) -> str:
     """A message as the page shows it: as HTML, and a file's name is anybody's."""
-    return escape(str(error), quote=False)
+    return escape(plain_words(str(error)), quote=False)
+
+
+def plain_words(text: str) -> str:
+    """A message without what only a terminal's user knows: flags, and a file's first bytes."""
+    text = _FLAG_FIRST.sub("", _BYTES.sub("", text))
+    text = _FLAG.sub(lambda flag: f"“{flag[1].replace('-', ' ')}”", text)
+    return text[:1].upper() + text[1:] if text[1:2].islower() else text
+
+
+def for_programs(call: Callable[..., Any]) -> Callable[..., Any]:
+    """An endpoint's function whose text parameters hold text, and whose messages are plain text, no HTML.
+
+    Args:
+        call: a function or a generator function; parameters that are annotated `str` or `str | None` are checked.
+    """
+    texts = {name for name, one in inspect.signature(call).parameters.items() if str(one.annotation).startswith("str")}
+
+    def check(values: Sequence[Any]) -> None:
+        for name, value in zip(inspect.signature(call).parameters, values, strict=False):
+            if name in texts and value is not None and not isinstance(value, str):
+                raise UserError(f"{name}: it is {type(value).__name__}; send text")
+
+    @contextmanager
+    def plainly() -> Iterator[None]:
+        try:
+            yield
+        except gr.Error as error:
+            error.message = unescape(str(error.message))
+            raise
+
+    @wraps(call)
+    def answer(*values: Any) -> Any:
+        with plainly(), show_user_errors():
+            check(values)
+            return call(*values)
+
+    @wraps(call)
+    def stream(*values: Any) -> Iterator[Any]:
+        with plainly(), show_user_errors():
+            check(values)
+            yield from call(*values)
+
+    return stream if inspect.isgeneratorfunction(call) else answer
 
 
 def uploaded(file: Any, folder: Path) -> ImageRef:
@@ -81,7 +140,9 @@ def words(text: object, ask: str) -> str:
     Raises:
         UserError: it is empty; `ask` says what to do.
     """
-    found = str(text or "").strip()
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{type(text).__name__} was sent in the place of words: send text")
+    found = (text or "").strip()
     if not found:
         raise UserError(ask)
     return found
@@ -129,6 +190,8 @@ class Settings:
                 found[name] = float(value)
             except (TypeError, ValueError):
                 raise UserError(f"{name}: '{value}' is no number") from None
+            if isinstance(value, bool):
+                raise UserError(f"{name}: {value} is no number")
             if not low <= found[name] <= high:
                 raise UserError(f"{name}: {value} is outside of {low} to {high}")
         if found["temperature"] > 0 and found["beams"] > 1:

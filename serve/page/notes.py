@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import Any
 
 from serve.adapter import LoadedAdapter
+from serve.page.examples import CREDITS
 from serve.pending import Answer
 
+LOW = 0.5  # confidence below which an answer is said to be unsure
+_MARKS = re.compile(r"([\\`*_\[\]#|~])")  # of Markdown
 _KINDS = {
     "vqa": "Answers questions about pictures.",
     "caption": "Describes pictures.",
@@ -23,28 +27,29 @@ _PRACTISED = {
 
 
 def head(adapter: LoadedAdapter) -> str:
-    """The page's head: name, what the adapter does, what it learned from."""
-    assembly, facts = adapter.assembly, adapter.facts
-    learned = []
-    if {"answers", "pictures", "train"} <= facts.data.keys():
-        learned.append(
-            f"Learned from {facts.data['answers']:,} answers about {facts.data['pictures']:,} pictures"
-            f" ({facts.data['train']})"
-        )
-    if "val_exact_match" in facts.metrics:
-        learned.append(f"{facts.metrics['val_exact_match']:.1%} right on its validation questions")
+    """The page's head: the product, the adapter, what it does."""
+    assembly = adapter.assembly
     return (
-        f"<h1>{escape(adapter.name)}</h1><p class='what'>{escape(assembly.description or _KINDS[assembly.task])}</p>"
-        f"<p class='learned'>{escape(' · '.join(learned))}</p>"
+        f"<h1><span>querybridge</span> {escape(adapter.name)}</h1>"
+        f"<p class='what'>{escape(assembly.description or _KINDS[assembly.task])}</p>"
     )
 
 
 def about(adapter: LoadedAdapter) -> str:
     """The adapter's facts as a list, and what becomes of pictures."""
     assembly, facts = adapter.assembly, adapter.facts
+    learned = []
+    if {"answers", "pictures", "train"} <= facts.data.keys():
+        learned.append(
+            f"{facts.data['answers']:,} answers about {facts.data['pictures']:,} pictures ({facts.data['train']})"
+        )
+    if "val_exact_match" in facts.metrics:
+        learned.append(f"{facts.metrics['val_exact_match']:.1%} right on its validation questions")
     bits = {"nf4": "4-bit NF4", "none": "unquantised"}[assembly.quantization]
     rows = {
+        "What it does": assembly.description or _KINDS[assembly.task],
         "Trained for": _PRACTISED[assembly.task],
+        "Learned from": " · ".join(learned) or "not stated",
         "Image encoder": " and ".join(assembly.vision_side.encoder_sources) + ", frozen",
         "Language model": f"{assembly.language_source}, frozen, {bits}",
         "Steps": f"{facts.steps:,}",
@@ -53,7 +58,7 @@ def about(adapter: LoadedAdapter) -> str:
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items())
     return (
         f"<dl>{listed}</dl><p>Pictures stay on this machine, and what is uploaded is deleted within two"
-        " hours. Answers can be wrong: check what matters.</p>"
+        f" hours. Answers can be wrong: check what matters.</p><p>{CREDITS}</p>"
     )
 
 
@@ -114,15 +119,35 @@ def look_note(adapter: LoadedAdapter) -> str:
     )
 
 
-def how_it_went(answer: Answer) -> str:
-    """One line about an answer: its confidence, or that of each choice, its length, and whether it was cut off."""
+def how_it_went(answer: Answer, seconds: float | None = None) -> str:
+    """One line about an answer: its confidence, or that of each choice, who gave it, how long it took, what ended it.
+
+    Args:
+        answer: the answer.
+        seconds: it took, if that is to be told.
+    """
     parts = [f"{choice} {share:.0%}" for choice, share in (answer.choices or {}).items()]
     if answer.confidence is not None and not parts:
         parts.append(f"{answer.confidence:.0%} sure of its words")
-    if answer.tokens:
-        parts.append(f"{answer.tokens} tokens")
+    if answer.confidence is not None and answer.confidence < LOW:
+        parts.append("low confidence: check it")
+    parts.append(answer.adapter)
+    if seconds is not None:
+        parts.append(f"{seconds:.1f} s")
     if answer.finish == "stopped":
         parts.append("stopped")
     if answer.finish == "length":
         parts.append("cut off: allow longer answers under Settings")
-    return escape(" · ".join(parts))
+    return " · ".join(parts)
+
+
+def footnote(answer: Answer, seconds: float) -> str:
+    """What came of an answer, as the last line of its message in Markdown."""
+    told = escape(how_it_went(answer, seconds), quote=False)
+    return "*" + _MARKS.sub(r"\\\1", told.replace("\n", " ")) + "*"
+
+
+def waiting_note(ahead: int, seconds: float) -> str:
+    """What a visitor reads while nothing is written yet: how many are before them, and how long it has been."""
+    who = f"{ahead} ahead of you · " if ahead else ""
+    return f"{who}{seconds:.0f} s"

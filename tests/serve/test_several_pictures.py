@@ -12,6 +12,7 @@ from data_rows import write_jsonl
 from tiny import draw_captions
 
 from adapters.data.examples import Example
+from adapters.inference.answering import Completion
 from serve.evaluate import evaluate
 
 
@@ -62,9 +63,9 @@ def test_captions_belong_to_all_their_pictures_together(tmp_path: Path) -> None:
     class Parrot:
         name = "parrot"
 
-        def answer(self, examples: list[Example], task: str, **_: object) -> list[str]:
+        def reply(self, examples: list[Example], task: str, **_: object) -> list[Completion]:
             asked.extend(examples)
-            return ["one"] * len(examples)
+            return [Completion("one", 2, True, -0.1) for _ in examples]
 
     told: list[str] = []
     found = evaluate(cast(Any, Parrot()), data, task="caption", tell=told.append)

@@ -56,7 +56,7 @@ def attention_tab(context: PageContext) -> tuple[gr.HTML, gr.Textbox]:
             buttons=[], interactive=False, visible=False, elem_id="queries",
         )  # fmt: skip
         looked = gr.State(None)
-        context.offer_examples(picture, fill=lambda example: [])
+        context.offer_examples(picture)
 
     def run(picture: Any, question: str | None, adapter: str) -> AttentionShown:
         image = uploaded(picture, context.uploads)

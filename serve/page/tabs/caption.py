@@ -13,7 +13,7 @@ from adapters.data.image_ref import ImageRef
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
-from serve.page.context import ASKS_MODELS, PageContext, read_along, submit_all, wait_for
+from serve.page.context import ASKS_MODELS, PRIVATE, PageContext, read_along, submit_all, wait_for
 from serve.page.inputs import Settings, show_user_errors, uploaded
 from serve.page.notes import caption_note, shown_note
 from serve.pending import PendingAnswer
@@ -45,7 +45,7 @@ def caption_tab(context: PageContext) -> gr.HTML:
                     label="Caption", lines=3, max_lines=12, interactive=False, buttons=["copy"], elem_id="caption",
                     elem_classes="said", placeholder="The caption comes here.",
                 )  # fmt: skip
-        context.offer_examples(picture, fill=lambda example: [])
+        context.offer_examples(picture)
 
     def caption(
         picture: Any,
@@ -70,9 +70,14 @@ def caption_tab(context: PageContext) -> gr.HTML:
                 yield "\n".join("…" if answer is None else answer.text for answer in answers)
 
     inputs = [picture, style, language, context.adapter, *context.settings]
-    asking = button.click(caption, inputs, said, api_name="caption", **ASKS_MODELS)
+    asking = button.click(caption, inputs, said, show_progress="hidden", **ASKS_MODELS, **PRIVATE)
     context.forget(picture, {said: ""}, asking)
+    context.endpoint("caption", caption, inputs, _text)
     return note
+
+
+def _text() -> gr.Textbox:
+    return gr.Textbox(visible=False, label="caption")
 
 
 def ask(

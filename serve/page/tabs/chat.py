@@ -2,132 +2,47 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_MARK, Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import Engine
 from serve.limits import MAX_TURN_PICTURES
-from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext, read_along
+from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext
+from serve.page.conversation import Conversation, KeptConversations, Said
 from serve.page.inputs import Settings, check_kept, file_data, show_user_errors, uploaded, words
-from serve.page.notes import how_it_went
-from serve.pending import Answer, PendingAnswer
+from serve.page.notes import footnote, waiting_note
+from serve.page.transcript import as_json, as_markdown
+from serve.pending import Answer
 
 USUAL = Decoding(max_new_tokens=128)
 AGAIN = 0.7  # temperature of another try, if none is set: the same settings would give the same words
-# Of any conversation: two requests of one session may come at once. If what is left over is collected meanwhile, its
-# end comes in the same thread.
-_CHANGING = threading.RLock()
 _PLACEHOLDER = (
-    "Put in one or several pictures, and ask. They stay with the turn they came in, so you can ask on about them."
+    "Put in one or several pictures, or drop them here, and ask. They stay with the turn they came in, so you can ask"
+    " on about them."
 )
+_TYPING = "<span class='typing'><i></i><i></i><i></i></span>"
+_TOKEN = "(...rest) => [window.querybridge.token(), ...rest.slice(1)]"  # of the browser's tab
+_SAVE = "file => { window.querybridge.save(file); return null; }"
 
 
-@dataclass
-class Conversation:
-    """What was said in one session; a turn is added once it is answered.
-
-    Attributes:
-        turns: the user's and the adapter's, by turns.
-        request: the answer that is being written; None once its turn is kept.
-    """
-
-    turns: list[Turn] = field(default_factory=list)
-    pending: PendingAnswer | None = None
-
-    def answer(
-        self, engine: Engine, turn: Turn | None, adapter: str, decoding: Decoding
-    ) -> Iterator[tuple[list[Turn], Answer | None]]:
-        """All turns as the answer to the last grows, and at the end what came of it; until then nothing is kept.
-
-        They come again now and then while nothing is written yet, so that it is noticed when nobody waits any more.
-
-        Args:
-            engine: what answers.
-            turn: the user's; None has the last one answered again.
-            adapter: its name.
-            decoding: how the answer is made.
-
-        Raises:
-            UserError: an answer is being written, the conversation is too long, or there is no turn to answer again.
-            Busy: too many wait.
-        """
-        with _CHANGING:
-            self._check_idle()
-            asked = [*self.turns, turn] if turn is not None else [*self.turns[:-2], self.last()]
-            for image in (image for said in asked for image in said.images):
-                check_kept(image)
-            self.pending = pending = engine.chat(asked, adapter=adapter, decoding=decoding)
-        try:
-            yield asked, None
-            for text in read_along(pending):
-                if self.pending is pending:
-                    yield [*asked, Turn("assistant", text)] if text else asked, None
-            said = pending.result()
-            answered = [*asked, Turn("assistant", said.text)]
-            if self._end(pending, answered):  # else all was forgotten meanwhile
-                yield answered, said
-        finally:
-            pending.stop()  # if nobody reads on
-            self._end(pending, None)
-
-    def stop(self) -> None:
-        """End the answer that is being written, if there is one."""
-        pending = self.pending  # it may end meanwhile
-        if pending is not None:
-            pending.stop()
-
-    def last(self) -> Turn:
-        """The user's last turn.
-
-        Raises:
-            UserError: there is none.
-        """
-        if not self.turns:
-            raise UserError("There is no question yet: write one first")
-        return self.turns[-2]
-
-    def take_back(self) -> Turn:
-        """Forget the user's last turn and its answer; gives the turn. Raises as `last`, and if one is being written."""
-        with _CHANGING:
-            self._check_idle()
-            turn = self.last()
-            self.turns = self.turns[:-2]
-            return turn
-
-    def clear(self) -> None:
-        """Forget all that was said."""
-        with _CHANGING:
-            self.stop()
-            self.turns, self.pending = [], None
-
-    def _end(self, pending: PendingAnswer, turns: list[Turn] | None) -> bool:
-        """Have a request be done with, and keep what came of it; False if it was done with before."""
-        with _CHANGING:
-            if self.pending is not pending:
-                return False
-            self.turns, self.pending = self.turns if turns is None else turns, None
-            return True
-
-    def _check_idle(self) -> None:
-        if self.pending is not None:
-            raise UserError("The answer before is still being written: wait for its end, or stop it")
-
-
-def chat_tab(context: PageContext) -> None:
+def chat_tab(context: PageContext, page: gr.Blocks) -> None:
     """Build the tab and its endpoints `/chat`, `/retry`, `/undo`, `/clear` and `/stop`."""
+    kept = KeptConversations()
     with gr.Tab("Chat", id="chat"):
+        downloads = [gr.Button("Markdown", size="sm", render=False), gr.Button("JSON", size="sm", render=False)]
         window = gr.Chatbot(
-            show_label=False, height="min(56vh, 480px)", min_height=260, elem_id="chat", placeholder=_PLACEHOLDER,
-            examples=_examples(context), buttons=["copy"], allow_tags=False, latex_delimiters=[], feedback_options=None,
+            show_label=False, height="max(15rem, calc(100dvh - 15.5rem))", min_height=200, elem_id="chat",
+            placeholder=_PLACEHOLDER, examples=_examples(context, context.engine.adapter().name),
+            buttons=["copy", *downloads], allow_tags=False, latex_delimiters=[], feedback_options=None,
         )  # fmt: skip
         box = gr.MultimodalTextbox(
             show_label=False, label="Your turn", file_count="multiple", file_types=["image"], lines=1, max_lines=8,
@@ -135,6 +50,7 @@ def chat_tab(context: PageContext) -> None:
         )  # fmt: skip
         status = gr.HTML(elem_id="chat-status", elem_classes="status", padding=False)
         conversation = gr.State(Conversation())
+        token, file = gr.Textbox(visible=False), gr.JSON(visible=False)
 
     def answer(
         conversation: Conversation, turn: Turn | None, adapter: str, settings: Settings
@@ -142,27 +58,68 @@ def chat_tab(context: PageContext) -> None:
         chosen = settings if turn is not None else settings.sampled(AGAIN, 1.0)
         yield from conversation.answer(context.engine, turn, adapter, chosen.over(USUAL))
 
-    def show(
-        conversation: Conversation, turn: Turn | None, adapter: str, settings: Settings
-    ) -> Iterator[tuple[Any, Any, str]]:
+    def begin(conversation: Conversation, turn: Turn | None) -> tuple[Any, Any, str]:
+        shown = conversation.begin(turn)
         box_now: Any = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
-        for turns, said in answer(conversation, turn, adapter, settings):
-            yield as_messages(turns), box_now, how_it_went(said) if said else ""
-            box_now = gr.skip()
+        return as_messages(shown, conversation.said), box_now, waiting_note(0, 0)
 
-    def send(message: Any, conversation: Conversation, adapter: str, *settings: Any) -> Iterator[tuple[Any, Any, str]]:
+    def send(message: Any, conversation: Conversation) -> tuple[Any, Any, str]:
         with show_user_errors():
-            yield from show(conversation, read_turn(message, context.uploads), adapter, Settings.of(settings))
+            return begin(conversation, read_turn(message, context.uploads))
 
-    def again(conversation: Conversation, adapter: str, *settings: Any) -> Iterator[tuple[Any, Any, str]]:
+    def again(conversation: Conversation) -> tuple[Any, Any, str]:
         with show_user_errors():
-            yield from show(conversation, None, adapter, Settings.of(settings))
+            return begin(conversation, None)
+
+    def send_example(conversation: Conversation, adapter: str, event: gr.SelectData) -> tuple[Any, Any, str]:
+        offered = _with_questions(context, adapter)
+        example = offered[int(event.index) % len(offered)]  # our own: what an event says of itself is anybody's
+        picture = ImageRef(example.path.name, path=example.path)
+        with show_user_errors():
+            return begin(conversation, Turn("user", example.questions[0], (picture,)))
+
+    def write(conversation: Conversation, adapter: str, *settings: Any) -> Iterator[tuple[Any, Any, str]]:
+        draft = conversation.take_draft()
+        if draft is None:  # it was stopped, or forgotten, before it was put to the engine
+            yield as_messages(conversation.turns, conversation.said), gr.skip(), ""
+            return
+        turn = None if draft.again else draft.turn
+        try:
+            with show_user_errors():
+                for turns, said in answer(conversation, turn, adapter, Settings.of(settings)):
+                    pending, seconds = conversation.pending, time.monotonic() - draft.began
+                    ahead = 0 if pending is None or turns[-1].role != "user" else context.engine.ahead_of(pending)
+                    told = conversation.said if said or turn is not None else conversation.said[:-1]
+                    yield as_messages(turns, told), gr.skip(), "" if said else waiting_note(ahead, seconds)
+        except gr.Error:
+            back: Any = gr.skip() if draft.again else gr.MultimodalTextbox(value=_as_message(draft.turn))
+            yield as_messages(conversation.turns, conversation.said), back, ""
+            raise
 
     def undo_shown(conversation: Conversation) -> tuple[Any, Any, str]:
         with show_user_errors():
             turn = conversation.take_back()
-        back: dict[str, Any] = {"text": turn.text, "files": [file_data(image) for image in turn.images]}
-        return as_messages(conversation.turns), gr.MultimodalTextbox(value=back), ""
+        box_now = gr.MultimodalTextbox(value=_as_message(turn))
+        return as_messages(conversation.turns, conversation.said), box_now, ""
+
+    def open_kept(token: Any) -> tuple[Conversation, Any, Any]:
+        found = kept.open(token)
+        draft = found.take_draft()  # of a page that is gone
+        back = gr.skip() if draft is None or draft.again else gr.MultimodalTextbox(value=_as_message(draft.turn))
+        return found, as_messages(found.turns, found.said), back
+
+    def forget(conversation: Conversation) -> tuple[Any, Any, str]:
+        conversation.clear()
+        return [], ready(), ""
+
+    def download_markdown(conversation: Conversation) -> dict[str, str]:
+        with show_user_errors():
+            return {"name": "conversation.md", "type": "text/markdown", "text": as_markdown(conversation)}
+
+    def download_json(conversation: Conversation) -> dict[str, str]:
+        with show_user_errors():
+            text = json.dumps(as_json(conversation), ensure_ascii=False, indent=2)
+            return {"name": "conversation.json", "type": "application/json", "text": text}
 
     def chat(
         message: Any,
@@ -194,22 +151,28 @@ def chat_tab(context: PageContext) -> None:
     def ready() -> Any:
         return gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
 
-    def offer(event: gr.SelectData) -> dict[str, Any]:
-        offered: Any = window.examples
-        chosen = offered[int(event.index)]  # our own: what an event says of itself is anybody's
-        return {"text": chosen["text"], "files": list(chosen["files"])}
-
     shown = [window, box, status]
     asked = [conversation, context.adapter, *context.settings]
+    at_once: dict[str, Any] = {**IMMEDIATE, "preprocess": False}
+    writing = []
     for event in (
-        box.submit(send, [box, *asked], shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE),
-        window.retry(again, asked, shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE),
+        box.submit(send, [box, conversation], shown, **at_once),
+        window.retry(again, conversation, shown, **at_once),
+        window.example_select(send_example, [conversation, context.adapter], shown, **at_once),
     ):
-        event.then(ready, None, box, **IMMEDIATE)  # after a failure too
+        writing.append(event.success(write, asked, shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE))
+        writing[-1].then(ready, None, box, **IMMEDIATE)  # after a failure too
     box.stop(_stop, conversation, None, **IMMEDIATE)
     window.undo(undo_shown, conversation, shown, **IMMEDIATE)
-    window.clear(_clear, conversation, None, **IMMEDIATE).then(lambda: "", None, status, **IMMEDIATE)
-    window.example_select(offer, None, box, **IMMEDIATE)
+    # what is still on its way from the server would come after the end
+    window.clear(forget, conversation, shown, cancels=writing, **IMMEDIATE)
+    for button, make in zip(downloads, (download_markdown, download_json), strict=True):
+        button.click(make, conversation, file, **IMMEDIATE).success(None, file, file, js=_SAVE, **PRIVATE)
+    page.load(open_kept, token, [conversation, window, box], js=_TOKEN, **IMMEDIATE)
+    if len(context.examples) > 1:
+        context.adapter.change(
+            lambda adapter: gr.Chatbot(examples=_examples(context, adapter)), context.adapter, window, **IMMEDIATE
+        )
 
     context.endpoint("chat", chat, [box, *asked], _reply)
     context.endpoint("retry", retry, asked, _reply)
@@ -228,6 +191,8 @@ def read_turn(message: Any, uploads: Path) -> Turn:
         raise UserError('The message is of the form {"text": "…", "files": […]}')
     text = words(message.get("text"), "There is no question yet: write one beside the picture")
     files = message.get("files") or []
+    if not isinstance(files, list):
+        raise UserError('The message is of the form {"text": "…", "files": […]}: files is a list')
     if len(files) > MAX_TURN_PICTURES:
         raise UserError(f"{len(files)} pictures in one turn are too many: send at most {MAX_TURN_PICTURES}")
     images = tuple(uploaded(file, uploads) for file in files)
@@ -236,14 +201,37 @@ def read_turn(message: Any, uploads: Path) -> Turn:
     return Turn("user", text, images)
 
 
-def as_messages(turns: list[Turn]) -> list[dict[str, Any]]:
-    """A conversation as the page shows it; words are shown as they are, whatever marks they hold."""
-    shown = []
-    for turn in turns:
-        pictures = [{"file": file_data(image), "alt_text": image.label} for image in turn.images]
+def as_messages(turns: list[Turn], said: list[Said]) -> list[dict[str, Any]]:
+    """A conversation as the page shows it; words are shown as they are, whatever marks they hold.
+
+    Args:
+        turns: by turns; a user's at the end waits for its answer.
+        said: what came of the answers; one that is still being written has none.
+    """
+    shown: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns):
         text = escape(turn.text, quote=False) or "<i>no words</i>"
-        shown.append({"role": turn.role, "content": [*pictures, text]})
+        if turn.role == "assistant" and number // 2 < len(said):
+            one = said[number // 2]
+            text += f"\n\n{footnote(one.answer, one.seconds)}"
+        shown.append({"role": turn.role, "content": [*map(_shown_picture, turn.images), text]})
+    if turns and turns[-1].role == "user":
+        shown.append({"role": "assistant", "content": _TYPING})
     return shown
+
+
+def _shown_picture(image: ImageRef) -> Any:
+    try:
+        check_kept(image)
+    except UserError:
+        return f"<i>{escape(image.label)}, deleted since</i>"
+    return {"file": file_data(image), "alt_text": image.label}
+
+
+def _as_message(turn: Turn) -> dict[str, Any]:
+    """A turn as it stood in the box; pictures that were deleted since are left out."""
+    kept = [image for image in turn.images if image.path is not None and image.path.exists()]
+    return {"text": turn.text, "files": [file_data(image) for image in kept]}
 
 
 def _clear(conversation: Conversation) -> None:
@@ -265,9 +253,11 @@ def _replies(answers: Iterator[tuple[list[Turn], Answer | None]]) -> Iterator[st
         yield turns[-1].text if turns[-1].role == "assistant" else ""  # nothing yet
 
 
-def _examples(context: PageContext) -> list[Any] | None:
-    return [
-        {"text": example.questions[0], "files": [str(example.path)]}
-        for example in context.examples
-        if example.questions
-    ] or None
+def _with_questions(context: PageContext, adapter: str) -> list[Any]:
+    shown = context.examples[context.engine.adapter(adapter).name][1]
+    return [example for example in shown if example.questions]
+
+
+def _examples(context: PageContext, adapter: str) -> list[Any] | None:
+    offered = _with_questions(context, adapter)
+    return [{"text": example.questions[0], "files": [str(example.path)]} for example in offered] or None

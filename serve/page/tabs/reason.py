@@ -14,9 +14,9 @@ from adapters.data.image_ref import ImageRef
 from qformer.decoding import Decoding
 from serve.adapter import checked_choices
 from serve.engine import Engine
-from serve.page.context import ASKS_MODELS, PRIVATE, PageContext, last, read_along
-from serve.page.inputs import Settings, show_user_errors, uploaded, words
-from serve.page.notes import how_it_went, reason_note, shown_note
+from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext, last, read_along
+from serve.page.inputs import Settings, as_visitor, show_user_errors, uploaded, words
+from serve.page.notes import footnote, reason_note, shown_note, waiting_note
 from serve.pending import Answer
 from serve.reasoning import asked_answer, asked_rationale, question_example
 
@@ -30,12 +30,14 @@ class ReasoningInProgress:
         answer: what is written of the answer; None while it is not begun.
         seconds: spent on the thought.
         finished: the whole answer, at the end.
+        total: seconds spent on both, at the end.
     """
 
     rationale: str
     answer: str | None = None
     seconds: float = 0.0
     finished: Answer | None = None
+    total: float = 0.0
 
 
 def reason_tab(context: PageContext) -> gr.HTML:
@@ -74,8 +76,10 @@ def reason_tab(context: PageContext) -> gr.HTML:
     def show(
         picture: Any, question: str, choices: str, adapter: str, *settings: Any
     ) -> Iterator[tuple[list[dict[str, Any]], str]]:
+        began = time.monotonic()
         for thought in run(picture, question, choices, adapter, *settings):
-            yield as_messages(thought), how_it_went(thought.finished) if thought.finished else ""
+            waits = not thought.finished and not thought.answer
+            yield as_messages(thought), waiting_note(0, time.monotonic() - began) if waits else ""
 
     def reason(
         picture: Any, question: str, choices: str | None = None, adapter: str = "",
@@ -91,6 +95,7 @@ def reason_tab(context: PageContext) -> gr.HTML:
     asks = [button.click, question.submit, choices.submit]
     asking = gr.on(asks, show, inputs, [window, status], show_progress="hidden", **ASKS_MODELS, **PRIVATE)
     context.forget(picture, {window: [], status: ""}, asking)
+    window.clear(lambda: ([], ""), None, [window, status], cancels=asking, **IMMEDIATE)
     context.endpoint("reason", reason, inputs)
     return note
 
@@ -118,6 +123,7 @@ def think(
     first = asked_rationale(loaded, example, longest=thinking.max_new_tokens)
     yield ReasoningInProgress("")
     began = time.monotonic()
+    as_visitor()
     pending = engine.submit(first, adapter=adapter, decoding=thinking)
     for text in read_along(pending):
         yield ReasoningInProgress(text)
@@ -125,27 +131,27 @@ def think(
     yield ReasoningInProgress(rationale, "", seconds)
     second = asked_answer(loaded, example, rationale)
     short = replace(settings, longest=0).over(Decoding())
+    as_visitor()
     pending = engine.submit(second, adapter=adapter, decoding=short, choices=choices, admitted=True)
     for text in read_along(pending):
         yield ReasoningInProgress(rationale, text, seconds)
     said = pending.result()
-    yield ReasoningInProgress(rationale, said.text, seconds, said)
+    yield ReasoningInProgress(rationale, said.text, seconds, said, time.monotonic() - began)
 
 
 def as_messages(thought: ReasoningInProgress) -> list[dict[str, Any]]:
-    """A thought as the page shows it: folded away once the answer begins."""
-    thinking = thought.answer is None
-    metadata: dict[str, Any] = {
-        "title": "Thinking" if thinking else "Thought",
-        "status": "pending" if thinking else "done",
-    }
-    if not thinking:
-        metadata["duration"] = round(thought.seconds, 1)
+    """A thought as the page shows it, then its answer; the thought stays open until it is folded by hand."""
+    metadata: dict[str, Any] = {"title": "Thinking", "status": "pending"}
+    if thought.answer is not None:
+        metadata = {"title": "Thought", "duration": round(thought.seconds, 1)}
     messages: list[dict[str, Any]] = [
         {"role": "assistant", "content": _plain(thought.rationale) or "…", "metadata": metadata}
     ]
     if thought.answer or thought.finished:
-        messages.append({"role": "assistant", "content": _plain(thought.answer or "") or "<i>no words</i>"})
+        text = _plain(thought.answer or "") or "<i>no words</i>"
+        if thought.finished:
+            text += f"\n\n{footnote(thought.finished, thought.total)}"
+        messages.append({"role": "assistant", "content": text})
     return messages
 
 

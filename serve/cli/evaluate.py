@@ -1,0 +1,187 @@
+"""`querybridge evaluate` and `compare`: scores of one adapter, and of two on the same questions."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qformer.errors import UserError
+from serve.cli.common import (
+    AdapterOption,
+    AnswerAdapterOption,
+    BeamsOption,
+    ColumnsOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    MaxTokensOption,
+    OfflineOption,
+    PresetOption,
+    QuietOption,
+    RationaleTokensOption,
+    SkipOption,
+    columns_of,
+    decoding_over,
+    progress,
+    report,
+)
+from serve.cli.scores import describe_comparison, describe_scores
+
+TASKS = ("vqa", "probes", "caption", "reason", "retrieval", "grounding")
+_WRITTEN = ("vqa", "probes", "caption")  # what an LLM writes, and whose answers are kept
+
+
+def evaluate(
+    data: Annotated[str, typer.Argument(help="A data file with answers, easy-vqa:test, or FOLDER:SPLIT of ScienceQA.")],
+    adapter: AdapterOption = None,
+    task: Annotated[str, typer.Option("--task", help=f"What to score: {', '.join(TASKS)}.")] = "vqa",
+    answer_adapter: AnswerAdapterOption = None,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Also ask about grey pictures and about other rows' pictures; for reason also without reasons and "
+            "with given ones.",
+        ),
+    ] = False,
+    blank_images: Annotated[
+        bool, typer.Option("--blank-images", help="The control: every picture is replaced by a grey one.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option("--against", help="For vqa and probes: another adapter, compared on the same rows.")
+    ] = None,
+    rerank: Annotated[
+        bool, typer.Option("--rerank/--no-rerank", help="For retrieval: let ITM rank the best 16 again.")
+    ] = True,
+    columns: ColumnsOption = None,
+    limit: LimitOption = None,
+    skip_bad_rows: SkipOption = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 64,
+    decoding: PresetOption = None,
+    beams: BeamsOption = None,
+    max_new_tokens: MaxTokensOption = None,
+    rationale_tokens: RationaleTokensOption = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-predictions", "--predictions", help="For vqa, probes and caption: a JSONL file, an answer a line."
+        ),
+    ] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="For vqa, probes and caption: an HTML page, with pictures.")
+    ] = None,
+    match: Annotated[
+        str, typer.Option("--match", help="For vqa: exact, or set: lists with commas, in any order.")
+    ] = "exact",
+    wordnet: Annotated[
+        Path | None, typer.Option("--wordnet", help="For vqa: a folder of WordNet (index.noun, data.noun), for WUPS.")
+    ] = None,
+    boxes: Annotated[
+        Path | None, typer.Option("--boxes", help="For grounding: a JSONL file of the boxes that a model gave.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score an adapter on a data set, with what language alone would score beside it."""
+    from adapters.data.sources import check_source
+
+    if task not in TASKS:
+        raise UserError(f"--task {task}: take {', '.join(TASKS[:-1])} or {TASKS[-1]}")
+    _check_flags(
+        task,
+        {
+            "--answer-adapter": (answer_adapter, ("reason",)),
+            "--rationale-tokens": (rationale_tokens, ("reason",)),
+            "--controls": (controls, (*_WRITTEN, "reason")),
+            "--blank-images": (blank_images, TASKS[:-1]),
+            "--against": (against, ("vqa", "probes")),
+            "--no-rerank": (not rerank, ("retrieval",)),
+            "--save-predictions": (predictions, _WRITTEN),
+            "--report": (report_file, _WRITTEN),
+            "--match": (match != "exact", ("vqa",)),
+            "--wordnet": (wordnet, ("vqa",)),
+            "--boxes": (boxes, ("grounding",)),
+            "--adapter": (adapter, TASKS[:-1]),
+        },
+    )
+    if task in ("retrieval", "grounding") and not decoding is beams is max_new_tokens is None:
+        raise UserError(f"--decoding, --beams and --max-new-tokens are for what an LLM writes, not for {task}")
+    named = columns_of(columns)
+    check_source(data)
+    over = decoding_over(decoding, beams, max_new_tokens)
+    on_progress = None if quiet else progress("done")
+    reading: Any = {"limit": limit, "skip_bad_rows": skip_bad_rows, "columns": named, "offline": offline}
+    loading: Any = {"device": device, "dtype": dtype, "offline": offline}
+    if task == "grounding":
+        from serve.evaluate_grounding import boxes_of_file, evaluate_grounding
+
+        if boxes is None:
+            raise UserError("--task grounding: no adapter gives boxes yet; score a model's with --boxes FILE.jsonl")
+        scores = evaluate_grounding(boxes_of_file(boxes), data, **reading)
+    elif task == "reason":
+        from qformer.decoding import Decoding
+        from serve.evaluate_reasons import evaluate_reasons
+        from serve.reasoning import load_pair
+
+        first, second = load_pair(adapter, answer_adapter, **loading)
+        scores = evaluate_reasons(
+            first, data, answer_adapter=second, controls=controls, blank_images=blank_images, batch_size=batch_size,
+            rationale_tokens=rationale_tokens, decoding=over(Decoding()), on_progress=on_progress, **reading,
+        )  # fmt: skip
+    elif task == "retrieval":
+        from serve.evaluate import evaluate_retrieval
+        from serve.retrieval import load_retriever
+
+        retriever, _ = load_retriever(adapter, **loading)
+        scores = evaluate_retrieval(
+            retriever, data, blank_images=blank_images, rerank=rerank, on_progress=on_progress, **reading
+        )
+    else:
+        from adapters.evaluation.report import check_report
+        from adapters.evaluation.wordnet import WordNet
+        from serve.adapter import load_adapter
+        from serve.evaluate import check_match
+        from serve.evaluate import evaluate as run
+        from serve.evaluate_predictions import check_predictions
+
+        check_match(match)
+        if predictions is not None:
+            check_predictions(predictions, data, task)
+        if report_file is not None:
+            check_report(report_file)
+        meanings = WordNet(wordnet) if wordnet is not None else None
+        loaded = load_adapter(adapter, **loading)
+        other = load_adapter(against, **loading) if against is not None else None
+        how = over(loaded.default_decoding("caption" if task == "caption" else "vqa"))
+        scores = run(
+            loaded, data, task=task, blank_images=blank_images, controls=controls, batch_size=batch_size, decoding=how,
+            predictions=predictions, report=report_file, match=match, wordnet=meanings, against=other,
+            on_progress=on_progress, tell=None if quiet else partial(typer.echo, err=True), **reading,
+        )  # fmt: skip
+    report(scores, as_json, describe_scores(scores))
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="What evaluate --save-predictions wrote of one adapter.")],
+    second: Annotated[Path, typer.Argument(help="The same of another adapter, on the same rows.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what two adapters answered to the same rows, with a paired test."""
+    from serve.evaluate_predictions import compare_predictions
+
+    found = compare_predictions(first, second)
+    report(found, as_json, describe_comparison(found, str(second)))
+
+
+def _check_flags(task: str, flags: dict[str, tuple[object, tuple[str, ...]]]) -> None:
+    """Refuse flags that were given and have no effect on the task."""
+    for flag, (given, tasks) in flags.items():
+        if given not in (None, False) and task not in tasks:
+            raise UserError(f"{flag} goes with --task {', '.join(tasks)}, not {task}")

@@ -1,0 +1,91 @@
+"""The page's style sheet: room for what is worked with, on a desk and on a phone."""
+
+CSS = """
+.gradio-container { width: 100%; min-width: 0 !important; max-width: min(1080px, 100vw) !important;
+  margin: 0 auto !important; }
+.gradio-container .fillable { min-width: 0; max-width: 100%; padding: .5rem clamp(.6rem, 3vw, 2rem) !important; }
+.gradio-container .fillable > .column, .gradio-container main { gap: .5rem; }
+#top { align-items: center; flex-wrap: nowrap; gap: .75rem; }
+#head { min-width: 0; flex: 1 1 auto; }
+#head .html-container { display: flex; align-items: baseline; gap: .9rem; }
+#head h1 { font-size: 1.25rem; line-height: 1.3; margin: 0; white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; font-weight: 650; flex: 0 1 auto; max-width: 100%; }
+#head h1 span { color: var(--color-accent); }
+#head .what { font-size: .95rem; margin: 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
+  min-width: 0; flex: 1 1 0; color: var(--block-info-text-color); }
+#adapter { flex: 0 0 auto; width: 11rem; }
+:root, .light { --color-accent: var(--primary-700); }
+.dark { --color-accent: var(--primary-400); }
+.note .html-container { padding: 0; }
+.note p { margin: 0; padding: .6rem .8rem; border-left: 3px solid var(--color-accent); font-size: .92rem;
+  background: var(--block-background-fill); }
+.status, .hint { font-size: .88rem; color: var(--block-info-text-color); }
+.status { min-height: 1.4em; margin-top: -.4rem; }
+.hint p { margin: 0; }
+.picture .image-frame img { width: 100%; height: 100%; object-fit: contain; }
+.said textarea { font-size: 1.15rem; line-height: 1.5; }
+#chat .image-frame img { max-height: 180px; width: auto; margin: 0; border-radius: var(--radius-sm); }
+#chat .bot em:last-child { font-size: .85rem; font-style: normal; color: var(--block-info-text-color); }
+#thoughts .bot em:last-child { font-size: .85rem; font-style: normal; color: var(--block-info-text-color); }
+.typing { display: inline-flex; gap: .3rem; padding: .35rem .1rem; }
+.typing i { width: .45rem; height: .45rem; border-radius: 50%; background: var(--block-info-text-color);
+  animation: typing 1.2s infinite ease-in-out; }
+.typing i:nth-child(2) { animation-delay: .2s; }
+.typing i:nth-child(3) { animation-delay: .4s; }
+@keyframes typing { 0%, 60%, 100% { opacity: .3; } 30% { opacity: 1; } }
+@media (prefers-reduced-motion: reduce) { .typing i { animation: none; } }
+.toast-wrap { top: .5rem !important; bottom: auto !important; pointer-events: none; max-width: min(26rem, 94vw); }
+.toast-wrap > * { pointer-events: auto; }
+.or, .show-api, .max_value, .min_value { color: var(--block-info-text-color) !important; }
+.examples button img { width: 5rem; height: 4rem; object-fit: cover; }
+.icon-button-wrapper button, #chat .message-buttons button, .image-button { min-width: 24px; min-height: 24px; }
+#chat .placeholder { padding: 0 1rem; text-align: center; }
+#chat button[aria-label=Share] { display: none; }
+#chat .example { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); }
+#queries .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; }
+#queries .caption-label { padding: 0 .35rem; font-size: .75rem; }
+#queries .grid-container { padding-top: 0; }
+table.answers { width: 100%; border-collapse: collapse; font-size: .98rem; margin: 0; }
+table.answers th { text-align: left; font-weight: 600; font-size: .85rem; color: var(--block-info-text-color); }
+table.answers, table.answers * { border: 0 !important; background: none; }
+table.answers th, table.answers td { padding: .5rem .6rem .5rem 0; vertical-align: top; overflow-wrap: anywhere;
+  border-bottom: 1px solid var(--border-color-primary) !important; }
+table.answers .answer { font-weight: 600; }
+table.answers .others { font-weight: 400; font-size: .88rem; color: var(--block-info-text-color); }
+table.answers .sure { width: 6.5rem; white-space: nowrap; font-variant-numeric: tabular-nums; padding-right: 0; }
+table.answers .bar { background: var(--border-color-primary); }
+.bar { display: block; height: .3rem; margin-top: .3rem; border-radius: 9px; }
+table.answers .bar i { display: block; height: 100%; border-radius: 9px; background: var(--color-accent); }
+.about dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1rem; margin: 0; }
+.about dt { color: var(--block-info-text-color); }
+.about dd { margin: 0; overflow-wrap: anywhere; }
+.about p { margin: .8rem 0 0; color: var(--block-info-text-color); font-size: .9rem; }
+[data-testid=status-tracker]:has(.error) { display: none !important; }
+footer .divider { display: none !important; }
+#chat-box textarea:focus-visible, #chat-box .full-container:focus-within {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+button:focus-visible, [role=tab]:focus-visible, input:focus-visible { outline: 2px solid var(--color-accent) !important;
+  outline-offset: 2px; }
+@media (max-width: 640px) {
+  .gradio-container .fillable { padding: .25rem .6rem !important; }
+  .gradio-container textarea, .gradio-container input, .gradio-container select { font-size: 16px !important; }
+  #head .what { display: none; }
+  #adapter { width: 9rem; }
+  #chat { height: max(12rem, calc(100dvh - 14.5rem)) !important; }
+  #tabs .tab-container { overflow-x: auto; }
+  #search-like { height: 150px !important; }
+  #tabs .tab-container button { padding: .3rem .4rem; font-size: .92rem; }
+  #queries .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+  #queries .thumbnail-item { min-width: 0; }
+  #found .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  table.answers thead { display: none; }
+  table.answers tr { display: grid; grid-template-columns: 1fr 5.5rem;
+    border-bottom: 1px solid var(--border-color-primary) !important; }
+  table.answers td { border: 0 !important; }
+  table.answers td:first-child { grid-column: 1 / -1; padding-bottom: 0; }
+  #found { height: auto !important; max-height: 520px; }
+  .picture { height: 190px !important; }
+  .about dl { grid-template-columns: 1fr; gap: .1rem; }
+  .about dd { margin-bottom: .5rem; }
+}
+"""
