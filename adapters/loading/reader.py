@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qformer.errors import UserError
 from qformer.ridge_reader import NameRidge, PairRidge, PictureNumbers
 
 FILE = "reader.safetensors"
@@ -144,7 +145,8 @@ class Reader:
         if self.answers is not None:
             state |= {f"ridge.{name}": tensor for name, tensor in vars(self.answers.ridge).items()}
             state |= {f"answers.{name}": getattr(self.answers, name) for name in ("vectors", "ngrams", "rarity")}
-        state["numbers.basis"] = state["numbers.basis"].half()  # by far the largest
+        largest = [name for name in state if name.startswith("numbers.") and name.endswith(".basis")]
+        state |= {name: state[name].half() for name in largest}
         return {name: tensor.contiguous() for name, tensor in state.items()}
 
     def save(self, folder: Path) -> None:
@@ -157,11 +159,17 @@ class Reader:
 
     @classmethod
     def load(cls, folder: Path) -> Reader | None:
-        """The reader of an artefact; None if it has none."""
+        """The reader of an artefact; None if it has none.
+
+        Raises:
+            UserError: it is of an earlier version.
+        """
         if not (folder / FILE).is_file():
             return None
         with safe_open(folder / FILE, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if "numbers.basis" in state:
+            raise UserError(f"{folder / FILE} is of an earlier version, which read all layers as one: train it again")
 
         def part(name: str) -> dict[str, Tensor]:
             inside = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}

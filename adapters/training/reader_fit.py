@@ -124,7 +124,7 @@ def fit_reader(
         numbers = _apply(assembly.features, numbers_of, pairs.images)
     ngrams, rarity = _ngrams([question for _, question in pairs.keys], assembly.prompts.tokenizer)
     asked = question_numbers(pairs.questions, ngrams, rarity, assembly.prompts.tokenizer)
-    ridge, left_answers = PairRidge.fit(numbers, asked, pairs.rows, pairs.wanted)
+    ridge, left_answers = PairRidge.fit(numbers, asked, pairs.rows, pairs.wanted, numbers_of.widths)
     hits = (left_answers.argmax(dim=1) == pairs.wanted.argmax(dim=1)).float().mean().item()
     some = "" if len(pairs.keys) == pairs.whole else f" (of {pairs.whole})"
     return FittedReader(

@@ -80,8 +80,8 @@ def test_a_pair_is_scored_by_the_product_kernel() -> None:
     for row in range(2):
         for column, (picture, question) in enumerate(pairs.tolist()):
             kernel[row, column] = (asked[row] @ questions[question]) * (SHARED + new[row] @ pictures[picture])
-    torch.testing.assert_close(ridge(new, asked), kernel @ ridge.weights + ridge.offset)
-    torch.testing.assert_close(ridge(new, asked)[1], ridge.offset)  # of a question without a known word
+    torch.testing.assert_close(ridge(new, asked), kernel @ ridge.weights[0] + ridge.offset[0])
+    torch.testing.assert_close(ridge(new, asked)[1], ridge.offset[0])  # of a question without a known word
     assert left_out.shape == (16, 2)
 
 
@@ -99,15 +99,45 @@ def test_a_question_is_learned_apart_from_another() -> None:
         assert (said == ((new[:, 0] > 0) ^ bool(question)))[clear].float().mean() > 0.9
 
 
+def test_each_question_is_answered_by_the_layer_that_knows_it() -> None:
+    """What the first question asks for shows in one layer's numbers, what the second asks for in the other's."""
+    pictures = numbers_of(60, 16)
+    pairs = torch.tensor([[picture, question] for picture in range(60) for question in range(2)])
+    yes = torch.tensor([bool(pictures[picture, 8 * question] > 0) for picture, question in pairs.tolist()])
+    answers, questions = torch.eye(2)[yes.long()], torch.eye(2)
+    ridge, left_out = PairRidge.fit(pictures, questions, pairs, answers, (8, 8))
+    assert ridge.spans.tolist() == [[0, 16], [0, 8], [8, 16]]
+    assert ridge.best(questions).tolist() == [1, 2]
+    assert ridge.best(torch.zeros(1, 2)).tolist() == [0]
+    _, left_of_both = PairRidge.fit(pictures, questions, pairs, answers)
+    assert (left_out - answers).square().mean() < (left_of_both - answers).square().mean()
+    for place in range(2):  # each is a ridge of its own layer's numbers, as large as those of both
+        own = pictures[:, 8 * place : 8 * place + 8]
+        own = own * (pictures.square().sum(dim=1).mean() / own.square().sum(dim=1).mean()).sqrt()
+        alone, left_alone = PairRidge.fit(own, questions, pairs, answers)
+        rows = (pairs[:, 1] == place).nonzero().flatten()
+        torch.testing.assert_close(left_out[rows], left_alone[rows], atol=1e-4, rtol=1e-3)
+        new = numbers_of(5, 16, seed=7)
+        scale = own[0, 0] / pictures[0, 8 * place]
+        expected = alone(new[:, 8 * place : 8 * place + 8] * scale, questions[[place] * 5])
+        torch.testing.assert_close(ridge(new, questions[[place] * 5]), expected, atol=1e-4, rtol=1e-3)
+    mixed = ridge(new, questions[[0, 1, 0, 1, 0]])
+    torch.testing.assert_close(mixed[1], ridge(new[1:2], questions[1:])[0])
+
+
 def test_pictures_become_numbers_of_about_length_one_that_keep_their_kernel() -> None:
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(20, 9, 70, generator=generator), torch.randn(20, 4, 80, generator=generator).half()]
     fitted = PictureNumbers.fit(features)
     numbers = fitted(features)
-    assert numbers.dtype == torch.float32 and numbers.shape == (20, 19)  # centred, so one direction less
+    assert numbers.dtype == torch.float32 and numbers.shape == (20, 38)  # of each tower; centred, one direction less
+    assert fitted.widths == (19, 19)
     assert numbers.square().sum(dim=1).mean().item() == pytest.approx(1.0, abs=1e-3)
-    parts = (torch.cat(fitted._parts(features), dim=1) - fitted.tensors["mean"]) / fitted.tensors["scale"]
-    torch.testing.assert_close(numbers @ numbers.T, parts @ parts.T, atol=1e-4, rtol=1e-3)
+    for place, tower in enumerate(features):
+        parts = torch.cat(fitted._parts(place, tower), dim=1) - fitted.tensors[f"{place}.center"]
+        parts = parts / fitted.tensors[f"{place}.spread"]
+        own = numbers[:, 19 * place : 19 * place + 19]
+        torch.testing.assert_close(own @ own.T, parts @ parts.T, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(fitted([part[:3] for part in features]), numbers[:3], atol=1e-5, rtol=1e-4)
 
 
