@@ -83,6 +83,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, vision_folder: Path, lan
         import_published(str(folder / "checkpoints" / "blip2-opt-2.7b"), folder / "runs" / "blip2")
         for made, names in (
             ("scenes", ["scienceqa"]), ("stage1", ["scenes_stage1", compared]), ("stage2", ["scenes_stage2"]),
+            ("mine", ["rad"]),
         ):  # fmt: skip
             for name in names:
                 shutil.copytree(folder / "runs" / made, folder / "runs" / name)
@@ -100,7 +101,7 @@ def draw_questions(folder: Path) -> None:
         shutil.copy(folder / "blue1.png", folder / f"{name}.jpg")
         with (folder / f"{name}.jpg").open("ab") as file:
             file.write(name.encode())  # pictures are told apart by their bytes
-    for name in ("my_data", "my_test", "rooms_train", "rooms_val"):
+    for name in ("my_data", "my_test", "rooms_train", "rooms_val", "rad_train", "rad_val"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "photos.csv").write_text(
         "photo;prompt;answer\n" + "".join(f"{row['image']};{row['question']};red\n" for row in rows)
