@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from adapters.loading.assembly import Assembly
 from adapters.recipe import Recipe
 from adapters.training.checkpoint import RunState, trainable
 from adapters.training.controls import OnAnswers, validate_answers
-from adapters.training.finetuning_setup import set_up_finetuning
+from adapters.training.finetuning_setup import FineTuning, set_up_finetuning
 from adapters.training.interrupt import interruptible
 from adapters.training.keeping import RunKeeper
 from adapters.training.optimiser import Schedule
@@ -32,8 +32,10 @@ from adapters.training.run_data import Result, broadcast_from_main, report_skipp
 from adapters.training.run_folder import check_finite, one_run_at_a_time
 from adapters.training.self_critical import greedy_cider
 from adapters.training.setup import RunOptions, open_run
+from adapters.training.sharing import own_part, summed
 from adapters.training.timing import in_words, measure_step, steps_within
 
+AHEAD = 2  # micro-batches whose features are prepared while one is computed
 LOSS_SHARE = 0.5  # of exact match, for a nat of loss: on 100 questions exact match has a standard error of 4 points
 
 
@@ -78,7 +80,7 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
     run = set_up_finetuning(open_run(recipe, options, stage=2))
     train, position, assembly, optimiser = recipe.train, run.position, run.assembly, run.optimiser
     accelerator, model = run.opened.accelerator, assembly.model
-    plan = partial(
+    draw = partial(
         plan_epoch,
         run.pictures,
         seed=train.seed,
@@ -87,10 +89,11 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
         views=recipe.data.views,
         world=accelerator.num_processes,
     )
-    total = position.total or train.max_steps or max(1, round(train.epochs * len(plan(epoch=0))))
+    plan = lru_cache(maxsize=1)(lambda epoch: draw(epoch=epoch))  # of many rows it takes a while
+    total = position.total or train.max_steps or max(1, round(train.epochs * len(plan(0))))
     seconds = None
     if position.step == 0 and run.sampler is None and (train.minutes is not None or not options.quiet):
-        first = plan(epoch=0)[0].share(accelerator.process_index, accelerator.num_processes)
+        first = plan(0)[0].share(accelerator.process_index, accelerator.num_processes)
         inputs = partial(model_inputs, assembly, fitted=run.fitted)
         seconds = broadcast_from_main(measure_step(model, first.micro_batches(train.micro_batch_tokens), inputs))
         if train.minutes is not None:
@@ -102,7 +105,9 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
     keeper = RunKeeper(run.opened, assembly, model, optimiser, position, run.facts, run.final_reader)
     folder = options.out if accelerator.is_main_process else None
     with (
-        Reporter(folder, total, device=accelerator.device, start=position.step, quiet=run.opened.quiet) as report,
+        Reporter(
+            folder, total, device=torch.device(run.opened.device), start=position.step, quiet=run.opened.quiet
+        ) as report,
         interruptible() as stop,
     ):
         report.say(describe_trainable(assembly))
@@ -127,28 +132,31 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
             rate = schedule.share(position.step)
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * rate
-            loss = 0.0
+            loss = torch.zeros((), device=accelerator.device)
             share, supervised = step.share(accelerator.process_index, accelerator.num_processes), step.supervised
             if run.sampler is not None:
                 share, reward = run.sampler.rewrite(share)
                 rewards.append(float(accelerator.reduce(torch.tensor(reward, device=accelerator.device), "mean")))
                 supervised = int(accelerator.reduce(torch.tensor(share.supervised, device=accelerator.device)))
             batches = share.micro_batches(train.micro_batch_tokens)
+            later = [] if run.sampler is not None else _first_batches(plan(position.epoch), position.offset + 1, run)
             for index, rows in enumerate(batches):
+                for coming in [*batches[index + 1 :], *later][:AHEAD]:
+                    assembly.vision_side.expect([image for row in coming for image in row.images])
                 last = index == len(batches) - 1
                 with nullcontext() if last else accelerator.no_sync(run.prepared):
                     summed, _ = run.prepared(*model_inputs(assembly, rows, run.fitted))
                     # each token of the step weighs the same, whatever micro-batch or process it is in
                     part = summed / supervised
                     accelerator.backward(part * accelerator.num_processes)
-                loss += part.item()
+                loss += part.detach()
             if run.text_side is not None and position.step % train.text_side_every == 0:
                 kept = run.text_side.losses(position.step)
                 accelerator.backward(kept.total)
                 means = torch.stack([kept.contrastive, kept.matching, kept.generation]).detach()
                 text_side.append(accelerator.reduce(means, "mean").cpu())
-            loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device)))
-            check_finite(loss, position.step + 1, train.learning_rate)
+            step_loss = float(accelerator.reduce(loss))  # the one time a step that the device is waited for
+            check_finite(step_loss, position.step + 1, train.learning_rate)
             norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), train.clip_norm))
             check_finite(norm, position.step + 1, train.learning_rate, what="the gradient's norm")
             optimiser.step()
@@ -157,8 +165,8 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
                 model.heads.clamp_temperature()
             position.step += 1
             position.offset += 1
-            losses.append(loss)
-            recent.append(loss)
+            losses.append(step_loss)
+            recent.append(step_loss)
             samples += step.answers
             if position.step % train.log_every == 0 or position.step == total:
                 elapsed = time.monotonic() - timer
@@ -247,11 +255,14 @@ def validate(
     that are trained by CIDEr have CIDEr.
     """
     assembly.model.eval()
-    summed = 0.0
-    for rows in validation.micro_batches(recipe.train.micro_batch_tokens):
+    total = torch.zeros((), device=assembly.model.device)
+    batches = Step(tuple(own_part(validation.rows))).micro_batches(recipe.train.micro_batch_tokens)
+    for index, rows in enumerate(batches):
+        for coming in batches[index + 1 : index + 1 + AHEAD]:
+            assembly.vision_side.expect([image for row in coming for image in row.images])
         loss, _ = assembly.model(*model_inputs(assembly, rows))
-        summed += loss.item()
-    metrics = {"val_loss": summed / validation.supervised}
+        total += loss
+    metrics = {"val_loss": summed(float(total)) / validation.supervised}
     if asked := [example for example in examples if (example.task or recipe.task) == "vqa"]:
         metrics |= validate_answers(assembly, asked, on_answers, sets=recipe.data.match == "set")
     if recipe.train.self_critical:
@@ -273,9 +284,18 @@ def describe_trainable(assembly: Assembly) -> str:
     )
 
 
-def _steps_from(position: RunState, plan: Callable[..., list[Step]]) -> Iterator[Step]:
+def _first_batches(steps: Sequence[Step], place: int, run: FineTuning) -> list[tuple[PackedSequence, ...]]:
+    """The micro-batches that this process begins the step at a place with; none after the epoch's last step."""
+    accelerator = run.opened.accelerator
+    if place >= len(steps):
+        return []
+    share = steps[place].share(accelerator.process_index, accelerator.num_processes)
+    return share.micro_batches(run.opened.recipe.train.micro_batch_tokens)[:AHEAD]
+
+
+def _steps_from(position: RunState, plan: Callable[[int], Sequence[Step]]) -> Iterator[Step]:
     """Steps from the run's place on, epoch after epoch without end."""
     while True:
-        yield from plan(epoch=position.epoch)[position.offset :]
+        yield from plan(position.epoch)[position.offset :]
         position.epoch += 1
         position.offset = 0

@@ -18,6 +18,7 @@ from adapters.overrides import apply_override
 from adapters.recipe_data import DataSection, Section, SourceSection
 from adapters.tasks import Mixed, Stage, Task
 from qformer.errors import UserError
+from qformer.plain_yaml import read_yaml
 
 _NOT_TRAINED = {"description", "summary", "command", "stage", "needs", "decoding"}  # keys that change no weight
 
@@ -29,6 +30,9 @@ class TowerSection(Section):
     layer: int = Field(default=-2, description="hidden state that is read; -1 is the last")
     class_token: bool = Field(default=True, description="keep it beside the patches, if there is one")
     image_size: int | None = Field(default=None, ge=32, description="pixels a side; left out, the encoder's own")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None, description="of its computation; left out, float32 on a CPU and float16 on a GPU"
+    )
     difference: str | None = Field(
         default=None, description="what is added to the weights: a folder, or a shipped name"
     )
@@ -163,6 +167,10 @@ class TrainSection(Section):
         default=0.0, ge=0, description="where the cosine ends, as a share of the peak", le=1
     )
     warmup_steps: int = Field(default=50, ge=0, description="from zero to the peak; at most a quarter of all steps")
+    optimiser: Literal["adamw", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="paged_adamw_8bit: AdamW's moments in 8 bits, in CPU memory if the GPU's is full (bitsandbytes)",
+    )
     weight_decay: float = Field(default=0.05, ge=0, description="of matrices; AdamW")
     betas: tuple[float, float] = Field(default=(0.9, 0.98), description="of AdamW")
     clip_norm: float = Field(default=1.0, gt=0, description="the largest norm of a step's gradient")
@@ -279,7 +287,8 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
             return [found for key in keys for found in walk(left.get(key), right.get(key), f"{name}.{key}")]
         return [] if left == right else [name[1:]]
 
-    left, right = (recipe.model_dump(mode="json", exclude=_NOT_TRAINED) for recipe in (one, other))
+    untrained = dict.fromkeys(_NOT_TRAINED, True) | {"data": {"cache"}}
+    left, right = (recipe.model_dump(mode="json", exclude=untrained) for recipe in (one, other))
     return walk(left, right, "")
 
 
@@ -311,7 +320,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = find_recipe(str(name))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

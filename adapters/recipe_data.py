@@ -60,6 +60,9 @@ class DataSection(Section):
     match: Literal["exact", "set"] = Field(
         default="exact", description="how validation compares answers; set: lists with commas, in any order"
     )
+    cache: bool = Field(
+        default=True, description="keep features on disk, if they fit; off: pictures are encoded as they are needed"
+    )
     views: int = Field(
         default=1, ge=1, le=64, description="of each training picture: itself, a part, a mirrored part, a part, …"
     )

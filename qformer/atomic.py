@@ -54,14 +54,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def replace_folder(new: Path, target: Path) -> None:
     """Put a finished folder in the place of another; at every moment one of the two is there whole.
 
-    A process that is killed between the two renames leaves the earlier folder under `earlier_folder(target)`.
+    A process that is killed between the two renames leaves the earlier folder under `earlier_folder(target)`, and it
+    stays there until the next one has the target's name.
 
     Raises:
         OSError: a folder cannot be renamed.
     """
     old = earlier_folder(target)
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)

@@ -88,8 +88,8 @@ class RepresentationModel(nn.Module):
     ) -> Losses:
         """The three losses of a batch; with several processes, of all their batches together.
 
-        Each loss is the mean over this process's rows. If all processes' batches are of one size, the mean over
-        processes is the loss of the whole.
+        Each loss is the mean over this process's rows, ITG's weighed by its share of the tokens. If all processes'
+        batches are of one size, the mean over processes is the loss of the whole.
 
         Args:
             features: one [I, P_i, D_i] a tower.
@@ -183,7 +183,11 @@ class RepresentationModel(nn.Module):
         supervised = present[:, 1:]  # position l predicts token l + 1
         assert self.bridge.embeddings is not None
         logits = self.heads.word_logits(written[:, :-1][supervised], self.bridge.embeddings.words.weight)
-        return generation_loss(logits, targets[:, 1:][supervised])
+        loss = generation_loss(logits, targets[:, 1:][supervised])
+        if world_size() == 1:
+            return loss
+        tokens = supervised.sum().unsqueeze(0)  # texts differ in length, and each token of the whole counts alike
+        return loss * (tokens / gather_rows(tokens).float().mean()).squeeze(0)
 
     # What retrieval asks ----------------------------------------------------------------------------------
 

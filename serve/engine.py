@@ -96,6 +96,21 @@ class Engine:
         """Requests that wait."""
         return len(self._queue)
 
+    def capabilities(self, name: str) -> dict[str, object]:
+        """What an adapter can do, for programs."""
+        loaded = self.adapter(name)
+        assembly = loaded.assembly
+        free = can_continue(assembly.model.language)
+        return {
+            "task": assembly.task,
+            "pictures": True,
+            "longest_prompt": min(self.max_prompt, loaded.context_length or self.max_prompt),
+            "reasons": "rationale" in assembly.reasoning_stages,
+            "embeddings": assembly.vision_side.has_text_side,
+            "forms": free,
+            "logprobs": free,
+        }
+
     def ahead_of(self, pending: PendingAnswer) -> int:
         """How many requests came before one and wait still; 0 once it is being answered."""
         with self._arrived:

@@ -85,9 +85,9 @@ def evaluate(
         "expected_calibration_error"; "commonest_answer": exact match of giving each question its commonest answer,
         which needs no picture and no model, from "commonest_answer_from": "training" if the training's answers were
         counted, and "test" if those are not here any more as they were, so that this very set's were. With controls
-        "blank_exact_match" and "shuffled_exact_match". "over_commonest", "over_blank" and "over_shuffled": how much
-        higher the adapter scores, with intervals. "against": the other adapter's "name" and what
-        `adapters.evaluation.comparison.compare_hits` says, the other as the second. Then what
+        "blank_exact_match" and "shuffled_exact_match". "over_blank", "over_shuffled" and, from the training's answers,
+        "over_commonest": how much higher the adapter scores, with intervals. "against": the other adapter's "name" and
+        what `adapters.evaluation.comparison.compare_hits` says, the other as the second. Then what
         `adapters.evaluation.breakdown.break_down` says. Of probes what `adapters.evaluation.probes.score_probes` says,
         also "by_kind", and "unclear" answers; the controls have "_accuracy", "_F1" and "_yes_rate". Of captions "n"
         pictures, "BLEU-1" to "BLEU-4", "ROUGE-L", "CIDEr" with its interval, "confidence", and "METEOR" and "SPICE" if

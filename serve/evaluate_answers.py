@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from adapters.data.answers import normalise
 from adapters.data.examples import Example
 from adapters.evaluation.anls import anls
-from adapters.evaluation.breakdown import break_down, right_answer, score_groups
+from adapters.evaluation.breakdown import break_down, right_answer, score_groups, spoken
 from adapters.evaluation.calibration import expected_calibration_error
 from adapters.evaluation.captions import cider_of_each, score_captions
 from adapters.evaluation.comparison import compare_hits, paired_difference
@@ -74,7 +73,8 @@ def score_answers(
     guesses = commonest_answers([row.question for row in examples], answers, known)
     scores["commonest_answer"] = _mean(hits_of(guesses))
     scores["commonest_answer_from"] = "training" if known else "test"
-    scores |= _over("commonest", hits_of(guesses), hits, pictures)
+    if known:
+        scores |= _over("commonest", hits_of(guesses), hits, pictures)
     if controls:
         for name, asked in (("blank", [blanked(row) for row in examples]), ("shuffled", swapped)):
             theirs = hits_of([one.text for one in ask(asked)])
@@ -125,7 +125,8 @@ def score_probe_answers(
     scores["expected_calibration_error"] = expected_calibration_error(confidences, hits)
     guesses = hits_of(commonest_answers([row.question for row in examples], [[one] for one in answers], known))
     scores |= {"commonest_answer": _mean(guesses), "commonest_answer_from": "training" if known else "test"}
-    scores |= _over("commonest", guesses, hits, pictures)
+    if known:
+        scores |= _over("commonest", guesses, hits, pictures)
     if controls:
         for name, asked in (("blank", [blanked(row) for row in examples]), ("shuffled", swapped)):
             blind = [one.text for one in ask(asked)]
@@ -143,8 +144,8 @@ def score_probe_answers(
         for kind, rows in sorted(kinds.items(), key=lambda item: -len(item[1]))
         if kind
     }
-    asked = [normalise(example.question).rstrip("?？ ") for example in examples]
-    groups = {"by_kind": by_kind, "by_question": score_groups(asked, {"accuracy": hits}, pictures)}
+    questions = [spoken(example.question) for example in examples]
+    groups = {"by_kind": by_kind, "by_question": score_groups(questions, {"accuracy": hits}, pictures)}
     answered = [Answered(*row) for row in zip(examples, texts, confidences, map(float, hits), strict=True)]
     return scores | {name: group for name, group in groups.items() if group}, answered
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 MAX_PROMPT = 8192  # tokens that a request may ask a model to read
 MAX_FILE_SIZE = "64mb"  # of a file that is uploaded on the page
+MAX_UPLOADS = 2 * 2**30  # bytes of all files that are uploaded on the page; then old ones go
+UPLOAD_SECONDS = 600.0  # that an upload stays at the least
 MAX_TURN_PICTURES = 8  # in a turn of a conversation on the page
 MAX_SEARCHED_UPLOADS = 200  # pictures that are uploaded on the page to be searched
 

@@ -1,14 +1,13 @@
 """An adapter as a model of lmms-eval, so that its tasks score it as they score others.
 
-    python -m serve.lmms_eval --model querybridge --model_args adapter=runs/mine --tasks vqav2_val_lite --batch_size 16
+    lmms-eval eval --model querybridge --model_args adapter=runs/mine --tasks pope --batch_size 16
 
-lmms-eval is not installed with this project (`pip install lmms-eval`). `register` tells it of the model; the command
-above does so and then runs lmms-eval's own command.
+lmms-eval is not installed with this project. If it is (`pip install lmms-eval`), it finds the model by this
+distribution's entry point `lmms_eval.models`, which names `manifest`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -20,35 +19,22 @@ from serve.adapter import LoadedAdapter, load_adapter, user_turn
 
 NAME = "querybridge"
 _IGNORED = {"do_sample", "image_aspect_ratio", "image_sizes", "use_cache"}  # they change nothing in what is asked here
-_UNSET = {"temperature": 0, "top_p": 1, "num_beams": 1}
 
 
-def model_class() -> type:
-    """The class that lmms-eval makes models of: its own `lmms`, answered by an adapter.
-
-    Raises:
-        UserError: lmms-eval is not installed.
-    """
-    try:
-        base = import_module("lmms_eval.api.model").lmms
-    except ImportError as error:
-        raise UserError(f"lmms-eval cannot be imported ({error}): pip install lmms-eval") from error
-    return type("QueryBridge", (QueryBridgeMethods, base), {"__doc__": QueryBridgeMethods.__doc__})
+def manifest() -> Any:
+    """What lmms-eval registers: the model's name, and where its class is."""
+    registry = import_module("lmms_eval.models.registry_v2")
+    return registry.ModelManifest(model_id=NAME, simple_class_path=f"{__name__}.QueryBridge")
 
 
-def register() -> None:
-    """Tell lmms-eval of the model `querybridge`.
-
-    Raises:
-        UserError: lmms-eval is not installed.
-    """
-    made = model_class()
-    globals()["QueryBridge"] = made  # lmms-eval looks the class up by its path
-    models = import_module("lmms_eval.models")
-    manifest = import_module("lmms_eval.models.registry_v2").ModelManifest(
-        model_id=NAME, simple_class_path=f"{__name__}.QueryBridge"
-    )
-    models.MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
+def __getattr__(name: str) -> type:
+    """`QueryBridge`, a subclass of lmms-eval's own `lmms`, once it is asked for: only then is lmms-eval imported."""
+    if name != "QueryBridge":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = import_module("lmms_eval.api.model").lmms
+    made = type("QueryBridge", (QueryBridgeMethods, base), {"__doc__": QueryBridgeMethods.__doc__})
+    globals()[name] = made
+    return made
 
 
 class QueryBridgeMethods:
@@ -143,10 +129,14 @@ def decoding_of(settings: dict[str, Any], usual: Decoding) -> Decoding:
         values["temperature"] = 0
     decoding = usual
     for name, value in values.items():
-        if name == "max_new_tokens" or name == "num_beams":
-            decoding = replace(decoding, **{name: int(value)})
-        elif name in ("temperature", "top_p"):
-            decoding = replace(decoding, **{name: float(value)})
+        if name == "max_new_tokens":
+            decoding = replace(decoding, max_new_tokens=int(value))
+        elif name == "num_beams":
+            decoding = replace(decoding, num_beams=int(value))
+        elif name == "temperature":
+            decoding = replace(decoding, temperature=float(value))
+        elif name == "top_p":
+            decoding = replace(decoding, top_p=float(value))
         else:
             raise UserError(f"--gen_kwargs {name}={value}: {NAME} does not have this setting; leave it out")
     return decoding if decoding.num_beams > 1 else replace(decoding, length_penalty=Decoding.length_penalty)
@@ -158,13 +148,3 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
         if end:
             text = text.split(end)[0]
     return text.strip()
-
-
-if __name__ == "__main__":
-    try:
-        # as `serve.lmms_eval`, not `__main__`: lmms-eval imports the class by that name
-        import_module("serve.lmms_eval").register()
-    except UserError as mistake:
-        print(f"querybridge: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    import_module("lmms_eval.cli.dispatch").main()

@@ -71,6 +71,9 @@ class FakeEngine:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def capabilities(self, name: str) -> dict[str, object]:
+        return {"pictures": True}
+
     @property
     def waiting(self) -> int:
         return sum(not pending.done for pending in self.pending)
@@ -82,11 +85,13 @@ class FakeEngine:
         adapter: str | None = None,
         decoding: Decoding | None = None,
         stops: Sequence[str] = (),
+        rules: Any = None,
     ) -> PendingAnswer:
         if turns[-1].role != "user":
             raise UserError("messages: the last one must be the user's")
         pending = self._take(SimpleNamespace(images=()), adapter, decoding)
         pending.stops = tuple(stops)
+        pending.rules = rules or pending.rules
         self.turns.append(turns)
         return pending
 

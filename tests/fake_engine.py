@@ -64,6 +64,7 @@ class FakeEngine:
         self.pause = pause  # seconds between two words
         self.busy = False
         self.ahead = 0  # others that wait
+        self.silent = False  # nothing is told before the end
         self.answer = "a ball"  # of the second stage
         self.decodings: list[Decoding] = []
         self.pending: list[PendingAnswer] = []
@@ -161,7 +162,7 @@ class FakeEngine:
             if pending.stopped:
                 break
             written.append(word)
-            if pending.decoding.num_beams == 1:
+            if pending.decoding.num_beams == 1 and not self.silent:
                 pending._update(" ".join(written))
             time.sleep(self.pause)
         share = 0.7 if choices else 0.87

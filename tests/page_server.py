@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def served(engine: Any, uploads: Path, **options: Any) -> Iterator[str]:
     """The address of a page over an engine; uploads lie in a folder of the test's own."""
     before = os.environ.copy()
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-    page = launch(engine, port=0, block=False, **options)
+    page = launch(engine, port=0, block=False, **{"votes": uploads.parent / "votes.jsonl", **options})
     try:
         yield page.local_url
     finally:
@@ -65,14 +66,15 @@ def post(address: str, name: str, data: list[Any]) -> str:
     return get(f"{address}gradio_api/call/{name}/{event}")
 
 
-def call(address: str, number: int, event_data: Any) -> str:
-    """What an event without inputs gives that says of itself what was selected."""
-    body = {"data": [], "fn_index": number, "session_hash": "forged", "event_data": event_data}
+def call(address: str, number: int, event_data: Any, data: list[Any]) -> str:
+    """All messages about an event that says of itself what was selected."""
+    session = f"forged{number}{time.monotonic_ns()}"
+    body = {"data": data, "fn_index": number, "session_hash": session, "event_data": event_data}
     asked = urllib.request.Request(
-        f"{address}gradio_api/run/predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{address}gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with opener().open(asked) as reply:
-            return reply.read().decode()
+        opener().open(asked).close()
+        return get(f"{address}gradio_api/queue/data?session_hash={session}")
     except urllib.error.HTTPError as error:
         return error.read().decode()

@@ -10,6 +10,7 @@ import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from adapters.data.collate import PackedAnswer, PackedSequence, padded_length
@@ -71,11 +72,12 @@ def tokenise(
     """
     found = TokenisedPictures()
     _check_rationales(data, stages)
+    ids_of = lru_cache(maxsize=4096)(lambda answer: tuple(prompts.answer_ids(answer)))  # short ones come often
     for example, task, answers in (
         part for row in data.examples for part in _to_learn(row, data.task, stages, prompts)
     ):
         prompt = prompt_for(example, task, prompts)
-        counted = tuple(tuple(prompts.answer_ids(answer)) for answer in answers)
+        counted = tuple(map(ids_of, answers))
         if too_long := _too_long(prompt, counted, max_tokens):
             raise UserError(f"{example.where}: {too_long}")
         if task == "caption":  # every caption is learned from
@@ -191,7 +193,7 @@ def prompt_for(example: Example, task: str, prompts: PromptBuilder) -> Prompt:
 
 
 class EpochPlan(LazySequence[Step]):
-    """The steps of an epoch, each made when it is asked for: what was drawn is kept as numbers, 12 to 28 bytes an answer.
+    """The steps of an epoch, each made when it is asked for; what was drawn takes 12 to 28 bytes an answer.
 
     Args:
         pictures: what `tokenise` gave.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -152,33 +152,67 @@ def _by_bytes(images: Iterable[ImageRef], unreadable: dict[str, None]) -> dict[s
     return found
 
 
+def look_at(images: Mapping[str, ImageRef], on_progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """Decode the pictures that no run has decoded before, and remember how they look.
+
+    Args:
+        images: by the digest of their bytes.
+        on_progress: called with (pictures looked at, pictures in all) after each few hundred.
+
+    Returns:
+        What is wrong with each that cannot be decoded.
+    """
+    known = known_pictures()
+    unreadable = []
+    new = {digest: image for digest, image in images.items() if known.look(_key(digest)) is None}
+    for done, (_, look) in enumerate(_looks_of(new), start=1):
+        if not isinstance(look, _Look):
+            unreadable.append(look)
+        if on_progress and done % 500 == 0:
+            on_progress(done, len(new))
+    return unreadable
+
+
 def _look_at_all(
     images: dict[str, ImageRef], unreadable: dict[str, None], on_progress: Callable[[int, int], None] | None
 ) -> dict[str, _Look]:
-    looks: dict[str, _Look] = {}
     known = known_pictures()
+    looks: dict[str, _Look] = {}
     new: dict[str, ImageRef] = {}
     for digest, image in images.items():
-        remembered = known.look(f"{digest}:{_VERSION}")
+        remembered = known.look(_key(digest))
         if remembered is not None and len(remembered) == _LOOK_BYTES:
             looks[digest] = _Look.unpack(remembered)
         else:
             new[digest] = image
-    images = new
+    for done, (digest, look) in enumerate(_looks_of(new), start=1):
+        if isinstance(look, _Look):
+            looks[digest] = look
+        else:
+            unreadable[look] = None
+        if on_progress and (done == len(new) or done % -(-len(new) // 10) == 0):
+            on_progress(done, len(new))
+    return looks
+
+
+def _looks_of(images: Mapping[str, ImageRef]) -> Iterator[tuple[str, _Look | str]]:
+    """Each picture's look, which is remembered, or what is wrong with it; decoded in threads, some at a time."""
+    known = known_pictures()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="look")
     try:
-        seen = zip(images, pool.map(_look, images.values()), strict=True)
-        for done, (digest, look) in enumerate(seen, start=1):
-            if isinstance(look, _Look):
-                looks[digest] = look
-                known.remember_look(f"{digest}:{_VERSION}", look.pack())
-            else:
-                unreadable[look] = None
-            if on_progress and (done == len(images) or done % -(-len(images) // 10) == 0):
-                on_progress(done, len(images))
+        digests = list(images)
+        for start in range(0, len(digests), 256):
+            part = digests[start : start + 256]
+            for digest, look in zip(part, pool.map(_look, [images[digest] for digest in part]), strict=True):
+                if isinstance(look, _Look):
+                    known.remember_look(_key(digest), look.pack())
+                yield digest, look
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    return looks
+
+
+def _key(digest: str) -> str:
+    return f"{digest}:{_VERSION}"
 
 
 def _look(image: ImageRef) -> _Look | str:

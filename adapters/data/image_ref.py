@@ -106,7 +106,7 @@ class ImageRef:
         return known or f"{self.label} {self.part.length}"
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of the bytes in hex; a file is read once, then the value is remembered, by later runs too."""
+        """Return the SHA-256 of the bytes in hex; a file is read once, then it is remembered, by later runs too."""
         return self._content_digest
 
     def found_at(self, where: str) -> ImageRef:

@@ -1,8 +1,8 @@
 """What earlier runs found out about pictures, so that a start on known ones reads none of them.
 
-`<cache>/indexes/pictures.sqlite3` holds the SHA-256 of each picture's file, known by its path, size, times and inode, and what
-it looks like, known by its SHA-256, for the search of near copies. It is a memory, not a truth: without it, or if it is
-damaged or locked, files are read again. Any number of processes may use it at once.
+`<cache>/indexes/pictures.sqlite3` holds the SHA-256 of each picture's file, known by its path, size, times and inode,
+and what it looks like, known by its SHA-256, for the search of near copies. It is a memory, not a truth: without it, or
+if it is damaged or locked, files are read again. Any number of processes may use it at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import stat
 import threading
 import time
 from functools import lru_cache
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 from qformer.sources import cache_root
 
@@ -79,7 +79,7 @@ class KnownPictures:
             return None
         return str(found[1])
 
-    def read(self, file: Path, opened: BinaryIO) -> str:
+    def read(self, file: Path, opened: BufferedReader | BytesIO) -> str:
         """The SHA-256 of an open file, in hex; it is remembered if the file stayed as it was meanwhile."""
         before = os.fstat(opened.fileno())
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -97,7 +97,7 @@ class KnownPictures:
             if digest in self._looks:
                 return self._looks[digest]
             found = self._one("SELECT look FROM looks WHERE digest = ?", digest)
-        return None if found is None else bytes(found[0])
+        return found[0] if found is not None and isinstance(found[0], bytes) else None
 
     def remember_look(self, digest: str, look: bytes) -> None:
         """Keep what a picture looks like."""

@@ -66,7 +66,7 @@ class _StoredQuestions(LazySequence[TokenisedQuestion]):
 class TokenisedPictures(LazySequence[TokenisedPicture]):
     """Questions grouped by picture, in the order in which pictures first appear.
 
-    In memory a question takes 16 bytes, and a picture its reference and the part of the prompt that its questions share.
+    In memory a question takes 12 bytes, and a picture its reference and what the prompts of its questions begin with.
     """
 
     def __init__(self) -> None:

@@ -10,8 +10,8 @@ THRESHOLD = 0.5  # of the normalised distance, from which on an answer counts no
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity of one answer: the best over the right answers.
 
-    Biten et al. 2019 (arXiv 1905.13648), section 3.2: one less NL if the distance NL (edits over the longer length) is below
-    0.5, else 0. As in the evaluation of ST-VQA and DocVQA, case and runs of blanks do not count.
+    Biten et al. 2019 (arXiv 1905.13648), section 3.2: one less the distance NL (edits over the longer length) if that
+    is below 0.5, else 0. As in the evaluation of ST-VQA and DocVQA, case and runs of blanks do not count.
     """
     said = _form(prediction)
     return max((_similarity(said, _form(answer)) for answer in dict.fromkeys(answers)), default=0.0)

@@ -32,13 +32,16 @@ def break_down(predictions: Sequence[str], examples: Sequence[Example], *, sets:
     """
     pairs = list(zip(predictions, examples, strict=True))
     hits = [exact_match(said, example.answers, sets=sets) for said, example in pairs]
-    scores = {"exact_match": hits, "vqa_accuracy": [vqa_accuracy(said, example.answers) for said, example in pairs]}
+    scores: dict[str, Sequence[float]] = {
+        "exact_match": hits,
+        "vqa_accuracy": [vqa_accuracy(said, example.answers) for said, example in pairs],
+    }
     pictures = [tuple(image.digest() for image in example.images) for example in examples]
     labels: dict[str, list[str | None]] = {
         "by_kind": [example.kind for example in examples],
         "by_form": [form_of(example) for example in examples],
-        "by_question": [_spoken(example.question) for example in examples],
-        "by_opening": [" ".join(_spoken(example.question).split()[:2]) for example in examples],
+        "by_question": [spoken(example.question) for example in examples],
+        "by_opening": [" ".join(spoken(example.question).split()[:2]) for example in examples],
         "by_answer": [right_answer(example.answers) for example in examples],
     }
     groups = {name: score_groups(each, scores, pictures) for name, each in labels.items()}
@@ -144,6 +147,6 @@ def right_answer(answers: Sequence[str]) -> str:
     return Counter(normalise(answer) for answer in answers).most_common(1)[0][0]
 
 
-def _spoken(question: str) -> str:
+def spoken(question: str) -> str:
     """A question in lower case with single spaces, without the mark at its end."""
     return normalise(question).rstrip("?\uff1f ")

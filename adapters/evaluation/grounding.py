@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from adapters.evaluation.intervals import with_interval
@@ -110,7 +110,7 @@ def score_grounding(
     return result
 
 
-def controls(boxes: Sequence[Sequence[Box]]) -> Mapping[str, float]:
+def controls(boxes: Sequence[Sequence[Box]]) -> dict[str, float]:
     """What the middle of every picture, and the whole of it, score."""
     unions = [union_box(right) for right in boxes]
     centre = Located(CENTRE)

@@ -141,7 +141,7 @@ def _bars(report: Report) -> list[Scored]:
         (f"blank_{measure}", "grey pictures"), (f"shuffled_{measure}", "other rows' pictures"),
         ("commonest_answer", "commonest answer"),
     ):  # fmt: skip
-        if name in scores:
+        if name in scores and not (name == "commonest_answer" and scores.get("commonest_answer_from") == "test"):
             bars.append((label, scores[name], None, None))
     if "against" in scores:
         bars.append(("the other adapter", scores["against"]["second"], None, None))
@@ -171,13 +171,17 @@ def _confusions(report: Report) -> list[str]:
             f"{count or ''}</td>"
             for name, count in zip(columns, row, strict=True)
         ]
-        lines.append(f"<tr><th>{words(right)}</th>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{words(name)}</th>" for name in columns)
+        lines.append(f"<tr>{_heading(right)}{''.join(cells)}</tr>")
+    head = "".join(map(_heading, columns))
     return [
         "<h2>Which answer was taken for which</h2>",
         f'<div class="wide"><table class="confusion"><tr><th>right ↓ given →</th>{head}</tr>{"".join(lines)}</table>'
         f"</div><p>A line for each of the commonest right answers; “{OTHER}” stands for all others.</p>",
     ]
+
+
+def _heading(answer: str) -> str:
+    return f'<th title="{words(answer)}">{words(answer, most=16)}</th>'
 
 
 def _groups(groups: Mapping[str, Mapping[str, float]], title: str, measure: str) -> list[str]:

@@ -28,21 +28,22 @@ _STYLE = (
     "figure{margin:0}figure img{width:100%;max-width:38rem;height:auto;background:#fff;border-radius:8px;padding:.3rem}"
     ".wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}"
     "th,td{padding:.25rem .6rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}"
-    "th{font-weight:600}td{white-space:nowrap}td:first-child{white-space:normal;min-width:7rem}"
+    "th{font-weight:600}th,td{white-space:nowrap}td:first-child{white-space:normal;min-width:7rem}"
     ".bar{display:inline-block;width:5rem;height:.7rem;margin-right:.5rem;border-radius:3px;background:"
     "linear-gradient(to right,var(--main) calc(var(--share)*100%),var(--line) calc(var(--share)*100%))}"
     ".confusion td{text-align:right;min-width:2.6rem;background:color-mix(in srgb,var(--tone) calc(var(--share)*75%),"
-    "transparent)}.confusion th{min-width:4rem}.hit{--tone:#26a69a}.miss{--tone:#ef5350}"
+    "transparent)}.hit{--tone:#26a69a}.miss{--tone:#ef5350}"
     ".cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr));gap:.9rem}"
     ".card{border:1px solid var(--line);border-radius:8px;padding:.6rem}"
     ".card img{max-width:100%;max-height:15rem;display:block;margin:0 auto .4rem;border-radius:4px}"
     ".right{color:var(--main)}.wrong{color:var(--bad)}"
+    "@media(max-width:30rem){.bar{width:2rem}th,td{padding:.25rem .3rem}table{font-size:.85rem}}"
 )
 
 
-def words(text: str) -> str:
-    """A text as HTML: escaped, cut if it is long, and writable whatever is in it."""
-    cut = text if len(text) <= _LONG else text[:_LONG] + " …"
+def words(text: str, *, most: int = _LONG) -> str:
+    """A text as HTML: escaped, cut if it has more characters, and writable whatever is in it."""
+    cut = text if len(text) <= most else text[:most].rstrip() + "…"
     return escape(cut.encode(errors="backslashreplace").decode())
 
 
@@ -114,4 +115,4 @@ def _picture(image: ImageRef) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img loading="lazy" alt="{words(image.label)}" src="data:image/jpeg;base64,{data}">'
+    return f'<img alt="{words(image.label)}" src="data:image/jpeg;base64,{data}">'

@@ -8,7 +8,7 @@ from typing import Any
 _CONTROLS = (  # the name of the control, what it is, and what it means if the adapter is not above it
     ("blank", "the same questions on grey pictures", "what is asked may be answered without looking"),
     ("shuffled", "the same questions on other rows' pictures", "the answers may not come from these pictures"),
-    ("commonest", "each question's commonest answer", "a table of answers may do as well"),
+    ("commonest", "each question's commonest answer in training", "a table of answers may do as well"),
 )
 _SURE = 0.05  # between confidence and share of right answers
 
@@ -59,8 +59,6 @@ def amount(value: float, measure: str) -> str:
 
 def _over(scores: Mapping[str, Any], measure: str, name: str, what: str, doubt: str) -> str:
     control = scores["commonest_answer"] if name == "commonest" else scores[f"{name}_{measure}"]
-    if name == "commonest" and scores.get("commonest_answer_from") == "test":
-        what += ", counted in this very file, which flatters it,"
     begin = f"{what[0].upper()}{what[1:]} would score {amount(control, measure)}: the adapter is "
     over, low, high = (scores.get(f"over_{name}{end}") for end in ("", "_low", "_high"))
     assert over is not None

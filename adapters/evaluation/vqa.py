@@ -72,7 +72,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def as_written_only(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether `vqa_accuracy` finds an answer wrong only because all people gave the same one, and so no form is used."""
+    """Whether `vqa_accuracy` calls an answer wrong that differs in form alone from the one that all people gave."""
     return vqa_accuracy(prediction, answers) == 0.0 and vqa_form(prediction) in map(vqa_form, answers)
 
 

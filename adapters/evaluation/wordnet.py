@@ -41,6 +41,9 @@ class WordNet:
         for offset, above in self._above.items():
             if missing := next((one for one in above if one not in self._above), None):
                 raise UserError(f"--wordnet {folder}: data.noun has no entry {missing}, which {offset} is a kind of")
+            lemma = self._lemmas[offset].lower()
+            if offset not in self._meanings.get(lemma, ()):
+                raise UserError(f"--wordnet {folder}: index.noun does not list {offset} of data.noun under '{lemma}'")
         self._depths: dict[int, tuple[int, int]] = {}
         self.similarity = lru_cache(maxsize=2**16)(self._similarity)
 

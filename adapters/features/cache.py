@@ -109,7 +109,7 @@ class FeatureCache:
         self.folder = self.root / self.key
         self.together = together
         self.max_bytes = max_bytes if max_bytes is not None else _configured_bytes()
-        self._filled: set[Path] = set()  # what `fill` was asked for: this run's data
+        self._filled: set[str] = set()  # what `fill` was asked for: this run's data
         self._file_bytes = 0  # the size of one file, once known
         self._total: int | None = None  # bytes under root when last counted
         self._written = 0  # bytes written since
@@ -140,12 +140,17 @@ class FeatureCache:
         """
         wanted = _distinct(refs)
         before = self._filled
-        self._filled = before | {self._path(digest) for digest in wanted}
+        self._filled = before | wanted.keys()
         try:
             return self._encode_missing(wanted, batch_size, on_progress)
         except UserError:
             self._filled = before
             raise
+
+    def missing(self, refs: Iterable[ImageRef]) -> list[ImageRef]:
+        """Those of the pictures that are not in the cache, each once."""
+        seen = {digest: ref for digest, ref in _distinct(refs).items() if not self._is_there(digest)}
+        return list(seen.values())
 
     def load(self, refs: Sequence[ImageRef]) -> Tensor:
         """Return features [B, P, D] on the CPU, in float16, or float32 if that is kept or a picture's exceed its range.
@@ -224,7 +229,7 @@ class FeatureCache:
         missing = [ref for digest, ref in wanted.items() if not self._is_there(digest)]
         if not missing:
             return 0
-        protected = {self._path(digest) for digest in (*wanted, *needed)}
+        protected = {*wanted, *needed}
         with self._disk_errors(len(missing)):
             feature_files.write_identity(self.folder, self.identity)
         if self._file_bytes:
@@ -238,7 +243,7 @@ class FeatureCache:
                 rows = [row for row, ref in enumerate(batch) if not self._is_there(ref.digest())]
                 if rows:
                     refs = [batch[row] for row in rows]
-                    arrays = self._encode(refs, pixels[rows] if len(rows) < len(batch) else pixels)
+                    arrays = self.encode(refs, pixels[rows] if len(rows) < len(batch) else pixels)
                     if not self._file_bytes:
                         self._file_bytes = feature_files.size_on_disk(arrays[0])
                         self._check_room(len(missing), protected)
@@ -265,8 +270,14 @@ class FeatureCache:
         self._file_bytes = max(self._file_bytes, status.st_size)
         return True  # what is inside is checked when it is read
 
-    def _encode(self, refs: Sequence[ImageRef], pixels: Tensor) -> list[np.ndarray]:
-        """Encode a batch; each picture's features [P, D] in the smallest type that holds them."""
+    def encode(self, refs: Sequence[ImageRef], pixels: Tensor) -> list[np.ndarray]:
+        """Encode b pictures' pixels [b, 3, H, W]; each one's features [P, D] in the smallest type that holds them.
+
+        Nothing is read or kept.
+
+        Raises:
+            UserError: features are not finite.
+        """
         with torch.no_grad():
             parts = [self.encoder(part)[:count].detach().float().cpu() for part, count in self._equal_parts(pixels)]
         features = torch.cat(parts)  # [b, P, D]
@@ -296,7 +307,7 @@ class FeatureCache:
             rows = torch.arange(self.together).clamp(max=len(part) - 1)
             yield part[rows], len(part)
 
-    def _check_room(self, missing: int, protected: set[Path]) -> None:
+    def _check_room(self, missing: int, protected: set[str]) -> None:
         """Fail before the hours of encoding, not after: against the bound and against the disk."""
         need = len(protected | self._filled) * self._file_bytes
         need += sum(len(cache._filled) * cache._file_bytes for cache in self._same_root() if cache is not self)
@@ -330,13 +341,19 @@ class FeatureCache:
                 "QUERYBRIDGE_CACHE to another folder"
             ) from error
 
-    def _hold_bound(self, written: int, protected: set[Path]) -> None:
+    def _hold_bound(self, written: int, protected: set[str]) -> None:
         """Count and evict, seldom enough to cost nothing, often enough to see what other processes write."""
         self._written += written
         known = self._total is not None and self._written < self.max_bytes // 20
         if known and (self._total or 0) + self._written <= self.max_bytes:
             return
-        keep = protected.union(*(cache._filled for cache in self._same_root()))
+        caches = self._same_root()
+
+        def keep(path: Path) -> bool:
+            key, digest = path.parent.parent.name, path.stem
+            filled = any(cache.key == key and digest in cache._filled for cache in caches)
+            return filled or (key == self.key and digest in protected)
+
         self._total = feature_files.bound(self.root, self.max_bytes, keep)
         self._written = 0
 
@@ -357,7 +374,7 @@ def encoder_key(identity: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _distinct(refs: Sequence[ImageRef]) -> dict[str, ImageRef]:
+def _distinct(refs: Iterable[ImageRef]) -> dict[str, ImageRef]:
     """Return one reference for each distinct picture, by digest, in the order given."""
     distinct: dict[str, ImageRef] = {}
     for ref in refs:

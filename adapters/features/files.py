@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,10 +109,10 @@ def walk(root: Path) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
-def bound(root: Path, max_bytes: int, keep: Collection[Path]) -> int:
+def bound(root: Path, max_bytes: int, keep: Callable[[Path], bool]) -> int:
     """Hold all feature files below `root` to `max_bytes`, and sweep up what killed processes left.
 
-    Over the bound, the files least recently used go until 90 % of it is reached; those in `keep` never go.
+    Over the bound, the files least recently used go until 90 % of it is reached; those that `keep` names never go.
 
     Returns:
         The bytes that the files take afterwards.
@@ -128,11 +128,10 @@ def bound(root: Path, max_bytes: int, keep: Collection[Path]) -> int:
     total = sum(size for _, size, _ in files)
     if total <= max_bytes:
         return total
-    kept = {str(path) for path in keep}
     for _, size, path in sorted(files):
         if total <= 0.9 * max_bytes:
             break
-        if path not in kept:
+        if not keep(Path(path)):
             Path(path).unlink(missing_ok=True)
             total -= size
     return total

@@ -17,7 +17,7 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
 from qformer.errors import UserError
 
-_THREADS = min(4, os.cpu_count() or 1)
+THREADS = min(4, os.cpu_count() or 1)
 _BATCHES_AHEAD = 2
 
 
@@ -41,25 +41,31 @@ def decoded_batches(
         UserError: a picture cannot be read, or its bytes are not those of its digest any more.
     """
 
-    def pixels(ref: ImageRef) -> Tensor:
-        content = ref.read()
-        # Features stored under the name of other bytes would stay wrong for ever.
-        if hashlib.sha256(content).hexdigest() != ref.content_digest():
-            raise UserError(f"{ref.where or 'image'}: '{ref.label}' has changed since it was first read: run again")
-        return preprocess([open_image(replace(ref, path=None, data=content))])  # [1, 3, H, W]
-
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
     ahead: deque[tuple[list[ImageRef], list[Future[Tensor]]]] = deque()
     try:
         for start in range(0, len(refs), batch_size):
             batch = list(refs[start : start + batch_size])
-            ahead.append((batch, [pool.submit(pixels, ref) for ref in batch]))
+            ahead.append((batch, [pool.submit(decoded, ref, preprocess) for ref in batch]))
             if len(ahead) > _BATCHES_AHEAD:
                 yield _finished(*ahead.popleft())
         while ahead:
             yield _finished(*ahead.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def decoded(ref: ImageRef, preprocess: Callable[[Sequence[Image]], Tensor]) -> Tensor:
+    """A picture's pixels [1, 3, H, W].
+
+    Raises:
+        UserError: it cannot be read, or its bytes are not those of its digest any more.
+    """
+    content = ref.read()
+    # Features stored under the name of other bytes would stay wrong for ever.
+    if hashlib.sha256(content).hexdigest() != ref.content_digest():
+        raise UserError(f"{ref.where or 'image'}: '{ref.label}' has changed since it was first read: run again")
+    return preprocess([open_image(replace(ref, path=None, part=None, data=content))])
 
 
 def _finished(batch: list[ImageRef], futures: list[Future[Tensor]]) -> tuple[list[ImageRef], Tensor]:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from adapters.data.image_ref import ImageRef
 from adapters.features.cache import FeatureCache, pictures_together
+from adapters.features.reading import FeatureSource
 from adapters.loading.bridge_start import BridgeStart, BridgeTokenizer, start_bridge
 from adapters.loading.bundled import bundled
 from adapters.loading.weight_deltas import WeightDelta, read_weight_delta
-from adapters.recipe import BridgeSection, Recipe
+from adapters.recipe import BridgeSection, Recipe, TowerSection
 from qformer.bridge import QFormer
 from qformer.config import BridgeConfig
 from qformer.errors import UserError
@@ -50,6 +51,7 @@ class VisionSide:
         fingerprints: of the frozen weights, by role: "vision.0", "bridge.start".
         differences: what was added to towers' weights, by the tower's place.
         start: what the bridge started from, if its recipe names it.
+        sources: in training, one a tower: where features come from in place of its cache; else empty.
     """
 
     recipe: Recipe
@@ -62,6 +64,7 @@ class VisionSide:
     fingerprints: dict[str, str]
     differences: dict[int, WeightDelta]
     start: BridgeStart | None = None
+    sources: list[FeatureSource] = field(default_factory=list)
 
     @property
     def encoder_sources(self) -> tuple[str, ...]:
@@ -90,7 +93,12 @@ class VisionSide:
 
     def features(self, images: Sequence[ImageRef]) -> list[Tensor]:
         """Features of pictures, one tensor [B, P, D] a tower, from the cache if it has them."""
-        return [cache.load(images) for cache in self.caches]
+        return [source.load(images) for source in self.sources or self.caches]
+
+    def expect(self, images: Sequence[ImageRef]) -> None:
+        """Begin to prepare the features of pictures that will be asked for soon, in training; nothing else changes."""
+        for source in self.sources:
+            source.expect(images)
 
     def parts(self) -> Mapping[str, nn.Module]:
         """The modules that are trained, by name."""
@@ -166,7 +174,7 @@ def load_vision_side(
                 image_size=tower.image_size,
                 weight_delta=added.folder if added is not None else None,
                 device=device,
-                dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16,
+                dtype=tower_dtype(tower, device),
                 offline=offline,
             )
             cache = FeatureCache(encoder, together=pictures_together(device), half=tower.features == "float16")
@@ -186,6 +194,14 @@ def load_vision_side(
     return VisionSide(
         recipe, encoders, caches, feature_norm, bridge, heads, tokenizer, fingerprints, differences, start
     )
+
+
+def tower_dtype(tower: TowerSection, device: str) -> torch.dtype:
+    """What a tower computes in: as its recipe says, else float32 on a CPU and float16 elsewhere."""
+    if tower.dtype is not None:
+        chosen: torch.dtype = getattr(torch, tower.dtype)
+        return chosen
+    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
 
 
 def bridge_config(section: BridgeSection, encoder_width: int) -> BridgeConfig:

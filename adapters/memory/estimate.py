@@ -33,6 +33,9 @@ GPU_SIZES = (6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 141)  # GB on the label of wh
 # libraries' own anonymous memory on a CPU (measured with torch, transformers, PEFT and bitsandbytes imported).
 RUNTIME = {"cuda": int(0.6 * GIB), "cpu": int(0.35 * GIB)}
 
+# bytes a parameter of both moments; in 8 bits each, with a float32 scale for 256 of them
+_MOMENTS = {"adamw": 8, "paged_adamw_8bit": 2 + 2 * 4 / 256}
+
 _WORDS = {
     "weights": "frozen and trained weights",
     "gradients": "gradients",
@@ -78,7 +81,7 @@ def estimate_memory(recipe: Recipe, *, device: str | None = None) -> dict[str, A
     needed = {
         "weights": sum(part.bytes for part in parts),
         "gradients": 4 * sum(trainable.values()),
-        "optimiser": 8 * sum(trainable.values()),
+        "optimiser": round(_MOMENTS[recipe.train.optimiser] * sum(trainable.values())),
         "activations": _activations(recipe, shape, compute, tower_dtype, sum(trainable.values()), on_gpu),
         "dequantised": _largest_four_bit(model) * compute.itemsize,
         "features": 4 * shape.rows * picture,  # float32 on the device

@@ -45,7 +45,7 @@ def build_meta_model(
     Args:
         recipe: what to build.
         compute_dtype: of the LLM's computation, and of its weights if they are not in 4-bit.
-        tower_dtype: of the image encoders.
+        tower_dtype: of the image encoders whose recipe names none.
         quantized: False leaves 4-bit layers as plain ones, which can be run on fake tensors.
         attention: of the LLM, as transformers names it; `load_language_model` takes "eager" on the CPU.
 
@@ -53,7 +53,9 @@ def build_meta_model(
         UserError: a configuration is not to be had, or parts do not fit.
     """
     encoders = [
-        _image_encoder(tower, f"vision.towers.{index}.source", tower_dtype)
+        _image_encoder(
+            tower, f"vision.towers.{index}.source", getattr(torch, tower.dtype) if tower.dtype else tower_dtype
+        )
         for index, tower in enumerate(recipe.vision.towers)
     ]
     language = _language_model(recipe.language, compute_dtype, quantized, attention)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from adapters.data.batches import TokenisedPicture
+from adapters.data.tokenised import TokenisedPicture
 from adapters.loading.assembly import Assembly
 
 TEMPERATURE = 0.07  # fixed; that of ITC is learned, and starts here as well (`qformer.objectives`)
@@ -55,7 +55,8 @@ def align_words(
     Returns:
         The last step's loss; 0.0 if no name tells pictures apart, so that there was nothing to learn.
     """
-    bags = [(picture.images[0], names_in(assembly, picture)) for picture in pictures if len(picture.images) == 1]
+    single = (picture for picture in pictures if len(picture.images) == 1)
+    bags = list(dict.fromkeys((picture.images[0], names_in(assembly, picture)) for picture in single))
     names = distinctive_names([bag for _, bag in bags], partial(is_word, assembly.prompts.tokenizer))
     column = {name: index for index, name in enumerate(names)}
     chosen = [(image, bag) for image, bag in bags if any(name in column for name in bag)]

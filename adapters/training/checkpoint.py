@@ -169,7 +169,9 @@ def load_state(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer,
     for key, value in moments.items():
         name, _, kind = key.rpartition("|")
         parameter = parameters[name]
-        optimiser.state[parameter][kind] = value.to(parameter.device)  # the fused AdamW keeps its step count there too
+        # the fused AdamW keeps its step count there too, and bitsandbytes' a plain number
+        counts = kind == "step" and not isinstance(optimiser, torch.optim.AdamW)
+        optimiser.state[parameter][kind] = int(value) if counts else value.to(parameter.device)
     own = {name.partition(".")[2]: state for name, state in generators.items() if name.startswith(f"{rank}.")}
     if "cpu" not in own:
         raise UserError(

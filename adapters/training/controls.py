@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from adapters.data.answers import normalise
-from adapters.data.batches import TokenisedPicture
 from adapters.data.examples import Example
 from adapters.data.image_ref import blank_image
+from adapters.data.tokenised import TokenisedPicture
 from adapters.evaluation.intervals import interval_by_picture
 from adapters.evaluation.vqa import exact_match, score
 from adapters.inference.answering import answer_examples
 from adapters.loading.assembly import Assembly
 from adapters.training.reader_fit import probe_answers
+from adapters.training.sharing import shared
 from qformer.decoding import Decoding
 
 SHORT = Decoding(max_new_tokens=10)  # how validation answers questions: greedy
@@ -83,7 +85,8 @@ def validate_answers(
         "val_exact_match", "val_exact_match_low", "val_exact_match_high" and "val_blank_images", as fractions.
     """
     answers = [example.answers for example in asked]
-    texts = answer_examples(assembly, asked, "vqa", decoding=SHORT)
+    answer = partial(answer_examples, assembly, task="vqa", decoding=SHORT)
+    texts = shared(asked, answer)
     if on_answers is not None:
         on_answers(asked, texts)
     hits = [exact_match(text, right, sets=sets) for text, right in zip(texts, answers, strict=True)]
@@ -92,7 +95,7 @@ def validate_answers(
     found["val_exact_match_low"], found["val_exact_match_high"] = interval_by_picture(hits, pictures)
     blank = blank_image()
     unseen = [replace(example, images=(blank,) * len(example.images)) for example in asked]
-    texts = answer_examples(assembly, unseen, "vqa", decoding=SHORT)
+    texts = shared(unseen, answer)
     found["val_blank_images"] = score(texts, answers, sets=sets)["exact_match"]
     return found
 

@@ -12,18 +12,20 @@ from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts, read_facts
-from adapters.data.batches import Step, TokenisedPicture, leave_out_long, plan_validation, tokenise
+from adapters.data.batches import Step, leave_out_long, plan_validation, tokenise
 from adapters.data.examples import Example, sample_evenly
+from adapters.data.tokenised import TokenisedPicture
 from adapters.data.views import all_views
 from adapters.loading.assembly import Assembly, assemble
 from adapters.loading.reader import Reader
 from adapters.training.alignment import align_words
 from adapters.training.checkpoint import RunState
 from adapters.training.controls import fixed_controls
+from adapters.training.picture_features import prepare_features
 from adapters.training.reader_fit import FittedReader, fit_reader
 from adapters.training.run_data import report_copies
 from adapters.training.self_critical import SelfCriticalSampler, check_self_critical
-from adapters.training.setup import Opened, dtype_of, encode_pictures, facts_of, optimiser_of, position_of, take_over
+from adapters.training.setup import Opened, dtype_of, facts_of, optimiser_of, position_of, take_over
 from adapters.training.start import freeze_bridge, has_lora
 from adapters.training.text_side import TextSideKeeper, check_keeping
 from qformer.compiling import compile_blocks
@@ -103,7 +105,7 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     validation = plan_validation(held_out, row_tokens=row_tokens)
     images = all_views((row.images[0] for row in opened.train.examples if len(row.images) == 1), recipe.data.views)
     named = (image for data in (opened.train, opened.val) for row in data.examples for image in row.images)
-    encode_pictures(opened, assembly.caches, [*images, *dict.fromkeys(named)])
+    prepare_features(opened, assembly.vision_side, [*images, *dict.fromkeys(named)])
 
     if not opened.quiet and opened.state is None:
         report_copies(opened.train, opened.val)

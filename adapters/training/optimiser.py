@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from adapters.training.checkpoint import trainable
+from qformer.errors import UserError
 
 WARMUP_SHARE = 0.25  # of a run's steps, at most
 
@@ -20,7 +22,8 @@ def build_optimiser(
     lora_learning_rate: float | None = None,
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.98),
-) -> torch.optim.AdamW:
+    kind: str = "adamw",
+) -> torch.optim.Optimizer:
     """AdamW over a model's trainable parameters; each group has its peak rate under "peak".
 
     Args:
@@ -29,26 +32,36 @@ def build_optimiser(
         lora_learning_rate: LoRA's; None for the same.
         weight_decay: of matrices; biases, norms and query tokens have none.
         betas: of AdamW.
+        kind: "adamw"; or "paged_adamw_8bit", bitsandbytes' AdamW with moments in 8 bits (arXiv 2110.02861) in memory
+            that the CPU's is paged into (arXiv 2305.14314, section 3). Of parameters below 4096 it keeps 32 bits.
+
+    Raises:
+        UserError: 8-bit moments for parameters that are on no GPU.
     """
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
         is_lora = name.startswith("language.")
         decays = parameter.dim() > 1 and not name.endswith("query_tokens")
         groups.setdefault((is_lora, decays), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": weight_decay if decays else 0.0,
-                "peak": (lora_learning_rate or learning_rate) if is_lora else learning_rate,
-            }
-            for (is_lora, decays), parameters in groups.items()
-        ],
-        lr=learning_rate,
-        betas=betas,
-        eps=1e-8,
-        fused=True,  # one pass over the weights
-    )
+    listed: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "peak": (lora_learning_rate or learning_rate) if is_lora else learning_rate,
+        }
+        for (is_lora, decays), parameters in groups.items()
+    ]
+    if kind == "adamw":
+        return torch.optim.AdamW(listed, lr=learning_rate, betas=betas, eps=1e-8, fused=True)  # one pass over weights
+    places = {parameter.device.type for group in listed for parameter in group["params"]}
+    if places != {"cuda"}:
+        raise UserError(
+            f"train.optimiser={kind}: it needs an NVIDIA GPU, and this runs on {', '.join(sorted(places))}; take adamw"
+        )
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    optimiser: torch.optim.Optimizer = PagedAdamW8bit(listed, lr=learning_rate, betas=betas, eps=1e-8)
+    return optimiser
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from adapters.data.views import all_views
 from adapters.loading.assembly import chosen_dtype
 from adapters.loading.vision_side import VisionSide, load_vision_side
 from adapters.training.checkpoint import RunState
-from adapters.training.setup import Opened, dtype_of, encode_pictures, facts_of, optimiser_of, position_of, take_over
+from adapters.training.picture_features import prepare_features
+from adapters.training.setup import Opened, dtype_of, facts_of, optimiser_of, position_of, take_over
 from qformer.errors import UserError
 from qformer.representation import RepresentationModel
 
@@ -67,7 +68,7 @@ def set_up_pretraining(opened: Opened) -> Pretraining:
     vision_side = load_vision_side(recipe, device=opened.device, offline=opened.options.offline)
     images = all_views((picture.image for picture in pictures), recipe.data.views)
     images += [picture.image for picture in held_out]
-    encode_pictures(opened, vision_side.caches, images)
+    prepare_features(opened, vision_side, images)
     start = take_over(opened, vision_side)
     begins_fresh = opened.state is None and start is None
     if begins_fresh and (source := vision_side.start) is not None and source.whole:

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapters.data.batches import TokenisedPicture
 from adapters.data.examples import sample_evenly
 from adapters.data.image_ref import ImageRef
+from adapters.data.tokenised import TokenisedPicture
 from adapters.loading.assembly import Assembly
 from adapters.loading.reader import SPELLED, AnswerReader, LeftOut, Reader, ngrams_of, question_numbers
 from adapters.training.alignment import distinctive_names, is_word, names_in

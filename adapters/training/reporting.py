@@ -33,6 +33,7 @@ class MemoryWatch:
     """The peak of memory while it runs: on a GPU what torch allocated, else RssAnon, looked at ten times a second."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.on_gpu = device.type == "cuda"
         self.kind = "GPU" if self.on_gpu else "RssAnon"
         self._peak = 0
@@ -42,7 +43,7 @@ class MemoryWatch:
     @property
     def peak_gib(self) -> float:
         """The peak so far, GiB."""
-        return (torch.cuda.max_memory_allocated() if self.on_gpu else self._peak) / 2**30
+        return (torch.cuda.max_memory_allocated(self.device) if self.on_gpu else self._peak) / 2**30
 
     def start(self) -> None:
         """Begin to look."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ from adapters.evaluation.caption_tokens import caption_tokens
 from adapters.evaluation.captions import Cider, score_captions
 from adapters.inference.answering import Generator, Request, answer_examples
 from adapters.loading.assembly import Assembly
+from adapters.training.sharing import shared
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 
@@ -124,7 +126,8 @@ def greedy_cider(assembly: Assembly, examples: Sequence[Example], task: str) -> 
     found = []
     for language, pictures in captions.items():
         asked = [example for example, _ in pictures.values()]
-        said = answer_examples(assembly, asked, "caption", decoding=Decoding(max_new_tokens=30))
+        answer = partial(answer_examples, assembly, task="caption", decoding=Decoding(max_new_tokens=30))
+        said = shared(asked, answer)
         found.append(score_captions(said, [texts for _, texts in pictures.values()], language=language)["CIDEr"])
     return sum(found) / max(len(found), 1)
 

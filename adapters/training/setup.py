@@ -10,16 +10,14 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts
 from adapters.data.examples import DataSet, Example, merge, mix, repeat, sample_evenly, split_by_image, split_fold
-from adapters.data.image_ref import ImageRef
 from adapters.data.lazy import Picked, places_where
 from adapters.data.readers import read_data
-from adapters.features.cache import FeatureCache
 from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import VisionSide, check_device, default_device
 from adapters.recipe import Recipe, differing_keys, load_recipe
@@ -27,10 +25,13 @@ from adapters.recipe_data import Sources, SourceSection
 from adapters.training.checkpoint import RunState, find_state, load_state, read_run_state
 from adapters.training.controls import OnAnswers
 from adapters.training.optimiser import build_optimiser
-from adapters.training.run_data import broadcast_from_main, fill_caches, report_terms
+from adapters.training.run_data import broadcast_from_main, report_terms
 from adapters.training.start import Start, start_from_artefact
 from qformer.errors import UserError
 from qformer.precision import default_compute_dtype
+
+
+_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,12 @@ def open_run(recipe: Recipe, options: RunOptions, *, stage: Literal[1, 2]) -> Op
         mixed_precision="no",  # precision is the LLM's
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
+    if accelerator.distributed_type not in _DISTRIBUTED:
+        kind = str(accelerator.distributed_type.value)
+        raise UserError(
+            f"accelerate is configured for {kind}, and a run keeps the whole model in each process; launch it with"
+            " adapters/accelerate/one_gpu.yaml or two_gpus.yaml"
+        )
     state = check_run_folder(options.out, options.resume, recipe)
     train, val = read_split(recipe, offline=options.offline)
     start_from = options.start_from if state is None else None
@@ -167,7 +174,24 @@ def open_run(recipe: Recipe, options: RunOptions, *, stage: Literal[1, 2]) -> Op
         find_artefact(start_from)  # an unknown name is reported before anything is loaded
     device = options.device or str(accelerator.device)
     check_device(device)
+    use_device(device, accelerator.num_processes)
     return Opened(recipe, options, accelerator, state, start_from, device, train, val)
+
+
+def use_device(device: str, processes: int) -> None:
+    """Make a GPU that is named by its number the one that random state, memory and kernels mean without a number.
+
+    Raises:
+        UserError: several processes would share it.
+    """
+    chosen = torch.device(device)
+    if chosen.type != "cuda" or chosen.index is None:
+        return
+    if processes > 1:
+        raise UserError(
+            f"--device {device}: {processes} processes would share one GPU; write --device cuda, and each takes its own"
+        )
+    torch.cuda.set_device(chosen)
 
 
 def dtype_of(opened: Opened, *, four_bit: bool) -> str:
@@ -178,15 +202,6 @@ def dtype_of(opened: Opened, *, four_bit: bool) -> str:
         return dtype
     faster = default_compute_dtype(opened.device, four_bit=four_bit)
     return broadcast_from_main(str(faster).removeprefix("torch."))
-
-
-def encode_pictures(opened: Opened, caches: Sequence[FeatureCache], images: Sequence[ImageRef]) -> None:
-    """Fill the feature caches, each process its share."""
-    accelerator = opened.accelerator
-    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    fill_caches(caches, images, **share, quiet=opened.quiet)
-    accelerator.wait_for_everyone()
-    fill_caches(caches, images, quiet=True)  # all there by now: the cache learns what must not be evicted
 
 
 def take_over(opened: Opened, target: Assembly | VisionSide) -> Start | None:
@@ -202,7 +217,7 @@ def take_over(opened: Opened, target: Assembly | VisionSide) -> Start | None:
     return start
 
 
-def optimiser_of(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def optimiser_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW over what is trained, as a recipe sets it."""
     train = recipe.train
     return build_optimiser(
@@ -211,6 +226,7 @@ def optimiser_of(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         lora_learning_rate=train.lora_learning_rate,
         weight_decay=train.weight_decay,
         betas=train.betas,
+        kind=train.optimiser,
     )
 
 

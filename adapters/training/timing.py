@@ -24,20 +24,22 @@ def measure_step(
         batches: the micro-batches of one step.
         inputs: gives the forward's arguments for one.
     """
-    generators = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    generators = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
     model.train()
     timed: list[float] = []
     for rows in (batches[0], *batches):  # the first pass makes kernels, so it is not counted
         began = time.monotonic()
         loss, _ = model(*inputs(rows))
         loss.backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if on_gpu:
+            torch.cuda.synchronize(device)
         timed.append(time.monotonic() - began)
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(generators[0])
     if generators[1] is not None:
-        torch.cuda.set_rng_state(generators[1])
+        torch.cuda.set_rng_state(generators[1], device)
     return sum(timed[1:])
 
 

@@ -6,9 +6,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,16 +22,68 @@ from serve.api.errors import ApiError, closing, fault, too_busy, too_slow
 from serve.api.image_fetch import ImageFetcher
 from serve.api.metrics import Metrics
 from serve.api.plan import plan_of
-from serve.api.progress import PartialAnswer, Progress
-from serve.api.schemas import ChatRequest, Reply, parse_request
+from serve.api.progress import PartialAnswer, Progress, all_written
+from serve.api.replies import Reply, tokens_told
+from serve.api.schemas import parse_request
 from serve.engine import Engine
 from serve.limits import Limits
 from serve.pending import Answer, Busy, PendingAnswer
 
 LOG = logging.getLogger("querybridge.http")
+SLOWEST = 1024  # bytes a second of a body that is still waited for
+_HURRY = 0.5  # seconds after which a slow body gives its place up to who needs it
 _PREPARERS = 2  # threads that read bodies and tokenise; more would only get in the engine's way
 
 T = TypeVar("T")
+
+
+class Place:
+    """One request that is being handled, and how fast its body comes.
+
+    Args:
+        client: who asks.
+    """
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+        self.came = 0  # bytes of its body
+        self.is_reading = False
+        self._began = time.monotonic()
+        self._reader: asyncio.Task[Any] | None = None
+        self.given_up = False
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second."""
+        return self.came / max(time.monotonic() - self._began, 1e-3)
+
+    def is_slow(self, *, after: float) -> bool:
+        """Whether its body has been coming for so many seconds, and slower than any honest client's."""
+        return self.is_reading and time.monotonic() - self._began > after and self.rate < SLOWEST
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While its body comes.
+
+        Raises:
+            TimeoutError: it was given up.
+        """
+        self.is_reading, self._reader = True, asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self.given_up and self._reader is not None:
+                self._reader.uncancel()
+                raise TimeoutError from None
+            raise
+        finally:
+            self.is_reading = False
+
+    def give_up(self) -> None:
+        """Wait no longer for its body."""
+        self.given_up = True
+        if self._reader is not None:
+            self._reader.cancel()
 
 
 class ChatService:
@@ -50,25 +103,44 @@ class ChatService:
         self.allow_remote_images = allow_remote_images
         self.is_closing = False
         self._preparers = ThreadPoolExecutor(_PREPARERS, thread_name_prefix="querybridge-http")
-        self._taken = 0
+        self._places: set[Place] = set()
         self._followed: set[Progress] = set()
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, client: str = "") -> Iterator[Place]:
         """A place for one request, so that no more bodies are in memory than can be answered or wait.
+
+        If all are taken, one whose body trickles in gives its place up.
+
+        Args:
+            client: who asks; each has `limits.max_per_client` places at most.
 
         Raises:
             ApiError: all are taken.
         """
         if self.is_closing:
             raise closing()
-        if self._taken >= self.engine.max_waiting + self.engine.max_batch:
-            raise too_busy(f"{self._taken} requests are being handled already; try again in a moment")
-        self._taken += 1
+        most = self.limits.max_per_client
+        if most is not None and sum(place.client == client for place in self._places) >= most:
+            raise too_busy(f"{most} of your requests are being handled already; wait for one of them")
+        if len(self._places) >= self.engine.max_waiting + self.engine.max_batch and not self._free_a_place():
+            raise too_busy(f"{len(self._places)} requests are being handled already; try again in a moment")
+        place = Place(client)
+        self._places.add(place)
         try:
-            yield
+            yield place
         finally:
-            self._taken -= 1
+            self._places.discard(place)
+
+    def _free_a_place(self) -> bool:
+        """Have the body that comes the slowest be given up; whether there is one that is slow."""
+        slow = [place for place in self._places if place.is_slow(after=_HURRY)]
+        if not slow:
+            return False
+        slowest = min(slow, key=lambda place: place.rate)
+        slowest.give_up()
+        self._places.discard(slowest)
+        return True
 
     async def respond(self, body: bytes | bytearray, deadline: float) -> Response:
         """Answer the body of a request.
@@ -84,19 +156,20 @@ class ChatService:
         with _mistakes_of_users():
             try:
                 async with asyncio.timeout_at(deadline):
-                    progress, reply, stream = await self._begin(body, deadline)
+                    followed, reply, stream = await self._begin(body, deadline)
             except TimeoutError:
                 raise self._too_late() from None
             del body  # it may be large, and the answer may take its time
-            self._followed.add(progress)
+            self._followed.update(followed)
             if stream:
-                return await self._stream(progress, reply)
+                return await self._stream(followed, reply)
             try:
-                answer = await progress.answer()
+                answers = await _gathered(followed)
             finally:
-                self._leave(progress)
-        self._count(answer, progress)
-        return JSONResponse(reply.whole(answer))
+                self._leave(followed)
+        for answer, progress in zip(answers, followed, strict=True):
+            self._count(answer, progress)
+        return JSONResponse(reply.whole(answers))
 
     def close(self) -> None:
         """End what is still under way, each with an error of its own."""
@@ -108,23 +181,39 @@ class ChatService:
         """Let go of the threads, once the server has ended."""
         self._preparers.shutdown(wait=False, cancel_futures=True)
 
-    async def _begin(self, body: bytes | bytearray, deadline: float) -> tuple[Progress, Reply, bool]:
-        """Ask what a body asks; what becomes of it, the form of its answer, and whether to stream it."""
+    async def _begin(self, body: bytes | bytearray, deadline: float) -> tuple[list[Progress], Reply, bool]:
+        """Ask what a body asks; what becomes of each answer, the form of the reply, and whether to stream it."""
         request = await self._in_thread(lambda: parse_request(body))
-        model = self._model(request)
-        pictures = await self._pictures(request)
-        plan = plan_of(request, self.engine, pictures, model=model, max_tokens=self.limits.max_tokens)
-        progress = Progress(
-            await self._ask(plan.begin),
-            deadline=deadline,
-            too_late=self._too_late,
-            conclude=None if plan.conclude is None else self._asking(plan.conclude),
+        model = self.model(request.model)
+        pictures = await self.pictures(request.image_urls)
+        plan = await self._in_thread(
+            lambda: plan_of(request, self.engine, pictures, model=model, max_tokens=self.limits.max_tokens)
         )
-        reply = Reply(model, with_reasons=bool(request.reason), with_usage=request.wants_usage)
-        return progress, reply, bool(request.stream)
+        asked: list[PendingAnswer] = []
+        try:
+            for begin in plan.begin:
+                asked.append(await self._ask(begin))
+        except BaseException:
+            for pending in asked:
+                pending.stop()
+            raise
+        conclude = None if plan.conclude is None else self._asking(plan.conclude)
+        followed = [
+            Progress(pending, deadline=deadline, too_late=self._too_late, conclude=conclude) for pending in asked
+        ]
+        tell = None
+        if request.logprobs:
+            tell = tokens_told(self.engine.adapter(model).assembly.prompts.tokenizer)
+        reply = Reply(model, with_reasons=bool(request.reason), with_usage=request.wants_usage, tell_tokens=tell)
+        return followed, reply, bool(request.stream)
 
-    def _model(self, request: ChatRequest) -> str:
-        model = request.model or self.engine.names[0]
+    def model(self, named: str | None) -> str:
+        """The name of the adapter that answers; the first if none is named.
+
+        Raises:
+            ApiError: there is no such adapter.
+        """
+        model = named or self.engine.names[0]
         if model not in self.engine.names:
             raise ApiError(
                 404, f"The model '{model}' does not exist; take one of {', '.join(self.engine.names)}", param="model",
@@ -132,8 +221,12 @@ class ChatService:
             )  # fmt: skip
         return model
 
-    async def _pictures(self, request: ChatRequest) -> list[ImageRef]:
-        urls = request.image_urls
+    async def pictures(self, urls: Sequence[tuple[str, str]]) -> list[ImageRef]:
+        """Pictures by their addresses, each with where it is named, for people.
+
+        Raises:
+            UserError: there are too many, or one cannot be had.
+        """
         if len(urls) > self.limits.max_images:
             raise UserError(f"messages: {len(urls)} pictures, and --max-images is {self.limits.max_images}")
         fetcher = ImageFetcher(self.limits.max_body) if self.allow_remote_images else None
@@ -165,30 +258,40 @@ class ChatService:
             raise
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._preparers, work)
+        context = copy_context()  # which says who asks
+        return await asyncio.get_running_loop().run_in_executor(self._preparers, lambda: context.run(work))
 
-    async def _stream(self, progress: Progress, reply: Reply) -> Response:
+    async def _stream(self, followed: Sequence[Progress], reply: Reply) -> Response:
         """A stream; what goes wrong before its first text is reported by the status instead."""
-        written = progress.written()
+        written = all_written(followed)
         try:
             first = await anext(written)
         except BaseException:
-            self._leave(progress)
+            self._leave(followed)
             raise
-        return _EventStream(self._events(progress, reply, first, written), on_end=lambda: self._leave(progress))
+        return _EventStream(self._events(followed, reply, first, written), on_end=lambda: self._leave(followed))
 
     async def _events(
-        self, progress: Progress, reply: Reply, first: PartialAnswer, rest: AsyncIterator[PartialAnswer]
+        self,
+        followed: Sequence[Progress],
+        reply: Reply,
+        first: tuple[int, PartialAnswer],
+        rest: AsyncIterator[tuple[int, PartialAnswer]],
     ) -> AsyncIterator[str]:
+        ended: set[int] = set()
         try:
             with _mistakes_of_users():
-                yield _event(reply.opening())
-                async for written in _begun(first, rest):
-                    for chunk in reply.deltas(written.text, written.rationale):
+                for index in range(len(followed)):
+                    yield _event(reply.opening(index))
+                async for index, written in _begun(first, rest):
+                    for chunk in reply.deltas(index, written.text, written.rationale, written.chances):
                         yield _event(chunk)
-                answer = progress.result()
-                self._count(answer, progress)
-                for chunk in reply.closing(answer):
+                    if followed[index].is_answered and index not in ended:
+                        ended.add(index)
+                        self._count(followed[index].result(), followed[index])
+                        for chunk in reply.end(index, followed[index].result()):
+                            yield _event(chunk)
+                for chunk in reply.closing([progress.result() for progress in followed]):
                     yield _event(chunk)
                 yield "data: [DONE]\n\n"
         except ApiError as error:
@@ -197,9 +300,10 @@ class ChatService:
             LOG.exception("a stream broke off")
             yield _event(fault().body)
 
-    def _leave(self, progress: Progress) -> None:
-        self._followed.discard(progress)
-        progress.stop()
+    def _leave(self, followed: Sequence[Progress]) -> None:
+        for progress in followed:
+            self._followed.discard(progress)
+            progress.stop()
 
     def _count(self, answer: Answer, progress: Progress) -> None:
         now = time.monotonic()
@@ -241,7 +345,14 @@ def _stop_what_came(asking: asyncio.Future[PendingAnswer]) -> None:
         asking.result().stop()
 
 
-async def _begun(first: PartialAnswer, rest: AsyncIterator[PartialAnswer]) -> AsyncIterator[PartialAnswer]:
+async def _gathered(followed: Sequence[Progress]) -> list[Answer]:
+    """The answers, once all are there; the first error, if there is one."""
+    async for _ in all_written(followed):
+        pass
+    return [progress.result() for progress in followed]
+
+
+async def _begun(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
     yield first
     async for written in rest:
         yield written

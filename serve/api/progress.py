@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from serve.api.errors import ApiError
-from serve.pending import Answer, PendingAnswer
+from serve.pending import Answer, PendingAnswer, TokenChance
+from serve.writing import chances_of
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,12 @@ class PartialAnswer:
     Attributes:
         text: of the answer.
         rationale: of the reasons; None if there are none.
+        chances: of the answer's tokens, if they were asked for.
     """
 
     text: str
     rationale: str | None = None
+    chances: tuple[TokenChance, ...] = ()
 
 
 class Progress:
@@ -72,15 +75,20 @@ class Progress:
                 self._follow(await self._conclude(thought.text))
         rationale = None if thought is None else thought.text
         async for text in self._texts():
-            yield PartialAnswer(_settled(text, self._pending.stops), rationale)
+            yield PartialAnswer(_settled(text, self._pending.stops), rationale, chances_of(self._pending))
         self._answer = self._whole(self._pending.result(), thought)
-        yield PartialAnswer(self._answer.text, rationale)
+        yield PartialAnswer(self._answer.text, rationale, self._answer.chances)
 
     async def answer(self) -> Answer:
         """The answer, once it is there; raises as `written`."""
         async for _ in self.written():
             pass
         return self.result()
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether there is a result that was passed on, or is being passed on."""
+        return self._answer is not None
 
     def result(self) -> Answer:
         """The answer, once its end was passed on; of two stages, with the reasons and the tokens of both."""
@@ -139,6 +147,24 @@ class Progress:
             self.first = time.monotonic()
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody follows any more
             self._loop.call_soon_threadsafe(self._changed.set)
+
+
+async def all_written(followed: Sequence[Progress]) -> AsyncIterator[tuple[int, PartialAnswer]]:
+    """What is written of several answers, as it comes, each with its place; raises as `Progress.written`."""
+    streams = [progress.written() for progress in followed]
+    waiting = {asyncio.ensure_future(anext(stream)): place for place, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=lambda task: waiting[task]):
+                place = waiting.pop(task)
+                with contextlib.suppress(StopAsyncIteration):
+                    yield place, task.result()
+                    waiting[asyncio.ensure_future(anext(streams[place]))] = place
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 def _settled(text: str, stops: Sequence[str]) -> str:

@@ -1,15 +1,12 @@
-"""The shapes of OpenAI's chat completions: what a client sends, checked, and what it gets.
+"""The shape of a request for chat completions, as OpenAI has it, checked.
 
-What is not done here is refused if it would change the answer, and ignored if it would not. Beyond OpenAI's
-fields a request may have `answer_choices`, `reason` and `context`, and a response has `querybridge`, with the answer's
-confidence, and `reasoning_content`, if reasons were asked for.
+What is not done here, or not known, is refused by name; what changes no answer is ignored (`IGNORED`). Beyond OpenAI's
+fields a request may have `regex`, `choices`, `answer_choices`, `reason` and `context`.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -18,51 +15,61 @@ from pydantic_core import from_json
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_MARK, Turn, words_between
 from serve.api.errors import ApiError, invalid, unsupported
-from serve.pending import Answer
 
 MAX_TEXT = 200_000  # characters of a conversation; no language model here reads as many
 MAX_STOPS = 4
 MAX_CHOICES = 32
 
+MAX_ANSWERS = 16
+MAX_TOP_LOGPROBS = 20
+MAX_FORM = 20_000  # characters of a schema or a regular expression
+
 # What each field that is not supported may still say, since it then asks for nothing.
 _NOTHING: Mapping[str, Sequence[Any]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
 }
+
+# Fields that change no answer.
+IGNORED = frozenset(
+    (
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "parallel_tool_calls",
+    )
+)  # fmt: skip
 
 
 Choice = Annotated[str, Field(max_length=200)]
 
 
-class _Shape(BaseModel):
+class Shape(BaseModel):
+    """What all of them have in common: no value is bent into another type."""
+
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class ImageUrl(_Shape):
-    """Where a picture is: a data URI, or a web address."""
+class ImageUrl(Shape):
+    """Where a picture is: a data URI, or a web address. `detail` has no effect: pictures are seen in one size."""
 
     url: str
+    detail: str | None = None
 
 
-class Part(_Shape):
+class Part(Shape):
     """One part of a message: words, or a picture."""
 
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: ImageUrl | None = None
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _address(cls, given: Any) -> Any:
+        return {"url": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _whole(self) -> Part:
@@ -71,7 +78,7 @@ class Part(_Shape):
         return self
 
 
-class Message(_Shape):
+class Message(Shape):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -99,13 +106,42 @@ class Message(_Shape):
         return self
 
 
-class StreamOptions(_Shape):
+class StreamOptions(Shape):
     """What a stream sends beside the text."""
 
     include_usage: bool | None = None
 
 
-class ChatRequest(_Shape):
+class SchemaForm(Shape):
+    """A JSON schema that an answer keeps to, as OpenAI names it."""
+
+    json_schema: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Shape):
+    """What form an answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaForm | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("the type 'json_schema' and the field 'json_schema' go together")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The schema; None if any text will do."""
+        if self.type == "text":
+            return None
+        return {"type": "object"} if self.json_schema is None else self.json_schema.json_schema
+
+
+class ChatRequest(Shape):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -115,6 +151,14 @@ class ChatRequest(_Shape):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    response_format: ResponseFormat | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=MAX_FORM)] | None = None
+    choices: Annotated[list[Choice], Field(min_length=2, max_length=MAX_CHOICES)] | None = None
     stop: list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -134,7 +178,18 @@ class ChatRequest(_Shape):
     def _fits(self) -> ChatRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only where stream is true")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only where logprobs is true")
+        if len(self.forms) > 1:
+            raise ValueError(f"{' and '.join(self.forms)}: an answer has one form; leave the others out")
         return self
+
+    @property
+    def forms(self) -> list[str]:
+        """The fields that hold the answer to a form."""
+        schema = self.response_format.schema_of_answer if self.response_format is not None else None
+        given = {"response_format": schema, "regex": self.regex, "choices": self.choices}
+        return [name for name, value in given.items() if value is not None]
 
     @property
     def image_urls(self) -> list[tuple[str, str]]:
@@ -167,6 +222,9 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
     for field, allowed in _NOTHING.items():
         if values.get(field) is not None and values[field] not in allowed:
             raise unsupported(field, "it is not supported here; leave it out")
+    for field in values:
+        if values[field] is not None and field not in (ChatRequest.model_fields.keys() | _NOTHING.keys() | IGNORED):
+            raise unsupported(field, "it is not known here, and might change the answer; leave it out")
     try:
         request = ChatRequest.model_validate(values)
     except ValidationError as error:
@@ -180,7 +238,18 @@ def parse_request(body: bytes | bytearray) -> ChatRequest:
     if not any((part.text or "").strip() for part in request.messages[-1].content):
         raise ApiError(400, "messages: the last one has no words; ask something", param="messages")
     _check_reason(request)
+    for way in ("reason", "answer_choices"):
+        asked_beside = [field for field in _ONE_FREE_ANSWER if getattr(request, field)]
+        if getattr(request, way) and (beside := [*asked_beside, *request.forms, *_more_than_one(request)]):
+            raise unsupported(beside[0], f"not beside {way}; leave one of them out")
     return request
+
+
+_ONE_FREE_ANSWER = ("logprobs", "frequency_penalty", "presence_penalty")
+
+
+def _more_than_one(request: ChatRequest) -> list[str]:
+    return ["n"] if (request.n or 1) > 1 else []
 
 
 def _check_reason(request: ChatRequest) -> None:
@@ -218,74 +287,3 @@ def turns_of(messages: Sequence[Message], pictures: Sequence[ImageRef]) -> list[
 def _words(parts: Sequence[Part]) -> str:
     """A message's text, with marks for its pictures only if it has words between them."""
     return words_between([part.text or "" if part.type == "text" else None for part in parts])
-
-
-class Reply:
-    """One answer in OpenAI's words, whole or in chunks.
-
-    Args:
-        model: the adapter's name.
-        with_reasons: they were asked for; an adapter that gives none leaves their field empty.
-        with_usage: a stream ends with a count of tokens.
-    """
-
-    def __init__(self, model: str, *, with_reasons: bool = False, with_usage: bool = False) -> None:
-        self.model = model
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self._with_reasons = with_reasons
-        self._with_usage = with_usage
-        self._sent = {"reasoning_content": "", "content": ""}
-
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        """The body of a response."""
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        if self._with_reasons:
-            message["reasoning_content"] = answer.rationale
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(answer)}
-        return self._object("chat.completion", [choice]) | {"usage": usage_of(answer), "querybridge": extras_of(answer)}
-
-    def opening(self) -> dict[str, Any]:
-        """The chunk that begins a stream."""
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def deltas(self, text: str, rationale: str | None) -> Iterator[dict[str, Any]]:
-        """Chunks of what is new since the last ones: of the reasons, then of the answer."""
-        for field, written in (("reasoning_content", rationale or ""), ("content", text)):
-            sent = self._sent[field]
-            if written != sent and written.startswith(sent):
-                self._sent[field] = written
-                yield self._chunk({field: written[len(sent) :]})
-
-    def closing(self, answer: Answer) -> Iterator[dict[str, Any]]:
-        """What ends a stream: why it ended and, if it was asked for, the count of tokens."""
-        yield self._chunk({}, _finish_reason(answer)) | {"querybridge": extras_of(answer)}
-        if self._with_usage:
-            yield self._object("chat.completion.chunk", []) | {"usage": usage_of(answer)}
-
-    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        usage = {"usage": None} if self._with_usage else {}  # OpenAI's, until the last chunk
-        return self._object("chat.completion.chunk", [choice]) | usage
-
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
-
-def usage_of(answer: Answer) -> dict[str, int]:
-    """How many tokens were read and written."""
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.tokens,
-        "total_tokens": answer.prompt_tokens + answer.tokens,
-    }
-
-
-def extras_of(answer: Answer) -> dict[str, Any]:
-    """What is known of an answer beyond OpenAI's fields."""
-    extras: dict[str, Any] = {"confidence": answer.confidence}
-    return extras if answer.choices is None else extras | {"choices": answer.choices}
-
-
-def _finish_reason(answer: Answer) -> str:
-    return "length" if answer.finish == "length" else "stop"

@@ -8,12 +8,15 @@ import ipaddress
 import socket
 import sys
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qformer.errors import UserError
 
 _GRACE = 5.0  # seconds that requests have to end by themselves once the server is asked to
+HEADER_PATIENCE = 10.0  # seconds for all headers of a request
 _KEEP_ALIVE = 75  # seconds; longer than clients keep a connection, so that none is closed under a request
 
 
@@ -73,7 +76,7 @@ def make_server(app: FastAPI, listener: Listener) -> uvicorn.Server:
     """The server of `serve`, not running yet."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -84,6 +87,37 @@ def make_server(app: FastAPI, listener: Listener) -> uvicorn.Server:
         timeout_graceful_shutdown=int(_GRACE) + 2,
     )
     return _Server(config, listener.url)
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1, with an end to the patience with headers that do not come."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Count the seconds from the first byte of a request's headers until all of them are there."""
+        waits_for_headers = self.conn.their_state is h11.IDLE
+        if not waits_for_headers:
+            self._unwatch()
+        elif self._late is None and (self.cycle is None or self.conn.trailing_data[0]):
+            self._late = self.loop.call_later(HEADER_PATIENCE, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Server(uvicorn.Server):

@@ -24,6 +24,13 @@ def demo(
     search_folder: Annotated[
         Path | None, typer.Option("--search-folder", help="A folder of pictures that the page may search.")
     ] = None,
+    votes: Annotated[Path, typer.Option("--votes", help="The file that votes of the Compare tab are kept in.")] = Path(
+        "runs/votes.jsonl"
+    ),
+    allow_training: Annotated[
+        bool,
+        typer.Option("--allow-training", help="Show the Train tab, which reads data files of this machine."),
+    ] = False,
     auth: Annotated[
         str | None,
         typer.Option("--auth", envvar="QUERYBRIDGE_DEMO_AUTH", help="user:password that the page asks for."),
@@ -43,4 +50,6 @@ def demo(
     from serve.page.app import launch
 
     with Engine(adapter or (None,), device=device, dtype=dtype, offline=offline, max_prompt=max_prompt) as engine:
-        launch(engine, port=port, auth=auth, search_folder=search_folder)
+        launch(
+            engine, port=port, auth=auth, search_folder=search_folder, votes=votes, allow_training=allow_training
+        )  # fmt: skip

@@ -113,6 +113,8 @@ def evaluate(
     )
     if task in ("retrieval", "grounding") and not decoding is beams is max_new_tokens is None:
         raise UserError(f"--decoding, --beams and --max-new-tokens are for what an LLM writes, not for {task}")
+    if controls and blank_images:
+        raise UserError("--blank-images is one of the --controls; leave it out")
     named = columns_of(columns)
     check_source(data)
     over = decoding_over(decoding, beams, max_new_tokens)

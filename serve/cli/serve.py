@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -45,6 +46,16 @@ def serve(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")
     ] = Limits.max_tokens,
+    max_per_client: Annotated[
+        int | None, typer.Option("--max-per-client", min=1, help="Requests of one address that are handled at a time.")
+    ] = Limits.max_per_client,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", help="The origin of web pages that may ask, as in https://example.org; repeat."),
+    ] = None,
+    log: Annotated[
+        str | None, typer.Option("--log", metavar="json", help="A line of JSON for each request, on standard error.")
+    ] = None,
     max_prompt: MaxPromptOption = MAX_PROMPT,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -55,6 +66,12 @@ def serve(
         raise UserError("QUERYBRIDGE_API_KEY: it is set and empty; give a long random string, or unset it")
     if api_key is not None and not (api_key := api_key.strip()):
         raise UserError("--api-key: it is empty; give a long random string, or leave it out")
+    if log not in (None, "json"):
+        raise UserError(f"--log {log}: json is the one form there is")
+    for origin in cors_origin or ():
+        parts = urlsplit(origin)
+        if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            raise UserError(f"--cors-origin {origin}: write scheme, name and port alone, as in https://example.org")
     from serve.api.server import Listener
     from serve.malloc import give_back_large_blocks
 
@@ -71,8 +88,9 @@ def serve(
             file=sys.stderr,
         )
     limits = Limits(
-        request_timeout=request_timeout, max_body=int(max_body * 2**20), max_images=max_images, max_tokens=max_tokens
-    )
+        request_timeout=request_timeout, max_body=int(max_body * 2**20), max_images=max_images, max_tokens=max_tokens,
+        max_per_client=max_per_client,
+    )  # fmt: skip
     with Engine(
         adapter or (None,), device=device, dtype=dtype, offline=offline, max_batch=max_batch, max_waiting=max_waiting,
         max_prompt=max_prompt,
@@ -82,6 +100,8 @@ def serve(
             limits=limits,
             api_key=api_key,
             allow_remote_images=allow_remote_images,
+            cors_origins=cors_origin or (),
+            log_requests=log == "json",
             hosts=LOOPBACK_NAMES | {host.lower()} if listener.is_loopback else None,
         )
         run(app, listener)

@@ -16,48 +16,60 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from starlette.middleware import Middleware
 
 from qformer.errors import UserError
 from serve.engine import Engine
-from serve.hosts import OwnNamesOnly
 from serve.limits import MAX_FILE_SIZE
-from serve.page.context import IMMEDIATE, PageContext
-from serve.page.examples import ExamplePicture, find_examples
+from serve.page.blocks import Page
+from serve.page.context import PageContext
+from serve.page.examples import ExamplePicture, copied, find_examples
 from serve.page.notes import about, caption_note, head, look_note, reason_note, search_note, shown_note
 from serve.page.script import HEAD
-from serve.page.security import fetch_nothing, private_uploads, tidy_ending
+from serve.page.security import fetch_nothing, guards, private_uploads, tidy_ending
 from serve.page.settings import make_settings, show_settings
 from serve.page.styles import CSS
 from serve.page.tabs.attention import attention_tab
+from serve.page.tabs.batch import batch_tab
 from serve.page.tabs.caption import caption_tab
 from serve.page.tabs.chat import chat_tab
+from serve.page.tabs.compare import compare_tab
 from serve.page.tabs.reason import reason_tab
 from serve.page.tabs.search import ImageFinder, search_tab
+from serve.page.tabs.train import train_tab
 from serve.page.tabs.vqa import vqa_tab
 from serve.page.theme import make_theme
+from serve.page.training import TrainingRuns
+from serve.page.votes import VoteFile
 from serve.retrieval import find_folder
 
 HOST = "127.0.0.1"
 MAX_WAITING = 32  # events in the queue; the next one gets the message that the page is busy
 
+RUNS = Path("runs")  # beside which the command works
+DEFAULT_VOTES = RUNS / "votes.jsonl"
+
 _HOUR = 3600
 
 
-def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Blocks:
+def build_page(
+    engine: Engine,
+    *,
+    finder: ImageFinder | None = None,
+    votes: Path = DEFAULT_VOTES,
+    training: TrainingRuns | None = None,
+) -> gr.Blocks:
     """The page over an engine, not served yet; `docs/demo.md` lists its endpoints.
 
     Args:
         engine: what answers, with one or several adapters.
         finder: searches the folder that may be searched; left out, uploaded pictures alone can be.
+        votes: the file for the votes of the Compare tab.
+        training: the runs of the Train tab; left out, there is no such tab.
     """
     finder = finder or ImageFinder(engine, None)
     adapter = engine.adapter()
     title = f"{adapter.name} · querybridge"
-    with (
-        tempfile.TemporaryDirectory() as drawn,
-        gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page,
-    ):
+    with Page(title=title, analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page:
         with gr.Row(equal_height=False, elem_id="top"):
             top = gr.HTML(head(adapter), elem_id="head", padding=False)
             chooser = gr.Dropdown(
@@ -65,16 +77,19 @@ def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Block
                 visible=len(engine.names) > 1, container=False, min_width=110, scale=0,
             )  # fmt: skip
         settings = make_settings()
-        context = PageContext(
-            engine, chooser, settings, _examples_of(engine, Path(drawn)), Path(chooser.GRADIO_CACHE).resolve()
-        )
-        with gr.Tabs(elem_id="tabs"):
+        uploads = Path(chooser.GRADIO_CACHE).resolve()
+        context = PageContext(engine, chooser, settings, _examples_of(engine, uploads), uploads)
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             chat_tab(context, page)
             vqa_tab(context)
             captions = caption_tab(context)
             reasons = reason_tab(context)
             searches = search_tab(context, finder)
             looks, look_question = attention_tab(context)
+            compare_tab(context, VoteFile(votes))
+            batch_tab(context)
+            if training is not None:
+                train_tab(context, training, page)
         context.share_pictures()
         context.open_endpoints()
         with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -84,13 +99,12 @@ def build_page(engine: Engine, *, finder: ImageFinder | None = None) -> gr.Block
 
         def show_adapter(name: str) -> list[Any]:
             chosen = engine.adapter(name)
-            reads = chosen.assembly.reads_instructions
             notes = [make(chosen) for make in (caption_note, reason_note, search_note, look_note)]
             boxes = [gr.HTML(**shown_note(text)) for text in notes]
-            return [head(chosen), about(chosen), *boxes, gr.Textbox(visible=reads)]
+            return [head(chosen), about(chosen), *boxes, gr.Textbox(visible=chosen.assembly.reads_instructions)]
 
-        shown = [top, facts, captions, reasons, searches, looks, look_question]
-        chooser.change(show_adapter, chooser, shown, **IMMEDIATE)
+        context.with_adapter(show_adapter, [top, facts, captions, reasons, searches, looks, look_question])
+        context.follow_adapter()
     page.queue(max_size=MAX_WAITING)
     return page
 
@@ -102,6 +116,8 @@ def launch(
     *,
     auth: str | None = None,
     search_folder: str | Path | None = None,
+    votes: str | Path = DEFAULT_VOTES,
+    allow_training: bool = False,
     block: bool = True,
 ) -> gr.Blocks:
     """Serve the page on 127.0.0.1 until Ctrl-C.
@@ -112,6 +128,8 @@ def launch(
         open_browser: open the page in the user's browser.
         auth: "user:password" that the page asks for; left out, whoever uses this machine may use it.
         search_folder: a folder of pictures that may be searched on the page; its index is brought up to date first.
+        votes: the file for the votes of the Compare tab; it is made with the first one.
+        allow_training: show the Train tab, which reads data files of this machine and trains into `runs`.
         block: False returns at once, with the page served by a thread; `close()` ends it, and uploads lie where
             Gradio keeps them. Else they lie in a folder of their own, which goes with the page.
 
@@ -123,11 +141,17 @@ def launch(
         KeyboardInterrupt: Ctrl-C was pressed; the server is closed by then.
     """
     login = _login(auth)
+    if allow_training and login is not None:
+        raise UserError(
+            "--allow-training and --auth: whoever trains may read this machine's files, so it is for those alone who"
+            " use the machine itself; leave one of the two out"
+        )
+    training = TrainingRuns(RUNS) if allow_training else None
     with ExitStack() as ending:
         if block:
             ending.enter_context(private_uploads())
             ending.enter_context(tidy_ending())
-        page = _open(engine, port, open_browser, login, search_folder)
+        page = _open(engine, port, open_browser, login, search_folder, Path(votes), training)
         if not block:
             return page
         try:
@@ -135,10 +159,18 @@ def launch(
                 time.sleep(1)
         finally:
             page.close(verbose=False)
+            if training is not None:
+                training.close()
 
 
 def _open(
-    engine: Engine, port: int, open_browser: bool, login: tuple[str, str] | None, search_folder: str | Path | None
+    engine: Engine,
+    port: int,
+    open_browser: bool,
+    login: tuple[str, str] | None,
+    search_folder: str | Path | None,
+    votes: Path,
+    training: TrainingRuns | None,
 ) -> gr.Blocks:
     """Index the folder, build the page and serve it by a thread."""
     finder = ImageFinder(engine, None if search_folder is None else find_folder(search_folder))
@@ -147,7 +179,7 @@ def _open(
         for line in report.left_out():
             _log(line)
         _log(f"{name}: {report.pictures} pictures may be searched")
-    page = build_page(engine, finder=finder)
+    page = build_page(engine, finder=finder, votes=votes, training=training)
     _keep_proxies_out()
     fetch_nothing()
     try:
@@ -167,7 +199,7 @@ def _open(
             pwa=False,
             run_history=False,  # it would keep people's pictures in the browser
             footer_links=["api"],
-            app_kwargs={} if login else {"middleware": [Middleware(OwnNamesOnly)]},
+            app_kwargs={"middleware": guards(named=login is None)},
             theme=make_theme(),
             css=CSS,
             head=HEAD,
@@ -178,15 +210,16 @@ def _open(
     return page
 
 
-def _examples_of(engine: Engine, drawn: Path) -> dict[str, tuple[str, list[ExamplePicture]]]:
-    """Pictures to try, by adapter; scenes are drawn into a folder."""
+def _examples_of(engine: Engine, uploads: Path) -> dict[str, tuple[str, list[ExamplePicture]]]:
+    """Pictures to try, by adapter: copies that the page may show, in a folder beside what is uploaded."""
+    uploads.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="examples-", dir=uploads))
     found = {}
     for number, name in enumerate(engine.names):
-        learned, folder = engine.adapter(name).assembly, drawn / str(number)
-        folder.mkdir()
-        found[name] = find_examples(
-            folder, task=learned.task, train=learned.train_sources, val=learned.val_sources
-        )
+        learned, own = engine.adapter(name).assembly, folder / str(number)
+        own.mkdir()
+        words, examples = find_examples(own, task=learned.task, train=learned.train_sources, val=learned.val_sources)
+        found[name] = (words, [copied(example, own) for example in examples])
     return found
 
 

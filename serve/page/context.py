@@ -13,7 +13,7 @@ import gradio as gr
 from qformer.errors import UserError
 from serve.engine import Engine
 from serve.page.examples import ExamplePicture
-from serve.page.inputs import for_programs, toast, uploaded
+from serve.page.inputs import for_programs, titled, uploaded
 from serve.pending import Answer, PendingAnswer
 
 T = TypeVar("T")
@@ -25,6 +25,8 @@ AT_ONCE = 32  # events that ask the models at a time: they wait in the engine, w
 ASKS_MODELS: dict[str, Any] = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": AT_ONCE}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 IMMEDIATE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+# as soon, but by way of the queue: an event that does not go by it has no way to show an error
+SOON: dict[str, Any] = {**PRIVATE, "concurrency_limit": None, "show_progress": "hidden"}
 
 
 def _json() -> gr.JSON:
@@ -50,6 +52,8 @@ class PageContext:
     examples: Mapping[str, tuple[str, Sequence[ExamplePicture]]]
     uploads: Path
     pictures: list[gr.Image] = field(default_factory=list)
+    _asking: list[Any] = field(default_factory=list)
+    _changes: list[tuple[Callable[[str], Sequence[Any]], list[Any]]] = field(default_factory=list)
     _loads: list[tuple[gr.Image, Any]] = field(default_factory=list)
     _endpoints: list[tuple[str, Callable[..., Any], list[Any], Callable[[], Any]]] = field(default_factory=list)
 
@@ -60,6 +64,10 @@ class PageContext:
             sources=["upload", "webcam", "clipboard"],
             buttons=["fullscreen"], elem_classes="picture", elem_id=f"picture-{len(self.pictures)}",
         )  # fmt: skip
+        # what is to be tried stays for as long as the page does
+        slot.keep_in_cache.update(str(example.path) for _, shown in self.examples.values() for example in shown)
+        photo: Any = {"path": "photo.jpg", "meta": {"_type": "gradio.FileData"}}
+        slot.example_payload = slot.example_value = lambda: photo  # type: ignore[method-assign]  # in API snippets
         self.pictures.append(slot)
         return slot
 
@@ -70,7 +78,7 @@ class PageContext:
         number = len(self.pictures) - 1
         where, first = self.examples[self.engine.adapter().name]
         offered = gr.Dataset(
-            components=[gr.Image(render=False, type="filepath")], samples=_samples(first), type="index",
+            components=[slot], component_props=[{}], samples=_samples(first), type="index",
             label=f"Try one: {where}", elem_id=f"examples-{number}", elem_classes="examples", visible=bool(first),
         )  # fmt: skip
 
@@ -79,16 +87,17 @@ class PageContext:
             example = shown[int(index) % len(shown)]  # our own: what an event says of itself is anybody's
             return [str(example.path), *fill(example)]
 
-        def swap(adapter: str) -> Any:
+        def swap(adapter: str) -> list[Any]:
             where, shown = self.examples[self.engine.adapter(adapter).name]
-            return gr.Dataset(samples=_samples(shown), label=f"Try one: {where}", visible=bool(shown))
+            return [gr.Dataset(samples=_samples(shown), label=f"Try one: {where}", visible=bool(shown))]
 
-        if len(self.examples) > 1:
-            self.adapter.change(swap, self.adapter, offered, **IMMEDIATE)
+        self.with_adapter(swap, [offered])
         loaded = offered.click(load, [offered, self.adapter], [slot, *fields], show_progress="hidden", **PRIVATE)
         self._loads.append((slot, loaded))
 
-    def forget(self, picture: gr.Image | None, answered: dict[Any, Any], asking: Any) -> None:
+    def forget(
+        self, picture: gr.Image | None, answered: dict[Any, Any], asking: Any, *, follows_adapter: bool = True
+    ) -> None:
         """Take an answer off the page, and end one that is under way, if another picture or adapter comes.
 
         What does not write (a look, a search) is finished, and not shown.
@@ -97,13 +106,31 @@ class PageContext:
             picture: what was asked about; None if only another adapter changes the answer.
             answered: the components that show the answer, each with its value, or its update, if there is none.
             asking: the event that asks.
+            follows_adapter: False for a tab with choosers of its own.
         """
-        changes = [self.adapter.change, *([] if picture is None else [picture.change])]
-        # An event's listeners run one after the other. If the end came second, a question that is asked while the
-        # answer is being taken off would be ended too.
-        gr.on(changes, None, cancels=asking, **IMMEDIATE)
-        # the page's own JavaScript would be quicker than the last word of what is ended, which would then stay
-        gr.on(changes, lambda: answered, None, list(answered), **IMMEDIATE)
+        if follows_adapter:
+            self._asking.append(asking)
+            self.with_adapter(lambda _: list(answered.values()), list(answered))
+        if picture is not None:
+            # An event's listeners run one after the other. If the end came second, a question that is asked while the
+            # answer is being taken off would be ended too.
+            picture.change(None, None, cancels=asking, **IMMEDIATE)
+            # the page's own JavaScript would be quicker than the last word of what is ended, which would then stay
+            picture.change(lambda: answered, None, list(answered), **IMMEDIATE)
+
+    def with_adapter(self, change: Callable[[str], Sequence[Any]], outputs: Sequence[Any]) -> None:
+        """Have something on the page change with the adapter: `change` gives the outputs' values for its name."""
+        self._changes.append((change, list(outputs)))
+
+    def follow_adapter(self) -> None:
+        """Have all that depends on the adapter change when another is chosen: one event does it."""
+
+        def change(adapter: str) -> list[Any]:
+            return [value for change, _ in self._changes for value in change(adapter)]
+
+        outputs = [output for _, outputs in self._changes for output in outputs]
+        self.adapter.change(None, None, cancels=self._asking, **IMMEDIATE)
+        self.adapter.change(change, self.adapter, outputs, **IMMEDIATE)
 
     def endpoint(
         self, name: str, call: Callable[..., Any], inputs: Sequence[Any], outputs: Callable[[], Any] = _json
@@ -130,7 +157,7 @@ class PageContext:
             try:
                 uploaded(picture, self.uploads)
             except UserError as error:
-                gr.Warning(toast(error), title="This file can't be used")
+                gr.Warning(titled("This file can't be used", error))
                 return None  # takes the broken picture off the page
             return gr.skip()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.data.readers import read_data
@@ -96,6 +97,19 @@ def photos() -> Iterator[ExamplePicture]:
     """The photos that come with the page; their licences allow it, and `CREDITS` names who took them."""
     for name, questions in _PHOTOS.items():
         yield ExamplePicture(Path(__file__).parent / "photos" / name, questions)
+
+
+def copied(example: ExamplePicture, folder: Path) -> ExamplePicture:
+    """The same picture in a folder, under its own name if that is free."""
+    if example.path.parent == folder:
+        return example
+    place = folder / example.path.name
+    number = 2
+    while place.exists():
+        place = folder / f"{example.path.stem} {number}{example.path.suffix}"
+        number += 1
+    shutil.copy(example.path, place)
+    return replace(example, path=place)
 
 
 def drawn_scenes(folder: Path, count: int) -> Iterator[ExamplePicture]:

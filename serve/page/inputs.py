@@ -29,6 +29,7 @@ MAX_BEAMS = 8
 
 _BYTES = re.compile(r" \(it starts with b(['\"]).*\1\)")
 _FLAG_FIRST = re.compile(r"^(--[a-z][\w-]*|[A-Z]{4,})( [^ :]+)?: ")
+_TITLE = re.compile(r"^<strong>[^<]*</strong> ")
 _FLAG = re.compile(r"--([a-z][\w-]*)")
 
 
@@ -39,10 +40,10 @@ def show_user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(toast(error), duration=15, title="That didn't work", print_exception=False) from error
+        raise gr.Error(titled("That didn't work", error), duration=15, print_exception=False) from error
     except Busy as error:
         raise gr.Error(
-            "Many questions are waiting: try again in a moment.", duration=10, title="Busy just now",
+            titled("Busy just now", "Many questions are waiting: try again in a moment."), duration=10,
             print_exception=False,
         ) from error  # fmt: skip
 
@@ -53,16 +54,20 @@ def as_visitor() -> None:
     CLIENT.set(str(getattr(request, "session_hash", None) or ""))
 
 
-def toast(error: UserError) -> str:
-    """A message as the page shows it: as HTML, and a file's name is anybody's."""
-    return escape(plain_words(str(error)), quote=False)
+def titled(title: str, message: UserError | str) -> str:
+    """A message as the page shows it, under its title: as HTML, and a file's name is anybody's.
+
+    The page's library shows no title of an error's own.
+    """
+    return f"<strong>{escape(title, quote=False)}</strong> {escape(plain_words(str(message)), quote=False)}"
 
 
 def plain_words(text: str) -> str:
     """A message without what only a terminal's user knows: flags, and a file's first bytes."""
-    text = _FLAG_FIRST.sub("", _BYTES.sub("", text))
-    text = _FLAG.sub(lambda flag: f"“{flag[1].replace('-', ' ')}”", text)
-    return text[:1].upper() + text[1:] if text[1:2].islower() else text
+    plain = _FLAG_FIRST.sub("", _BYTES.sub("", text))
+    if plain != text and not plain.startswith("'"):
+        plain = plain[:1].upper() + plain[1:]
+    return _FLAG.sub(lambda flag: f"“{flag[1].replace('-', ' ')}”", plain)
 
 
 def for_programs(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +88,7 @@ def for_programs(call: Callable[..., Any]) -> Callable[..., Any]:
         try:
             yield
         except gr.Error as error:
-            error.message = unescape(str(error.message))
+            error.message = unescape(_TITLE.sub("", str(error.message)))
             raise
 
     @wraps(call)

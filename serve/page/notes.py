@@ -30,7 +30,7 @@ def head(adapter: LoadedAdapter) -> str:
     """The page's head: the product, the adapter, what it does."""
     assembly = adapter.assembly
     return (
-        f"<h1><span>querybridge</span> {escape(adapter.name)}</h1>"
+        f"<h1>querybridge <span class='name'>{escape(adapter.name)}</span></h1>"
         f"<p class='what'>{escape(assembly.description or _KINDS[assembly.task])}</p>"
     )
 

@@ -71,11 +71,13 @@ window.querybridge = {
   };
   let due = 0;
   const later = () => { due ||= requestAnimationFrame(() => { due = 0; name(); }); };
-  addEventListener("DOMContentLoaded", () => {
+  const watch = () => {
     new MutationObserver(later).observe(document.body, { childList: true, subtree: true });
     document.documentElement.lang ||= "en";
     later();
-  });
+  };
+  if (document.readyState === "loading") addEventListener("DOMContentLoaded", watch);
+  else watch();
   // arrow keys go from tab to tab
   addEventListener("keydown", event => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];

@@ -15,6 +15,11 @@ from typing import NoReturn
 
 import gradio as gr
 from gradio import processing_utils
+from starlette.middleware import Middleware
+
+from serve.guards import BoundedUploads, NoFraming, OwnOriginOnly, SlowedLogin
+from serve.hosts import OwnNamesOnly
+from serve.limits import MAX_UPLOADS, UPLOAD_SECONDS
 
 _UPLOADS = "GRADIO_TEMP_DIR"  # where Gradio looks for the place of uploads
 
@@ -26,6 +31,27 @@ def fetch_nothing() -> None:
         raise gr.Error("A picture is uploaded, not named by its address: send the file itself", print_exception=False)
 
     processing_utils.async_ssrf_protected_download = refuse
+
+
+def guards(*, named: bool) -> list[Middleware]:
+    """What every request to the page goes through.
+
+    Args:
+        named: the page is called by this machine's names alone; one that asks for a password may have others.
+    """
+    first = [Middleware(OwnNamesOnly)] if named else []
+    return [
+        *first,
+        Middleware(OwnOriginOnly),
+        Middleware(NoFraming),
+        Middleware(SlowedLogin),
+        Middleware(BoundedUploads, folder=_upload_folder, most=MAX_UPLOADS, oldest=UPLOAD_SECONDS),
+    ]
+
+
+def _upload_folder() -> Path | None:
+    folder = os.environ.get(_UPLOADS)
+    return Path(folder) if folder else None
 
 
 @contextmanager

@@ -42,7 +42,9 @@ def show_settings(settings: list[Any]) -> None:
         if drawn:
             return gr.skip(), gr.Slider(value=0, interactive=False, info="Words are drawn: set temperature to 0")
         return (
-            gr.Slider(interactive=not searched, info="There are beams: set them to 0 or 1" if searched else _TEMPERATURE),
+            gr.Slider(
+                interactive=not searched, info="There are beams: set them to 0 or 1" if searched else _TEMPERATURE
+            ),
             gr.Slider(interactive=True, info=_BEAMS),
         )
 

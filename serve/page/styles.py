@@ -6,11 +6,13 @@ CSS = """
 .gradio-container .fillable { min-width: 0; max-width: 100%; padding: .5rem clamp(.6rem, 3vw, 2rem) !important; }
 .gradio-container .fillable > .column, .gradio-container main { gap: .5rem; }
 #top { align-items: center; flex-wrap: nowrap; gap: .75rem; }
-#head { min-width: 0; flex: 1 1 auto; }
+#head { min-width: 0; flex: 1 1 auto; overflow: hidden; }
 #head .html-container { display: flex; align-items: baseline; gap: .9rem; }
 #head h1 { font-size: 1.25rem; line-height: 1.3; margin: 0; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; font-weight: 650; flex: 0 1 auto; max-width: 100%; }
-#head h1 span { color: var(--color-accent); }
+#head h1 { color: var(--color-accent); }
+#head h1 .name { color: var(--body-text-color); }
+#top:has(#adapter) .name { display: none; }  /* the chooser says it */
 #head .what { font-size: .95rem; margin: 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
   min-width: 0; flex: 1 1 0; color: var(--block-info-text-color); }
 #adapter { flex: 0 0 auto; width: 11rem; }
@@ -25,8 +27,8 @@ CSS = """
 .picture .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 .said textarea { font-size: 1.15rem; line-height: 1.5; }
 #chat .image-frame img { max-height: 180px; width: auto; margin: 0; border-radius: var(--radius-sm); }
-#chat .bot em:last-child { font-size: .85rem; font-style: normal; color: var(--block-info-text-color); }
-#thoughts .bot em:last-child { font-size: .85rem; font-style: normal; color: var(--block-info-text-color); }
+#chat .bot em:last-child, #thoughts .bot em:last-child { font-size: .85rem; font-style: normal;
+  color: var(--body-text-color) !important; }
 .typing { display: inline-flex; gap: .3rem; padding: .35rem .1rem; }
 .typing i { width: .45rem; height: .45rem; border-radius: 50%; background: var(--block-info-text-color);
   animation: typing 1.2s infinite ease-in-out; }
@@ -35,10 +37,12 @@ CSS = """
 @keyframes typing { 0%, 60%, 100% { opacity: .3; } 30% { opacity: 1; } }
 @media (prefers-reduced-motion: reduce) { .typing i { animation: none; } }
 .toast-wrap { top: .5rem !important; bottom: auto !important; pointer-events: none; max-width: min(26rem, 94vw); }
+.toast-title-row .toast-title { font-size: 0 !important; }  /* it says "Error" whatever the title is */
+.toast-body strong { display: block; }
 .toast-wrap > * { pointer-events: auto; }
-.or, .show-api, .max_value, .min_value { color: var(--block-info-text-color) !important; }
+.or, .show-api, .max_value, .min_value, input.subdued { color: var(--block-info-text-color) !important; }
 .examples button img { width: 5rem; height: 4rem; object-fit: cover; }
-.icon-button-wrapper button, #chat .message-buttons button, .image-button { min-width: 24px; min-height: 24px; }
+button { min-width: 24px; min-height: 24px; }
 #chat .placeholder { padding: 0 1rem; text-align: center; }
 #chat button[aria-label=Share] { display: none; }
 #chat .example { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); }
@@ -53,9 +57,25 @@ table.answers th, table.answers td { padding: .5rem .6rem .5rem 0; vertical-alig
 table.answers .answer { font-weight: 600; }
 table.answers .others { font-weight: 400; font-size: .88rem; color: var(--block-info-text-color); }
 table.answers .sure { width: 6.5rem; white-space: nowrap; font-variant-numeric: tabular-nums; padding-right: 0; }
-table.answers .bar { background: var(--border-color-primary); }
+.bar { background: var(--border-color-primary); max-width: 100%; overflow: hidden; }
 .bar { display: block; height: .3rem; margin-top: .3rem; border-radius: 9px; }
-table.answers .bar i { display: block; height: 100%; border-radius: 9px; background: var(--color-accent); }
+.bar i { display: block; height: 100%; border-radius: 9px; background: var(--color-accent); }
+.compared { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
+.compared section { background: var(--block-background-fill); padding: .8rem; border-radius: var(--radius-lg);
+  overflow-wrap: anywhere; min-width: 0; }
+.compared h3 { margin: 0; font-size: 1rem; }
+.compared p { margin: .3rem 0 0; }
+.compared .how, .compared .went { font-size: .85rem; color: var(--block-info-text-color); }
+.compared .answer { font-size: 1.1rem; }
+#votes { flex-wrap: wrap; gap: .5rem; }
+#votes button { flex: 1 1 8rem; min-width: 8rem; }
+table.batch .small { width: 5rem; }
+table.batch img { max-width: 72px; max-height: 72px; border-radius: var(--radius-sm); }
+.curve { margin: .5rem 0; }
+.curve svg { width: 100%; height: auto; max-height: 260px; background: var(--block-background-fill); }
+.curve polyline { fill: none; stroke: var(--color-accent); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.curve .val { stroke-width: 4; }
+.curve figcaption { font-size: .88rem; color: var(--block-info-text-color); }
 .about dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1rem; margin: 0; }
 .about dt { color: var(--block-info-text-color); }
 .about dd { margin: 0; overflow-wrap: anywhere; }
@@ -68,11 +88,10 @@ button:focus-visible, [role=tab]:focus-visible, input:focus-visible { outline: 2
   outline-offset: 2px; }
 @media (max-width: 640px) {
   .gradio-container .fillable { padding: .25rem .6rem !important; }
-  .gradio-container textarea, .gradio-container input, .gradio-container select { font-size: 16px !important; }
+  textarea, input, select { font-size: 16px !important; }
   #head .what { display: none; }
   #adapter { width: 9rem; }
-  #chat { height: max(12rem, calc(100dvh - 14.5rem)) !important; }
-  #tabs .tab-container { overflow-x: auto; }
+  #chat { height: max(12rem, calc(100dvh - 17rem)) !important; }
   #search-like { height: 150px !important; }
   #tabs .tab-container button { padding: .3rem .4rem; font-size: .92rem; }
   #queries .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }

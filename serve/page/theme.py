@@ -7,6 +7,7 @@ import gradio as gr
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
 _MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Consolas", "monospace")
 
+
 def make_theme() -> gr.themes.Base:
     """The look, with fonts that every system has: the library's own come from elsewhere."""
     return gr.themes.Soft(
@@ -24,6 +25,10 @@ def make_theme() -> gr.themes.Base:
         button_primary_background_fill_hover_dark="*primary_800",
         block_title_text_color="*primary_700",
         block_label_text_color="*primary_700",
+        block_title_text_color_dark="*primary_100",
+        block_label_text_color_dark="*primary_100",
+        block_title_background_fill_dark="*primary_900",
+        block_label_background_fill_dark="*primary_900",
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
         block_info_text_color="*neutral_600",

@@ -99,9 +99,7 @@ def test_who_leaves_during_a_long_prompt_stops_costing(hall: Engine, data_file: 
     assert len(parts) <= seen + 3  # the question's own
 
 
-def test_a_short_question_passes_a_beam_search(
-    hall: Engine, data_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_question_passes_a_beam_search(hall: Engine, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a search for which nobody waits any more ends at its next token."""
     picture = data_file.parent / "2.png"
     alone = hall.caption(picture, decoding=BEAMS).result(60), hall.chat(question(data_file), decoding=SHORT).result(60)

@@ -158,7 +158,10 @@ def test_a_way_of_comparing_that_there_is_not(words: list[str], told: str, call:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--predictions", "out.jsonl", "--task", "caption"], "--predictions goes with --task vqa, not caption"),
+        (
+            ["--predictions", "out.jsonl", "--task", "retrieval"],
+            "--save-predictions goes with --task vqa",
+        ),
         (["--predictions", "FILE"], "this is the data file itself; name another file"),
         (["--predictions", "."], "this is a folder; name another file"),
         (["--predictions", "FILE/out.jsonl"], "cannot be written"),

@@ -70,7 +70,7 @@ def caption_tab(context: PageContext) -> gr.HTML:
                 yield "\n".join("…" if answer is None else answer.text for answer in answers)
 
     inputs = [picture, style, language, context.adapter, *context.settings]
-    asking = button.click(caption, inputs, said, show_progress="hidden", **ASKS_MODELS, **PRIVATE)
+    asking = button.click(caption, inputs, said, api_name="describe", show_progress="hidden", **ASKS_MODELS, **PRIVATE)
     context.forget(picture, {said: ""}, asking)
     context.endpoint("caption", caption, inputs, _text)
     return note

@@ -16,7 +16,7 @@ from adapters.data.prompts import IMAGE_MARK, Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.limits import MAX_TURN_PICTURES
-from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext
+from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, SOON, PageContext
 from serve.page.conversation import Conversation, KeptConversations, Said
 from serve.page.inputs import Settings, check_kept, file_data, show_user_errors, uploaded, words
 from serve.page.notes import footnote, waiting_note
@@ -40,7 +40,7 @@ def chat_tab(context: PageContext, page: gr.Blocks) -> None:
     with gr.Tab("Chat", id="chat"):
         downloads = [gr.Button("Markdown", size="sm", render=False), gr.Button("JSON", size="sm", render=False)]
         window = gr.Chatbot(
-            show_label=False, height="max(15rem, calc(100dvh - 15.5rem))", min_height=200, elem_id="chat",
+            show_label=False, height="max(15rem, calc(100dvh - 16.5rem))", min_height=200, elem_id="chat",
             placeholder=_PLACEHOLDER, examples=_examples(context, context.engine.adapter().name),
             buttons=["copy", *downloads], allow_tags=False, latex_delimiters=[], feedback_options=None,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def chat_tab(context: PageContext, page: gr.Blocks) -> None:
 
     shown = [window, box, status]
     asked = [conversation, context.adapter, *context.settings]
-    at_once: dict[str, Any] = {**IMMEDIATE, "preprocess": False}
+    at_once: dict[str, Any] = {**SOON, "preprocess": False}
     writing = []
     for event in (
         box.submit(send, [box, conversation], shown, **at_once),
@@ -163,16 +163,14 @@ def chat_tab(context: PageContext, page: gr.Blocks) -> None:
         writing.append(event.success(write, asked, shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE))
         writing[-1].then(ready, None, box, **IMMEDIATE)  # after a failure too
     box.stop(_stop, conversation, None, **IMMEDIATE)
-    window.undo(undo_shown, conversation, shown, **IMMEDIATE)
+    window.undo(undo_shown, conversation, shown, **SOON)
     # what is still on its way from the server would come after the end
-    window.clear(forget, conversation, shown, cancels=writing, **IMMEDIATE)
+    window.clear(None, None, cancels=writing, **IMMEDIATE)
+    window.clear(forget, conversation, shown, **IMMEDIATE)
     for button, make in zip(downloads, (download_markdown, download_json), strict=True):
-        button.click(make, conversation, file, **IMMEDIATE).success(None, file, file, js=_SAVE, **PRIVATE)
+        button.click(make, conversation, file, **SOON).success(None, file, file, js=_SAVE, **PRIVATE)
     page.load(open_kept, token, [conversation, window, box], js=_TOKEN, **IMMEDIATE)
-    if len(context.examples) > 1:
-        context.adapter.change(
-            lambda adapter: gr.Chatbot(examples=_examples(context, adapter)), context.adapter, window, **IMMEDIATE
-        )
+    context.with_adapter(lambda adapter: [gr.Chatbot(examples=_examples(context, adapter))], [window])
 
     context.endpoint("chat", chat, [box, *asked], _reply)
     context.endpoint("retry", retry, asked, _reply)

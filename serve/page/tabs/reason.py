@@ -95,7 +95,8 @@ def reason_tab(context: PageContext) -> gr.HTML:
     asks = [button.click, question.submit, choices.submit]
     asking = gr.on(asks, show, inputs, [window, status], show_progress="hidden", **ASKS_MODELS, **PRIVATE)
     context.forget(picture, {window: [], status: ""}, asking)
-    window.clear(lambda: ([], ""), None, [window, status], cancels=asking, **IMMEDIATE)
+    window.clear(None, None, cancels=asking, **IMMEDIATE)
+    window.clear(lambda: ([], ""), None, [window, status], **IMMEDIATE)
     context.endpoint("reason", reason, inputs)
     return note
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 from tiny import draw_captions, draw_data, tiny_values
 from transformers import AutoTokenizer
 
-from adapters.data.batches import TokenisedPicture, TokenisedQuestion, plan_epoch, plan_validation, tokenise
+from adapters.data.batches import plan_epoch, plan_validation, tokenise
+from adapters.data.collate import PackedSequence
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder
 from adapters.data.readers import read_data
+from adapters.data.tokenised import TokenisedPicture, TokenisedQuestion
 from adapters.recipe import parse_recipe
 from adapters.training.setup import read_split
 
@@ -36,6 +39,32 @@ def test_every_question_once_an_epoch_in_another_order() -> None:
     assert first != plan_epoch(pictures(), epoch=1, **options)
     assert all(step.answers >= 16 for step in first)
     assert all(len(row) <= 40 for step in first for row in step.rows)
+
+
+def test_an_epoch_s_order_stays_what_it_was() -> None:
+    """A resumed run goes on in the plan that it began; these are the plans of the first version."""
+    made = []
+    for p in range(20):
+        answers = [((p, 1), (p, q, 7, 1), (5, 6, 7, 8, 1)) for q in range(7)]
+        asked = [TokenisedQuestion((p, q, *range(q)), answers[q], "", None if q % 3 else 1) for q in range(7)]
+        made.append(TokenisedPicture((ImageRef(str(p), data=bytes([p])),), (3, -1, -1), tuple(asked), p % 2 == 0))
+    options: list[dict[str, Any]] = [
+        {"seed": 1, "epoch": 0, "batch_size": 16, "row_tokens": 40, "views": 3},
+        {"seed": 1, "epoch": 3, "batch_size": 5, "row_tokens": 0, "views": 1, "world": 3},
+        {"seed": 2, "epoch": 1, "batch_size": 1000, "row_tokens": 90, "views": 2},
+    ]
+    digests = []
+    for chosen in options:
+        plan = plan_epoch(made, **chosen)
+        told = [[_told(row) for row in step.rows] for step in plan]
+        assert [[_told(row) for row in plan[place].rows] for place in reversed(range(len(plan)))] == told[::-1]
+        digests.append(hashlib.sha256(repr(told).encode()).hexdigest()[:16])
+    assert digests == ["50d38c6d758db0fa", "efc04b31a9273798", "9fbb3d42ad457a23"]
+
+
+def _told(row: PackedSequence) -> Any:
+    branches = [(branch.own, branch.answer) for branch in row.packed_answers]
+    return [image.view for image in row.images], row.images[0].label, row.shared, branches
 
 
 def test_zero_row_tokens_gives_each_question_its_own_row() -> None:
@@ -118,6 +147,6 @@ def test_a_file_may_come_several_times_in_an_epoch(language_folders: dict[str, P
     assert [example.id for example in val.examples] == [example.id for example in held_out.examples]
     prompts = PromptBuilder(AutoTokenizer.from_pretrained(language_folders["llama"]), 2)
     repeated, single = (tokenise(data, prompts, max_tokens=200) for data in (train, once))
-    assert repeated == single * 3
+    assert repeated == list(single) * 3
     steps = plan_epoch(repeated, seed=0, epoch=0, batch_size=2, row_tokens=200)
     assert [row.images for step in steps for row in step.rows].count(single[0].images) == 3

@@ -183,7 +183,7 @@ def test_a_web_address_is_a_bad_row(jsonl: Callable[..., Path]) -> None:
 
 def test_a_conversation_is_one_row(jsonl: Callable[..., Path]) -> None:
     found = read_rows(jsonl(SHAPES["messages"], SHAPES["llava"], {"messages": "x"}), limit=2)
-    assert len(found.examples) == 6 and len(found.digests) == 2
+    assert len(found.examples) == 6 and found.rows == 2
     assert [row.id for row in found.examples[3:]] == ["7/1", "7/2", "7/3"]
     other = json.loads(json.dumps(SHAPES["messages"]))
     other["messages"][2]["content"] = "a dog"

@@ -14,6 +14,8 @@ from adapters.data.duplicates import MAX_LEVELS, Copy, copies_between, copies_be
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
 
+pytestmark = pytest.mark.usefixtures("cache_here")
+
 
 def picture(seed: int, size: int = 96) -> Image.Image:
     """Soft patches of colour, as a photo has."""
@@ -137,6 +139,8 @@ def test_each_picture_is_decoded_once_and_counted_a_few_times(monkeypatch: pytes
     test = [saved(picture(number), f"test{number}") for number in (7, 8, 2)]
     copies_between(TRAIN * 3, test * 2, on_progress=lambda done, total: seen.append((done, total)))
     assert sorted(opened) == ["test7", "test8", "train0", "train1", "train2", "train3"]
+    first = copies_between(TRAIN, test)  # and never again: how they look is remembered
+    assert len(opened) == 6 and [pair.test for pair in first.pairs] == ["test2"]
     assert seen[-1] == (6, 6) and len(seen) <= 10
 
 

@@ -90,7 +90,7 @@ def test_half_a_character_in_a_list_of_rows_is_a_bad_row(folder: Path) -> None:
 def test_a_nested_row_never_ends_a_reading(jsonl: Callable[..., Path]) -> None:
     deep = "[" * 990 + "]" * 990
     found = read_rows(jsonl(VQA, f'{{"image": "a.png", "question": "Why?", "answer": "x", "note": {deep}}}'))
-    assert len(found.digests) == 2 and len(found.examples) + len(found.faults) == 2
+    assert found.rows == 2 and len(found.examples) + len(found.faults) == 2
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_several_pictures_are_read_in_order(folder: Path, suffix: str, field: st
     assert data.skipped == ()
     paths = [[image.path and image.path.name for image in example.images] for example in data.examples]
     assert paths == [["b.png", "a.png"], ["c.png"], ["d.png", None, "d.png"], ["a.png"]]
-    assert data.examples[2].images[1].data == b"bytes"
+    assert data.examples[2].images[1].read() == b"bytes"
     assert [example.question for example in data.examples] == questions
 
 

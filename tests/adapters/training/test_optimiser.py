@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adapters.recipe import load_recipe
 from adapters.training.optimiser import Schedule, build_optimiser
+from qformer.errors import UserError
 
 
 class Bridge(nn.Module):
@@ -144,3 +145,10 @@ def test_a_run_says_once_that_its_warm_up_is_shorter() -> None:
 )  # fmt: skip
 def test_the_recipes_own_runs_are_long_enough_for_their_warm_up(name: str, total: int) -> None:
     assert Schedule(total, load_recipe(name).train.warmup_steps).shortened() is None
+
+
+def test_eight_bit_moments_need_a_gpu() -> None:
+    with pytest.raises(
+        UserError, match=r"paged_adamw_8bit: it needs an NVIDIA GPU, and this runs on cpu"
+    ):
+        build_optimiser(nn.Linear(2, 2), learning_rate=1e-3, kind="paged_adamw_8bit")

@@ -103,6 +103,9 @@ def test_a_taken_port_is_told_before_anything_is_loaded(call: Call) -> None:
         (["--api-key", " "], "--api-key: it is empty"),
         (["--request-timeout", "0"], "'--request-timeout'"),
         (["--adapter", "no/such/run"], "no/such/run"),
+        (["--log", "xml"], "--log xml: json is the one form"),
+        (["--cors-origin", "example.org"], "--cors-origin example.org: write scheme, name and port alone"),
+        (["--max-prompt", "0"], "'--max-prompt'"),
     ],
 )
 def test_mistakes_are_told(call: Call, flags: list[str], says: str) -> None:

@@ -57,11 +57,24 @@ def engine() -> FakeEngine:
         ({"seed": 2**63}, "seed", "less than"),
         ({"stop": ["a"] * 5}, "stop", "one to 4"),
         ({"stop": ""}, "stop", "none of them empty"),
-        ({"n": 2}, "n", "not supported"),
-        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"n": True}, "n", "valid integer"),
+        ({"n": 17}, "n", "less than or equal to 16"),
+        ({"logprobs": 1}, "logprobs", "valid boolean"),
+        ({"top_logprobs": 2}, None, "only where logprobs is true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "go together"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
+        ({"regex": "a+", "choices": ["a", "b"]}, None, "regex and choices: an answer has one form"),
+        ({"choices": ["a"]}, "choices", "at least 2"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"presence_penalty": True}, "presence_penalty", "valid number"),
+        ({"temprature": 0.5}, "temprature", "not known here"),
+        ({"guided_regex": "a+"}, "guided_regex", "not known here"),
+        ({"answer_choices": ["a", "b"], "n": 2}, "n", "not beside answer_choices"),
+        ({"answer_choices": ["a", "b"], "logprobs": True}, "logprobs", "not beside answer_choices"),
+        ({"reason": True, "regex": "a+"}, "regex", "not beside reason"),
         ({"stream_options": {"include_usage": True}}, None, "only where stream is true"),
         ({"answer_choices": ["a"] * 33}, "answer_choices", "at most 32"),
     ],
@@ -79,7 +92,7 @@ def test_a_wrong_field_is_named(url: str, changes: dict[str, Any], param: str | 
 def test_what_changes_nothing_is_ignored(url: str, engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
     harmless = {
         "user": "me", "seed": None, "n": 1, "logprobs": False, "tools": [], "presence_penalty": 0, "logit_bias": {},
-        "response_format": {"type": "text"}, "metadata": {"a": "b"}, "store": None, "brand_new": [1],
+        "response_format": {"type": "text"}, "metadata": {"a": "b"}, "store": None, "brand_new": None,
         "temperature": None, "stream": None, "stop": None, "tool_choice": "none",
     }  # fmt: skip
     reply = pool.submit(post, url, body(**harmless))
@@ -136,7 +149,7 @@ def test_another_kind_of_content_is_refused(url: str) -> None:
 
 def test_unknown_paths_and_methods_are_errors_of_the_same_form(url: str) -> None:
     with http(url) as client:
-        missing, wrong = client.get("/v1/embeddings"), client.get(CHAT)
+        missing, wrong = client.get("/v1/images"), client.get(CHAT)
 
     assert (missing.status_code, wrong.status_code) == (404, 405)
     assert "Not Found" in error_of(missing)["message"]

@@ -24,9 +24,22 @@ from PIL import Image
 
 from qformer.errors import UserError
 from serve.page.app import build_page, launch
-from serve.page.examples import data_examples, find_examples
+from serve.page.examples import CREDITS, data_examples, find_examples
 
-PUBLIC = {"/chat", "/retry", "/undo", "/clear", "/stop", "/vqa", "/caption", "/reason", "/search", "/look"}
+PUBLIC = {
+    "/chat",
+    "/retry",
+    "/undo",
+    "/clear",
+    "/stop",
+    "/vqa",
+    "/caption",
+    "/reason",
+    "/search",
+    "/look",
+    "/compare",
+    "/batch",
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +81,8 @@ def test_the_page_is_bounded_and_private(address: str, folder: Path) -> None:
 
     assert address.startswith("http://127.0.0.1:")
     assert page._queue.max_size == 32
-    assert len(asking) == 7
-    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in asking} == {("model", 8)}
+    assert len(asking) == 9
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in asking} == {("model", 32)}
     assert page.analytics_enabled is False
     assert page.delete_cache == (3600, 3600)
 
@@ -124,14 +137,14 @@ def test_a_forged_event_is_no_way_to_have_a_file_copied(address: str, tmp_path: 
     file = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
     forged = {"index": 0, "value": {"text": "x", "files": [file], "image": file}, "selected": True}
     config = json.loads(get(f"{address}config"))
-    selects = [one["id"] for one in config["dependencies"] if any("select" in kind for _, kind in one["targets"])]
-    said = [call(address, number, forged) for number in selects]
+    (chosen,) = [one for one in config["dependencies"] if any(kind == "example_select" for _, kind in one["targets"])]
+    data = [None] * (len(chosen["inputs"]) - 1) + ["quickstart"]
+    said = call(address, chosen["id"], forged, data)
 
-    honest = [call(address, number, {"index": 0, "value": "x", "selected": True}) for number in selects]
+    honest = call(address, chosen["id"], {"index": 0, "value": "x", "selected": True}, data)
 
-    assert len(selects) == 2  # an example of the chat, a query's small map
-    assert not any("data" in json.loads(text) and "private.png" in text for text in said)
-    assert any("red.png" in text for text in honest)  # what stands at that place in our own list
+    assert f"file={tmp_path}" not in said
+    assert "red.png" in honest  # what stands at that place in our own list
 
 
 def test_an_upload_over_the_limit_is_refused(address: str) -> None:
@@ -259,27 +272,15 @@ def test_a_row_of_several_pictures_is_no_example(folder: Path, tmp_path: Path) -
     ]
 
 
-def test_without_its_data_photos_at_hand_are_offered_or_else_drawn_scenes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "site" / "skimage"
-    (package / "data").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('nothing is imported')")
-    Image.new("RGB", (8, 8)).save(package / "data" / "chelsea.png")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    (tmp_path / "drawn").mkdir()
-    words, found = find_examples(tmp_path / "drawn", task="vqa", train=[str(tmp_path / "shapes.jsonl")])
+def test_without_its_data_six_photos_in_colour_are_offered_with_their_credits(tmp_path: Path) -> None:
+    words, found = find_examples(tmp_path, task="vqa", train=[str(tmp_path / "shapes.jsonl")])
 
     assert words == "photos, not from its training data"
-    assert 2 <= len(found) <= 3 and all(one.path.is_file() and one.questions for one in found)
-    assert [one.path for one in found[:2]] == [
-        Path(__file__).parents[3] / "docs" / "photo.jpg",
-        package / "data" / "chelsea.png",
-    ]
-    monkeypatch.setattr("serve.page.examples.photos_at_hand", lambda: iter(()))
-    words, found = find_examples(tmp_path / "drawn", task="vqa", train=[str(tmp_path / "shapes.jsonl")])
-    assert words == "drawn scenes, not from its training data"
-    assert [one.path.parent for one in found] == [tmp_path / "drawn"] * 3
+    assert len(found) == 6 and all(one.questions for one in found)
+    for one in found:
+        red, _, blue = Image.open(one.path).convert("RGB").split()
+        assert red.histogram() != blue.histogram()  # none is grey
+        assert one.path.stem in CREDITS
 
 
 def test_an_adapter_of_drawn_shapes_gets_no_photos(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_an_adapter_of_drawn_shapes_gets_no_photos(tmp_path: Path) -> None:
         words, found = find_examples(tmp_path, task="vqa", train=["easy-vqa:train"])
 
     assert words == "drawn scenes, not from its training data"
-    assert [one.path.parent for one in found] == [tmp_path] * 3
+    assert [one.path.parent for one in found] == [tmp_path] * 6
 
 
 def test_proxies_of_the_environment_do_not_matter(

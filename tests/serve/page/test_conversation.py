@@ -17,9 +17,10 @@ from adapters.data.prompts import Prompt, Turn
 from adapters.inference.answering import Request
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.page.conversation import Conversation, KeptConversations
 from serve.page.inputs import Settings
-from serve.page.tabs.chat import Conversation
 from serve.page.tabs.reason import think
+from serve.page.transcript import as_json, as_markdown
 from serve.pending import Busy, PendingAnswer
 
 
@@ -118,3 +119,60 @@ def test_what_is_cleared_while_it_is_handed_on_stays_away(engine: FakeEngine, mo
 def test_an_empty_conversation_has_no_last_turn() -> None:
     with pytest.raises(Exception, match="no question yet"):
         Conversation().last()
+
+
+def said(conversation: Conversation, engine: FakeEngine, text: str, *pictures: ImageRef) -> None:
+    turn = Turn("user", text, pictures)
+    list(conversation.answer(engine, turn, "quickstart", Decoding()))  # type: ignore[arg-type]
+
+
+def test_a_turn_that_was_begun_is_shown_and_goes_back_if_it_is_stopped(engine: FakeEngine) -> None:
+    conversation = Conversation()
+    assert [turn.text for turn in conversation.begin(Turn("user", "one"))] == ["one"]
+    with pytest.raises(UserError, match="still being written"):
+        conversation.begin(Turn("user", "two"))
+    conversation.stop()
+    assert conversation.take_draft() is None and conversation.turns == []
+    said(conversation, engine, "one")
+    shown = conversation.begin(None)  # again: without the answer before
+    assert [turn.text for turn in shown] == ["one"] and len(conversation.turns) == 2
+    draft = conversation.take_draft()
+    assert draft is not None and draft.again
+
+
+def test_what_came_of_answers_stays_beside_them(engine: FakeEngine) -> None:
+    conversation = Conversation()
+    said(conversation, engine, "one")
+    said(conversation, engine, "two")
+    list(conversation.answer(engine, None, "quickstart", Decoding()))  # type: ignore[arg-type]
+    assert len(conversation.turns) == 4 and len(conversation.said) == 2
+    conversation.take_back()
+    assert len(conversation.turns) == 2 and len(conversation.said) == 1
+    assert conversation.said[0].answer.adapter == "quickstart" and conversation.said[0].seconds >= 0
+
+
+def test_a_conversation_is_opened_by_its_secret_alone() -> None:
+    kept, secret = KeptConversations(most=2), "0123456789abcdef" * 2
+    mine = kept.open(secret)
+    mine.turns.append(Turn("user", "one"))
+    assert kept.open(secret) is mine
+    for other in (secret[::-1], secret[:-1], "", None, 3, secret + "\n"):
+        assert kept.open(other).turns == []
+    kept.open("a" * 32)
+    kept.open("b" * 32)
+    assert kept.open(secret) is not mine  # two are kept
+    fleeting = KeptConversations(seconds=-1.0)
+    assert fleeting.open(secret) is not fleeting.open(secret)
+
+
+def test_a_conversation_is_taken_away_with_its_pictures(engine: FakeEngine, folder: Path) -> None:
+    conversation = Conversation()
+    with pytest.raises(UserError, match="nothing to download yet"):
+        as_markdown(conversation)
+    said(conversation, engine, "which <b>?", ImageRef("a [b].png", path=folder / "red.png"))
+    text, (question, answer) = as_markdown(conversation), as_json(conversation)
+
+    assert "![a  b .png](data:image/jpeg;base64,/9j/" in text and "> which <b>?" in text
+    assert "87% sure of its words · quickstart" in text
+    assert question == {"role": "user", "text": "which <b>?", "pictures": ["a [b].png"]}
+    assert answer["confidence"] == pytest.approx(0.87) and answer["adapter"] == "quickstart"

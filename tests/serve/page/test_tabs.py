@@ -16,8 +16,8 @@ from page_server import draw_data, served
 from PIL import Image
 
 from qformer.decoding import Decoding
-from serve.page.inputs import Settings
-from serve.page.notes import about, head, how_it_went, look_note, reason_note, search_note
+from serve.page.inputs import Settings, plain_words
+from serve.page.notes import about, footnote, head, how_it_went, look_note, reason_note, search_note
 from serve.page.tabs.reason import ReasoningInProgress, as_messages
 from serve.page.tabs.vqa import as_table, parse_line
 from serve.pending import Answer
@@ -168,7 +168,7 @@ def test_a_failed_turn_leaves_the_conversation_as_it_was(client: Client, engine:
 
 
 def test_marks_for_pictures_are_counted(client: Client, folder: Path) -> None:
-    with pytest.raises(AppError, match="2 &lt;image&gt; marks but 1 pictures"):
+    with pytest.raises(AppError, match="2 <image> marks but 1 pictures"):
         client.predict(said("<image> or <image>?", folder / "red.png"), api_name="/chat")
 
 
@@ -332,29 +332,37 @@ def test_words_of_anybody_are_shown_as_they_are() -> None:
     assert thought[0]["content"] == "&lt;img src=x&gt;" and thought[1]["content"] == "&lt;b&gt;"
 
 
-def test_a_thought_is_open_while_it_grows_and_folded_behind_the_answer() -> None:
+def test_a_thought_stays_open_until_it_is_folded_by_hand() -> None:
     (growing,) = as_messages(ReasoningInProgress("It is"))
-    folded, answer = as_messages(ReasoningInProgress("It is round.", "a ball", 2.31))
+    thought, answer = as_messages(ReasoningInProgress("It is round.", "a ball", 2.31))
 
     assert growing["metadata"] == {"title": "Thinking", "status": "pending"}
-    assert folded["metadata"] == {"title": "Thought", "status": "done", "duration": 2.3}
+    assert thought["metadata"] == {"title": "Thought", "duration": 2.3}  # "done" would fold it
     assert answer["content"] == "a ball"
 
 
 def test_what_came_of_an_answer_is_told() -> None:
-    assert how_it_went(Answer("x", "a", "stop", 0.874, 3, 9)) == "87% sure of its words · 3 tokens"
-    assert how_it_went(Answer("x", "a", "stopped", None, 3, 9)) == "3 tokens · stopped"
+    assert how_it_went(Answer("x", "a", "stop", 0.874, 3, 9), 1.26) == "87% sure of its words · a · 1.3 s"
+    assert how_it_went(Answer("x", "a", "stopped", None, 3, 9)) == "a · stopped"
     assert "cut off" in how_it_went(Answer("x", "a", "length", 0.5, 3, 9))
-    assert how_it_went(Answer("x", "a", "stop", 0.7, 0, 9, {"x": 0.7, "<y>": 0.3})) == "x 70% · &lt;y&gt; 30%"
+    assert how_it_went(Answer("x", "a", "stop", 0.7, 0, 9, {"x": 0.7, "<y>": 0.3})) == "x 70% · <y> 30% · a"
+    assert "31% sure of its words · low confidence: check it" in how_it_went(Answer("x", "a", "stop", 0.31, 3, 9))
+    assert footnote(Answer("x", "a_<b>", "stop", 0.9, 3, 9), 1.0) == "*90% sure of its words · a\\_&lt;b&gt; · 1.0 s*"
 
 
 def test_an_adapter_is_introduced_with_what_it_learned(engine: FakeEngine) -> None:
     adapter: Any = engine.adapter()
 
-    assert "<h1>quickstart</h1>" in head(adapter)
+    assert "quickstart" in head(adapter)
     assert "shapes &amp; &lt;colours&gt;" in head(adapter)
-    assert "1,234 answers about 321 pictures" in head(adapter) and "96.2% right" in head(adapter)
+    assert "1,234 answers about 321 pictures" in about(adapter) and "96.2% right" in about(adapter)
     assert "MIT &lt;b&gt;or&lt;/b&gt; so" in about(adapter)
+
+
+def test_messages_have_no_flags_and_no_bytes() -> None:
+    words = plain_words("--adapter runs/x: 'a.png' is not a picture (it starts with b'\\x00\\'x'); use --offline")
+    assert words == "'a.png' is not a picture; use “offline”"
+    assert plain_words("QUESTION: it is empty") == "It is empty"
 
 
 def test_notes_are_honest_about_what_was_not_taught(folder: Path) -> None:
