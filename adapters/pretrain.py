@@ -81,7 +81,9 @@ def _pretrain(recipe: Recipe, options: RunOptions) -> Result:
     keeper = RunKeeper(run.opened, vision_side, model, optimiser, position, run.facts)
     folder = options.out if accelerator.is_main_process else None
     with (
-        Reporter(folder, total, device=torch.device(run.opened.device), start=position.step, quiet=run.opened.quiet) as report,
+        Reporter(
+            folder, total, device=torch.device(run.opened.device), start=position.step, quiet=run.opened.quiet
+        ) as report,
         interruptible() as stop,
     ):
         report.say(_describe(vision_side, run.compute_dtype, len(run.pictures), len(run.held_out)))

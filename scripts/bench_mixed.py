@@ -48,7 +48,7 @@ def main() -> int:
     tasks = [(picture, question) for picture in pictures for question in QUESTIONS]
     firsts: list[float] = []
     wrong: list[str] = []
-    counts = {"short": 0, "captions": 0, "long": 0, "errors": 0}
+    counts = {"short": 0, "captions": 0, "long": 0}
     lock = threading.Lock()
     with Engine([options.adapter], device="cpu", dtype="float32", max_waiting=200) as engine:
 

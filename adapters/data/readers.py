@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -41,6 +41,7 @@ class ReadRows:
         terms: the licence of a packaged set; None for a user's file.
         pictures: what the rows' pictures were found by.
         unread: fields that nothing reads, with how many rows have them.
+        fingerprint: of the good rows, as a `DataSet` has it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ReadRows:
     terms: str | None
     pictures: Pictures
     unread: dict[str, int]
+    fingerprint: str
 
 
 def read_data(
@@ -97,6 +99,8 @@ def read_data(
     if skip_bad_rows and broken_pictures_too:
         good, unreadable = scan_pictures(found.examples).sort(found.examples)
         faults = tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row))
+        if unreadable and found.task is not None:
+            found = replace(found, fingerprint=_fingerprint(found.task, good, found.pictures))
         found = replace(found, examples=good, faults=faults)
     if found.faults and not (skip_bad_rows and found.examples):
         raise UserError(_complaint(found.faults, len(found.examples), skip_bad_rows))
@@ -106,7 +110,7 @@ def read_data(
         name=found.name,
         task=found.task,
         examples=found.examples,
-        fingerprint=_fingerprint(found.task, found.examples, found.pictures),
+        fingerprint=found.fingerprint,
         terms=found.terms,
         faults=found.faults,
     )
@@ -134,6 +138,7 @@ def read_rows(
     pictures = Pictures(opened.base)
     examples = StoredExamples()
     faults: list[Fault] = []
+    sha = hashlib.sha256()
     count = 0
     unread: Counter[str] = Counter()
     good = 0
@@ -144,6 +149,7 @@ def read_rows(
         alone, settled_by = _pictures_alone(rows, limit)
         rows = chain(alone, rows)
         found_task = _tasks_in(settled_by)[0] if settled_by is not None else None
+        sha.update((found_task or "").encode())
     for row in rows:
         count += 1
         unread.update(str(field) for field in row.fields if field not in READ)
@@ -153,17 +159,22 @@ def read_rows(
             tasks = tasks_of(row.fields, need_answers=need_answers, asked=task)
             if found_task is None:
                 found_task, settled_by = _settle_task(task, tasks, row), row
+                sha.update(found_task.encode())
             elif found_task not in tasks or (task is None and tasks[0] == "reason" != found_task):
                 raise BadRow(_stray(tasks[0], found_task, row, settled_by))
             for example in read_row(row, found_task, pictures, need_answers=need_answers):
                 examples.append(example)
+                sha.update(_told(found_task, example, pictures))
             good += 1
         except BadRow as error:
             missing = error.label if isinstance(error, MissingImage) else None
             faults.append(Fault(row.number, row.where, str(error), missing))
         if limit is not None and good == limit:
             break
-    return ReadRows(opened.name, found_task, examples, tuple(faults), count, opened.terms, pictures, dict(unread))
+    fingerprint = "sha256:" + sha.hexdigest()
+    return ReadRows(
+        opened.name, found_task, examples, tuple(faults), count, opened.terms, pictures, dict(unread), fingerprint
+    )  # fmt: skip
 
 
 def _pictures_alone(rows: Iterator[RawRow], limit: int | None) -> tuple[list[RawRow], RawRow | None]:
@@ -243,7 +254,7 @@ def _complaint(faults: Sequence[Fault], good: int, skipping: bool) -> str:
     return f"{text}; {count} (--skip-bad-rows leaves them out; in training, --set data.skip_bad_rows=true)"
 
 
-def _fingerprint(task: Task, examples: Sequence[Example], pictures: Pictures) -> str:
+def _fingerprint(task: Task, examples: Iterable[Example], pictures: Pictures) -> str:
     """SHA-256 over all that was read, with each picture's name and size.
 
     The pictures' bytes are not read, so a picture changed within its size goes unseen here; the features cannot
@@ -251,13 +262,18 @@ def _fingerprint(task: Task, examples: Sequence[Example], pictures: Pictures) ->
     """
     sha = hashlib.sha256(task.encode())
     for example in examples:
-        marks = [pictures.mark(image) for image in example.images]
-        row: list[object] = [example.id, example.question, example.answers, example.language, marks]
-        if task == "reason":
-            row += [example.context, example.choices, example.rationale]
-        elif example.context or example.choices:
-            row += [example.context, example.choices]
-        if example.history:
-            row.append([[turn.role, turn.text, len(turn.images)] for turn in example.history])
-        sha.update(json.dumps(row).encode() + b"\n")
+        sha.update(_told(task, example, pictures))
     return "sha256:" + sha.hexdigest()
+
+
+def _told(task: Task, example: Example, pictures: Pictures) -> bytes:
+    """What a fingerprint is made of, of one row."""
+    marks = [pictures.mark(image) for image in example.images]
+    row: list[object] = [example.id, example.question, example.answers, example.language, marks]
+    if task == "reason":
+        row += [example.context, example.choices, example.rationale]
+    elif example.context or example.choices:
+        row += [example.context, example.choices]
+    if example.history:
+        row.append([[turn.role, turn.text, len(turn.images)] for turn in example.history])
+    return json.dumps(row).encode() + b"\n"

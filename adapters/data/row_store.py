@@ -11,6 +11,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import IO, Any
 
 from adapters.data.examples import Example
@@ -21,6 +22,9 @@ from adapters.data.prompts import Turn
 from qformer.errors import UserError
 
 _AT_ONCE = 2**20  # bytes that are written together; fewer never leave memory
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+_REST = ("language", "row", "task", "context", "choices", "rationale", "kind", "steps", "turn")
+_DEFAULTS = {each.name: each.default for each in fields(Example)}
 
 
 class RecordFile:
@@ -41,7 +45,7 @@ class RecordFile:
         Raises:
             UserError: there is no room.
         """
-        self._waiting += json.dumps(record, separators=(",", ":")).encode()
+        self._waiting += _ENCODER.encode(record).encode()
         self._ends.append(self._written + len(self._waiting))
         if len(self._waiting) >= _AT_ONCE:
             self._write()
@@ -64,9 +68,9 @@ class RecordFile:
         """Return the record of a number from 0 on."""
         start, end = self._ends[number], self._ends[number + 1]
         if start >= self._written:
-            return json.loads(self._waiting[start - self._written : end - self._written])
+            return json.loads(self._waiting[start - self._written : end - self._written].decode())
         assert self._file is not None  # something was written
-        return json.loads(os.pread(self._file.fileno(), end - start, start))
+        return json.loads(os.pread(self._file.fileno(), end - start, start).decode())
 
 
 class PictureTable:
@@ -108,17 +112,8 @@ class StoredExamples(LazySequence[Example]):
             UserError: there is no room.
         """
         numbers = [self._pictures.number(image, example.where) for image in example.images]
-        rest = {
-            "language": example.language,
-            "row": example.row,
-            "task": example.task,
-            "context": example.context,
-            "choices": example.choices,
-            "rationale": example.rationale,
-            "kind": example.kind,
-            "steps": example.steps,
-            "turn": example.turn,
-        }
+        given = vars(example)
+        rest = {name: given[name] for name in _REST if given[name] != _DEFAULTS[name]}
         said = [
             (turn.role, turn.text, [self._pictures.number(image, example.where) for image in turn.images])
             for turn in example.history
@@ -128,7 +123,8 @@ class StoredExamples(LazySequence[Example]):
     def item(self, index: int) -> Example:
         """Make the example of a row."""
         numbers, question, answers, where, own_id, rest, said = self._records.read(index)
-        rest["choices"] = tuple(rest["choices"])
+        if "choices" in rest:
+            rest["choices"] = tuple(rest["choices"])
         history = tuple(Turn(role, text, self._pictures.images(shown)) for role, text, shown in said)
         images = self._pictures.images(numbers)
         return Example(images, question, tuple(answers), where, own_id, history=history, **rest)

@@ -147,6 +147,10 @@ class FeatureCache:
             self._filled = before
             raise
 
+    def hold(self, refs: Iterable[ImageRef]) -> None:
+        """Keep what is there of these pictures from being evicted while this cache lives, as `fill` does."""
+        self._filled = self._filled.union(ref.digest() for ref in refs)
+
     def missing(self, refs: Iterable[ImageRef]) -> list[ImageRef]:
         """Those of the pictures that are not in the cache, each once."""
         seen = {digest: ref for digest, ref in _distinct(refs).items() if not self._is_there(digest)}

@@ -58,6 +58,11 @@ window.querybridge = {
         button.setAttribute("aria-label", `Picture to try ${[...row.querySelectorAll("button")].indexOf(button) + 1}`);
       } else if (image) button.setAttribute("aria-label", `Enlarge ${image.alt || file || "the picture"}`);
     }
+    for (const outer of document.querySelectorAll("button:has(button):not([role=group])")) {
+      outer.setAttribute("role", "group");
+      outer.setAttribute("aria-label", outer.title = "Add files");
+      outer.tabIndex = -1;
+    }
     for (const image of document.querySelectorAll("img:not([alt])")) image.alt = "";
     document.querySelector("#chat-box textarea")?.setAttribute("aria-label", "Your turn");
     for (const list of document.querySelectorAll("#tabs [role=tablist]")) list.setAttribute("aria-label", "Tabs");

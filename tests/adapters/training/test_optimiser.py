@@ -148,7 +148,5 @@ def test_the_recipes_own_runs_are_long_enough_for_their_warm_up(name: str, total
 
 
 def test_eight_bit_moments_need_a_gpu() -> None:
-    with pytest.raises(
-        UserError, match=r"paged_adamw_8bit: it needs an NVIDIA GPU, and this runs on cpu"
-    ):
+    with pytest.raises(UserError, match=r"paged_adamw_8bit: it needs an NVIDIA GPU, and this runs on cpu"):
         build_optimiser(nn.Linear(2, 2), learning_rate=1e-3, kind="paged_adamw_8bit")

@@ -43,6 +43,7 @@ def test_every_tab_fits_its_screen_and_is_for_everybody(
     page.click("#look-ask")
     view.says("All queries together")
     page.wait_for_selector("#queries .thumbnail-item")
+    page.wait_for_timeout(800)  # what is new fades in
     assert not view.scrolls_sideways()
     assert faults_of(page) == []
     page.locator("#settings button").first.click()
