@@ -63,7 +63,7 @@ class PictureNumbers:
                 patches = tower.flatten(0, 1).float()  # [M · P_i, D_i]
                 mean, scale = patches.mean(dim=0), patches.std(dim=0) + 1e-3
                 covariance = _gram((patches - mean) / scale)
-                tensors[f"{index}.channels"] = torch.linalg.eigh(covariance)[1][:, -CHANNELS:].contiguous()
+                tensors[f"{index}.channels"] = torch.linalg.eigh(covariance.double())[1][:, -CHANNELS:].float().contiguous()
                 tensors[f"{index}.mean"], tensors[f"{index}.scale"] = mean, scale
             parts = cls(tensors)._parts(index, tower)
             center = torch.cat([part.mean(dim=0) for part in parts])

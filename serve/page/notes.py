@@ -45,7 +45,7 @@ def about(adapter: LoadedAdapter) -> str:
         )
     if "val_exact_match" in facts.metrics:
         learned.append(f"{facts.metrics['val_exact_match']:.1%} right on its validation questions")
-    bits = {"nf4": "4-bit NF4", "none": "unquantised"}[assembly.quantization]
+    bits = {"nf4": "4-bit NF4", "int8": "8-bit", "none": "unquantised"}[assembly.quantization]
     rows = {
         "What it does": assembly.description or _KINDS[assembly.task],
         "Trained for": _PRACTISED[assembly.task],

@@ -144,3 +144,10 @@ def test_pictures_become_numbers_of_about_length_one_that_keep_their_kernel() ->
 def test_a_channel_that_never_changes_gives_finite_numbers() -> None:
     features = [torch.cat([torch.randn(6, 4, 66, generator=torch.Generator().manual_seed(0)), torch.ones(6, 4, 2)], 2)]
     assert PictureNumbers.fit(features)(features).isfinite().all()
+
+
+def test_few_plain_pictures_give_finite_numbers() -> None:
+    """Many places and few directions: a covariance with hardly any rank, on which eigh in fp32 may not converge."""
+    plain = torch.rand(3, 1, 1280, generator=torch.Generator().manual_seed(0)).expand(3, 81, 1280)
+    features = [plain.contiguous().half()]
+    assert PictureNumbers.fit(features)(features).isfinite().all()
