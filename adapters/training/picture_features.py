@@ -58,10 +58,12 @@ def prepare_features(opened: Opened, side: VisionSide, images: Sequence[ImageRef
         accelerator.wait_for_everyone()
         side.sources = [FeaturesOnDemand(cache) for cache in side.caches]
         return
-    fill_caches(side.caches, refs, rank=accelerator.process_index, world=accelerator.num_processes, quiet=opened.quiet)
-    if accelerator.num_processes > 1:
+    if choice.said:  # something is missing
+        place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+        fill_caches(side.caches, refs, **place, quiet=opened.quiet)
         accelerator.wait_for_everyone()
-        fill_caches(side.caches, refs, quiet=True)  # all there by now: the cache learns what must not be evicted
+    for cache in side.caches:
+        cache.hold(refs)
     pinned = torch.device(opened.device).type == "cuda"
     side.sources = [FeaturesReadAhead(cache, pinned=pinned) for cache in side.caches]
 

@@ -30,7 +30,6 @@ from adapters.training.start import Start, start_from_artefact
 from qformer.errors import UserError
 from qformer.precision import default_compute_dtype
 
-
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 

@@ -28,7 +28,8 @@ MAX_BEAMS = 8
 
 
 _BYTES = re.compile(r" \(it starts with b(['\"]).*\1\)")
-_FLAG_FIRST = re.compile(r"^(--[a-z][\w-]*|[A-Z]{4,})( [^ :]+)?: ")
+_NAME_FIRST = re.compile(r"^[A-Z]{4,}: ")
+_FLAG_FIRST = re.compile(r"^--([a-z][\w-]*)")
 _TITLE = re.compile(r"^<strong>[^<]*</strong> ")
 _FLAG = re.compile(r"--([a-z][\w-]*)")
 
@@ -64,9 +65,8 @@ def titled(title: str, message: UserError | str) -> str:
 
 def plain_words(text: str) -> str:
     """A message without what only a terminal's user knows: flags, and a file's first bytes."""
-    plain = _FLAG_FIRST.sub("", _BYTES.sub("", text))
-    if plain != text and not plain.startswith("'"):
-        plain = plain[:1].upper() + plain[1:]
+    plain = _NAME_FIRST.sub("", _BYTES.sub("", text))
+    plain = _FLAG_FIRST.sub(lambda flag: flag[1].replace("-", " "), plain)
     return _FLAG.sub(lambda flag: f"“{flag[1].replace('-', ' ')}”", plain)
 
 

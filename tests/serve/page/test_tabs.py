@@ -361,8 +361,8 @@ def test_an_adapter_is_introduced_with_what_it_learned(engine: FakeEngine) -> No
 
 def test_messages_have_no_flags_and_no_bytes() -> None:
     words = plain_words("--adapter runs/x: 'a.png' is not a picture (it starts with b'\\x00\\'x'); use --offline")
-    assert words == "'a.png' is not a picture; use “offline”"
-    assert plain_words("QUESTION: it is empty") == "It is empty"
+    assert words == "adapter runs/x: 'a.png' is not a picture; use “offline”"
+    assert plain_words("QUESTION: it is empty") == "it is empty"
 
 
 def test_notes_are_honest_about_what_was_not_taught(folder: Path) -> None:
