@@ -62,8 +62,8 @@ class PictureNumbers:
             if places:
                 patches = tower.flatten(0, 1).float()  # [M · P_i, D_i]
                 mean, scale = patches.mean(dim=0), patches.std(dim=0) + 1e-3
-                covariance = _gram((patches - mean) / scale)
-                tensors[f"{index}.channels"] = torch.linalg.eigh(covariance.double())[1][:, -CHANNELS:].float().contiguous()
+                directions = torch.linalg.eigh(_gram((patches - mean) / scale).double())[1].float()
+                tensors[f"{index}.channels"] = directions[:, -CHANNELS:].contiguous()
                 tensors[f"{index}.mean"], tensors[f"{index}.scale"] = mean, scale
             parts = cls(tensors)._parts(index, tower)
             center = torch.cat([part.mean(dim=0) for part in parts])
