@@ -21,7 +21,8 @@ def cache_info() -> dict[str, Any]:
     Returns:
         `cache`: the folder; `models`: frozen models and packaged data, each with name, bytes and path; `features`: by
         encoder, each with key, encoder, pictures, bytes and path; `indexes`: bytes of the indexes of searched folders
-        and of known pictures; `bytes`: of all together. Models of the hub lie in the hub's own cache and are not counted.
+        and of known pictures; `bytes`: of all together. Models of the hub lie in the hub's own cache and are not
+        counted.
     """
     root = cache_root()
     models: list[dict[str, Any]] = [

@@ -240,7 +240,8 @@ def test_training_page_and_api_put_the_same_tokens(
             request = parse_request(json.dumps({"model": "m", "messages": turns[: number + 1]}).encode())
             sent = [image for one in spoken for image in one.images] + pictures
             engine: Any = api
-            plan_of(request, engine, sent, model="m", max_tokens=9).begin()
+            (begin,) = plan_of(request, engine, sent, model="m", max_tokens=9).begin
+            begin()
             text = "<image>What is it?<image>" if shown == "between" and len(pictures) == 2 else str(parts_text(parts))
             asked = Turn("user", text, tuple(pictures))
             engine = page
