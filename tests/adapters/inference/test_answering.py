@@ -136,7 +136,7 @@ def test_a_second_question_reads_only_itself(assembly: Assembly, pictures: list[
     real_read, real_vectors = assembly.model.prefill, assembly.image_embeddings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            assembly.model, "prefill", lambda batch, *rest: read.append(len(batch.ids)) or real_read(batch, *rest)
+            assembly.model, "prefill", lambda batch, *rest, **more: read.append(len(batch.ids)) or real_read(batch, *rest, **more)
         )
         patch.setattr(
             assembly,
