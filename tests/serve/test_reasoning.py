@@ -168,7 +168,10 @@ def test_what_is_too_long_is_told_before_there_are_reasons(
         (["evaluate", "DATA", "--task", "reason", "--adapter", "thinks"], "--answer-adapter RUN"),
         (["evaluate", "DATA", "--task", "reason", "--adapter", "both", "--controls", "--blank-images"], "leave it out"),
         (["evaluate", "DATA", "--task", "reason", "--adapter", "both", "--controls", "--limit", 1], "needs two"),
-        (["evaluate", "DATA", "--task", "vqa", "--adapter", "both", "--rationale-tokens", 8], "goes with --task reason"),
+        (
+            ["evaluate", "DATA", "--task", "vqa", "--adapter", "both", "--rationale-tokens", 8],
+            "goes with --task reason",
+        ),
         (["batch", "DATA", "--out", "OUT", "--adapter", "both"], "--task vqa answers their questions"),
     ],
 )

@@ -136,7 +136,9 @@ def test_a_second_question_reads_only_itself(assembly: Assembly, pictures: list[
     real_read, real_vectors = assembly.model.prefill, assembly.image_embeddings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            assembly.model, "prefill", lambda batch, *rest, **more: read.append(len(batch.ids)) or real_read(batch, *rest, **more)
+            assembly.model,
+            "prefill",
+            lambda batch, *rest, **more: read.append(len(batch.ids)) or real_read(batch, *rest, **more),
         )
         patch.setattr(
             assembly,
