@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from adapters.data.images import open_image
 from adapters.data.readers import read_data
 from qformer.errors import UserError
 
@@ -34,3 +37,21 @@ def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read the rows back; only a line feed ends a line."""
     return [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
+
+
+COLOURS = ("red", "lime", "blue")
+
+
+def encoded(colour: str, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def colours(source: Path | str, **options: Any) -> list[tuple[tuple[int, int, int], str]]:
+    """The colour of each row's picture, as it is decoded, and the row's answer."""
+    found = read_data(source, **options).examples
+    return [(open_image(row.images[0]).getpixel((4, 4)), row.answer) for row in found]  # type: ignore[misc]
+
+
+EXPECTED = [((255, 0, 0), "stop"), ((0, 255, 0), "sea"), ((0, 0, 255), "go")]

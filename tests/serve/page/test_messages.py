@@ -11,15 +11,10 @@ import pytest
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page_server import draw_data, served
+from page_server import served
 
 from qformer.errors import UserError
 from serve.page.votes import VoteFile
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_data(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture(scope="module")

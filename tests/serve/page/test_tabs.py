@@ -12,7 +12,7 @@ import pytest
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page_server import draw_data, served
+from page_server import served
 from PIL import Image
 
 from qformer.decoding import Decoding
@@ -21,11 +21,6 @@ from serve.page.notes import about, footnote, head, how_it_went, look_note, reas
 from serve.page.tabs.reason import ReasoningInProgress, as_messages
 from serve.page.tabs.vqa import as_table, parse_line
 from serve.pending import Answer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_data(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture(scope="module")
