@@ -11,9 +11,10 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
-from adapters.data.collate import PackedAnswer, PackedSequence, padded_length
+from adapters.data.collate import PackedAnswer, PackedSequence, padded_length, row_length, rows_of
 from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.lazy import LazySequence, Picked, places_where
 from adapters.data.prompts import Prompt, PromptBuilder, Turn
@@ -43,16 +44,24 @@ class Step:
         """One process's part: alike in length to the others'."""
         return Step(tuple(sorted(self.rows, key=len, reverse=True)[rank::world]))
 
-    def micro_batches(self, max_tokens: int) -> list[tuple[PackedSequence, ...]]:
-        """The rows, longest first so that little is padding, cut to fit a token budget."""
+    def micro_batches(self, max_tokens: int, row_tokens: int = 0) -> list[tuple[PackedSequence, ...]]:
+        """The sequences, longest first so that little is padding, cut to fit a token budget.
+
+        Args:
+            max_tokens: rows by their padded length, at most.
+            row_tokens: the longest row that several sequences share, as the batch is collated.
+        """
         cut: list[tuple[PackedSequence, ...]] = []
-        current: list[PackedSequence] = []
-        for row in sorted(self.rows, key=len, reverse=True):
-            if current and (len(current) + 1) * padded_length(len(current[0])) > max_tokens:
-                cut.append(tuple(current))
-                current = []
+        current: list[tuple[PackedSequence, ...]] = []
+        longest = 0
+        for row in rows_of(sorted(self.rows, key=len, reverse=True), row_tokens):
+            length = padded_length(row_length(row))
+            if current and (len(current) + 1) * max(longest, length) > max_tokens:
+                cut.append(tuple(chain.from_iterable(current)))
+                current, longest = [], 0
             current.append(row)
-        return [*cut, tuple(current)] if current else cut
+            longest = max(longest, length)
+        return [*cut, tuple(chain.from_iterable(current))] if current else cut
 
 
 def tokenise(

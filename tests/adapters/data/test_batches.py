@@ -12,10 +12,10 @@ from tiny import draw_captions, draw_data, tiny_values
 from transformers import AutoTokenizer
 
 from adapters.data.batches import plan_epoch, plan_validation, tokenise
-from adapters.data.collate import PackedSequence
+from adapters.data.collate import PackedSequence, padded_length, row_length, rows_of
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.data.tokenised import TokenisedPicture, TokenisedQuestion
 from adapters.recipe import parse_recipe
 from adapters.training.setup import read_split
@@ -80,6 +80,17 @@ def test_micro_batches_fit_their_budget_and_split_among_processes() -> None:
     shares = [step.share(rank, 3).micro_batches(120) for rank in range(3)]
     rows = [row for share in shares for batch in share for row in batch]
     assert Counter(map(id, rows)) == Counter(map(id, step.rows))
+
+
+def test_micro_batches_are_cut_between_rows_that_pictures_share() -> None:
+    """What was counted is what is collated: each micro-batch falls into the same rows again."""
+    step = plan_validation(pictures(), row_tokens=0)
+    cut = step.micro_batches(240, row_tokens=80)
+    assert max(map(len, cut)) > max(map(len, step.micro_batches(240)))
+    for batch in cut:
+        rows = rows_of(batch, 80)
+        assert len(rows) * padded_length(max(map(row_length, rows))) <= 240
+    assert Counter(id(row) for batch in cut for row in batch) == Counter(map(id, step.rows))
 
 
 def test_a_step_has_a_row_for_every_process() -> None:

@@ -16,6 +16,8 @@ from adapters.data.collate import (
     collate_packed,
     collate_prompts,
     packed_mask,
+    row_length,
+    rows_of,
 )
 from adapters.data.image_ref import blank_image
 from adapters.data.prompts import IMAGE_SLOT, Prompt
@@ -33,15 +35,42 @@ def row(*packed_answers: PackedAnswer) -> PackedSequence:
 
 
 def test_mask_of_two_branches_by_hand() -> None:
-    mask = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
+    mask = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]), torch.tensor([[1, 1, 1, 1, 1, -1]]))[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
         [1, 1, 1, 1, 0, 0],
         [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 1],
+        [0, 0, 0, 0, 0, 1],
     ]
+
+
+def test_mask_of_two_pictures_behind_one_opening_by_hand() -> None:
+    """One token of opening, then two sequences: the first with two answers, the second with one."""
+    branches, sequences = [[0, 0, 1, 2, 0, 1]], [[0, 1, 1, 1, 2, 2]]
+    assert packed_mask(torch.tensor(branches), torch.tensor(sequences))[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 0, 0, 0, 1, 0],
+        [1, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_pictures_that_open_alike_share_a_row() -> None:
+    first, second, third = (row(*branches) for branches in (BRANCHES[:2], BRANCHES[1:2], BRANCHES[2:]))
+    other = replace(third, shared=(4, *third.shared))
+    assert rows_of([first, second, third], 0) == [(first,), (second,), (third,)]
+    assert rows_of([first, second, other, third], 20) == [(first, second), (other,), (third,)]
+    assert [row_length(one) for one in rows_of([first, second, third], 27)] == [13 + 7 + 7]
+    batch = collate_packed([first, second], pad_id=0, row_tokens=20)
+    assert batch.labels is not None and batch.position_ids is not None
+    assert batch.ids[0, :20].tolist() == [3, 7, 0, 0, 9, 11, 12, 13, 1, 21, 22, 23, 1, 0, 0, 9, 21, 22, 23, 1]
+    assert batch.image_slots[0].nonzero().flatten().tolist() == [2, 3, 13, 14]
+    assert batch.labels[0, 13:20].tolist() == [IGNORED] * 4 + [22, 23, 1]
+    assert batch.position_ids[0, 13:20].tolist() == [2, 3, 4, 5, 6, 7, 8]
 
 
 def test_rows_carry_labels_positions_and_slots() -> None:
@@ -82,14 +111,16 @@ ALIKE = (
 def test_packed_equals_separate(
     language_folders: dict[str, Path], kind: str, packed_answers: tuple[PackedAnswer, ...]
 ) -> None:
-    """Loss, and the gradient that reaches the image's vectors and LoRA, of packed rows and of one question a row."""
+    """Loss, and the gradient that reaches the image's vectors and LoRA: packed, a question a row, all in one row."""
     language = load_language_model(language_folders[kind], quantize="none", compute_dtype=torch.float32)
     language.add_lora(LoraSettings(rank=4, alpha=8))
     stir_lora(language, seed=5)
     vectors = torch.randn(1, 2, language.width)
     found = []
-    for rows in ([row(*packed_answers)], [row(branch) for branch in packed_answers]):
-        batch = collate_packed(rows, pad_id=0)
+    each = [row(branch) for branch in packed_answers]
+    for rows, row_tokens in (([row(*packed_answers)], 0), (each, 0), (each, 100)):
+        batch = collate_packed(rows, pad_id=0, row_tokens=row_tokens)
+        assert len(batch.ids) == (1 if row_tokens else len(rows))
         image = vectors.clone().requires_grad_()
         embeds = language.embed(batch.ids)
         sample_evenly = image.expand(len(rows), -1, -1).flatten(0, 1)
@@ -101,11 +132,13 @@ def test_packed_equals_separate(
         loss.backward()
         lora = torch.cat([p.grad.flatten() for p in language.parameters() if p.grad is not None])
         found.append((loss.detach(), count, image.grad, lora))
-    (packed_loss, packed_count, packed_image, packed_lora), (loss, count, image, lora) = found
-    assert packed_count == count == 6
-    assert torch.allclose(packed_loss, loss, atol=1e-4)
-    assert torch.allclose(packed_image, image, atol=1e-5)
-    assert torch.allclose(packed_lora, lora, atol=1e-4)
+    alone = found[1]
+    for packed in (found[0], found[2]):
+        (packed_loss, packed_count, packed_image, packed_lora), (loss, count, image, lora) = packed, alone
+        assert packed_count == count == 6
+        assert torch.allclose(packed_loss, loss, atol=1e-4)
+        assert torch.allclose(packed_image, image, atol=1e-5)
+        assert torch.allclose(packed_lora, lora, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
