@@ -12,7 +12,9 @@ import pytest
 
 def load_script(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
     """scripts/NAME.py as a module; `patch` forgets it again."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    folder = Path(__file__).parents[1] / "scripts"
+    patch.syspath_prepend(str(folder))  # a script may import one beside it
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     patch.setitem(sys.modules, name, module)  # dataclasses look themselves up

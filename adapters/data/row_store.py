@@ -45,7 +45,15 @@ class RecordFile:
         Raises:
             UserError: there is no room.
         """
-        self._waiting += _ENCODER.encode(record).encode()
+        self.append_written(_ENCODER.encode(record).encode())
+
+    def append_written(self, record: bytes) -> None:
+        """Write one more that is JSON already.
+
+        Raises:
+            UserError: there is no room.
+        """
+        self._waiting += record
         self._ends.append(self._written + len(self._waiting))
         if len(self._waiting) >= _AT_ONCE:
             self._write()

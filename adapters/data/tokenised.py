@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,14 @@ class _StoredQuestions(LazySequence[TokenisedQuestion]):
         self._records.append(
             (question.own, question.answers, question.instruction, question.prefix_end, question.caption)
         )
+
+    def records(self) -> Iterator[object]:
+        """Each question as it is kept."""
+        return (self._records.read(index) for index in range(len(self)))
+
+    def append_record(self, written: str) -> None:
+        """Keep one that `records` gave, as JSON."""
+        self._records.append_written(written.encode())
 
     def item(self, index: int) -> TokenisedQuestion:
         own, answers, instruction, prefix_end, caption = self._records.read(index)
@@ -119,6 +128,43 @@ class TokenisedPictures(LazySequence[TokenisedPicture]):
         self._starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         self._groups, self._group_of = {}, array("i")
         return self
+
+    def stored(self) -> bytes:
+        """All of it but the pictures themselves, which go by their digests; `restored` takes it."""
+        shared = {tokens: place for place, tokens in enumerate(self._shared)}
+        rest = {
+            "heads": [([image.digest() for image in images], shared[tokens]) for images, tokens in self._heads],
+            "shared": list(shared),
+            "sided": sorted(self._sided),
+            "order": self._order.tolist(),
+            "starts": self._starts.tolist(),
+        }
+        lines = [json.dumps(rest, separators=(",", ":")), *map(json.dumps, self._questions.records())]
+        return "\n".join(lines).encode()
+
+    @classmethod
+    def restored(cls, content: bytes, pictures: Mapping[str, ImageRef]) -> TokenisedPictures:
+        """What `stored` gave.
+
+        Args:
+            content: of `stored`.
+            pictures: by digest.
+
+        Raises:
+            KeyError: a picture is missing.
+        """
+        first, *records = content.decode().split("\n")
+        rest = json.loads(first)
+        made = cls()
+        shared = [tuple(tokens) for tokens in rest["shared"]]
+        made._shared = {tokens: tokens for tokens in shared}
+        made._heads = [(tuple(pictures[one] for one in digests), shared[place]) for digests, place in rest["heads"]]
+        made._sided = set(rest["sided"])
+        made._order = np.asarray(rest["order"], dtype=np.int32)
+        made._starts = np.asarray(rest["starts"], dtype=np.int32)
+        for record in records:
+            made._questions.append_record(record)
+        return made
 
     def __len__(self) -> int:
         return len(self._heads)

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,20 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.shards import LazyTensor, write_shards
 
-pytestmark = pytest.mark.usefixtures("cache_here")
 TEXTS = ("what is the picture of?", "is it red?", "a")
-ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache folder for all of them: what is encoded and hashed once is known to the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUERYBRIDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def tuned(published: Path, folder: Path, *, lora: bool = True, **changes: Any) -> Path:
@@ -69,10 +80,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(kind: str) -> Path:
         if kind not in known:
             folder = tmp_path_factory.mktemp("adapters")
-            if kind == "imported":
-                known[kind] = folder / "run"
-                save_published(folder / "published", "blip2-opt")
-                import_published(str(folder / "published"), known[kind])
+            if kind == "imported":  # what the tuned one was tuned from
+                known[kind] = make("blip2-opt").with_name("adapter-imported")
             else:
                 save_published(folder / "published", kind)
                 known[kind] = tuned(folder / "published", folder / "adapter")
@@ -81,14 +90,49 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def answers(artefact: Path, pictures: list[Path], beams: int) -> list[list[int]]:
+Answers = dict[int, list[list[int]]]  # by the number of beams
+
+
+def answers(artefact: Path, pictures: list[Path], *beams: int) -> Answers:
     """What the adapter writes, up to and with the end token."""
     adapter, _ = load_artefact(artefact, dtype="float32")
     asked = [
         Request(adapter.prompts.vqa(text), (ImageRef(str(path), path=path),))
         for path, text in zip(pictures, TEXTS, strict=True)
     ]
-    return [list(row) for row in Generator(adapter).write(asked, Decoding(max_new_tokens=8, num_beams=beams))]
+    return {
+        count: [list(row) for row in Generator(adapter).write(asked, Decoding(max_new_tokens=8, num_beams=count))]
+        for count in beams
+    }
+
+
+@pytest.fixture(scope="module")
+def right(adapters: Callable[[str], Path], pictures: list[Path]) -> Callable[[str], Answers]:
+    """What a tuned adapter of a kind writes, greedily and with five beams; asked once."""
+    known: dict[str, Answers] = {}
+
+    def ask(kind: str) -> Answers:
+        if kind not in known:
+            known[kind] = answers(adapters(kind), pictures, 1, 5)
+        return known[kind]
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def exported(
+    adapters: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """A tuned adapter of a kind as a BLIP-2 of transformers, and what the export says; made once."""
+    known: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def make(kind: str) -> tuple[Path, dict[str, Any]]:
+        if kind not in known:
+            folder = tmp_path_factory.mktemp("exported") / kind
+            known[kind] = folder, dict(export_adapter(str(adapters(kind)), "blip2", folder))
+        return known[kind]
+
+    return make
 
 
 def opened(folder: Path) -> tuple[Any, Any]:
@@ -99,27 +143,27 @@ def opened(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_answers_as_the_adapter_does(adapters: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
-    artefact = adapters(kind)
-    pictures = draw_pictures(tmp_path / "pictures")
-    found = export_adapter(str(artefact), "blip2", tmp_path / "out")
+def test_transformers_answers_as_the_adapter_does(
+    exported: Callable[[str], tuple[Path, dict[str, Any]]],
+    right: Callable[[str], Answers],
+    pictures: list[Path],
+    kind: str,
+) -> None:
+    folder, found = exported(kind)
     assert found["format"] == "blip2" and "with LoRA merged" in found["what"]
-    model, processor = opened(tmp_path / "out")
-    for beams in (1, 5):
-        expected = answers(artefact, pictures, beams)
+    model, processor = opened(folder)
+    for beams, expected in right(kind).items():
         assert answers_of(model, processor, pictures, TEXTS, beams=beams) == expected
     assert len({tuple(row) for row in expected}) > 1
 
 
 @pytest.mark.parametrize("kind", ["blip2-opt", "instructblip-llama"])
 def test_lora_apart_is_peft_s_on_the_exported_folder(
-    adapters: Callable[[str], Path], tmp_path: Path, kind: str
+    adapters: Callable[[str], Path], right: Callable[[str], Answers], pictures: list[Path], tmp_path: Path, kind: str
 ) -> None:
-    artefact = adapters(kind)
-    pictures = draw_pictures(tmp_path / "pictures")
-    export_adapter(str(artefact), "blip2", tmp_path / "out", lora_apart=True)
+    export_adapter(str(adapters(kind)), "blip2", tmp_path / "out", lora_apart=True)
     model, processor = opened(tmp_path / "out")
-    expected = answers(artefact, pictures, 5)
+    expected = right(kind)[5]
     assert answers_of(model, processor, pictures, TEXTS, beams=5) != expected
     patched = PeftModel.from_pretrained(model, str(tmp_path / "out" / "lora"))
     assert answers_of(patched, processor, pictures, TEXTS, beams=5) == expected
@@ -151,10 +195,13 @@ def test_import_export_import_is_the_same_bit_by_bit(tmp_path: Path, kind: str) 
     assert index[0]["weight_map"] == index[1]["weight_map"]
 
 
-def test_the_export_answers_in_a_fresh_process(adapters: Callable[[str], Path], tmp_path: Path) -> None:
-    artefact = adapters("blip2-opt")
-    pictures = draw_pictures(tmp_path / "pictures")
-    export_adapter(str(artefact), "blip2", tmp_path / "out")
+def test_the_export_answers_in_a_fresh_process(
+    exported: Callable[[str], tuple[Path, dict[str, Any]]],
+    right: Callable[[str], Answers],
+    pictures: list[Path],
+    tmp_path: Path,
+) -> None:
+    folder, _ = exported("blip2-opt")
     code = (
         "import sys, json, torch, transformers as tf; from PIL import Image\n"
         "folder, *pictures = sys.argv[1:]\n"
@@ -167,12 +214,12 @@ def test_the_export_answers_in_a_fresh_process(adapters: Callable[[str], Path], 
         "print(json.dumps(ids.tolist()))"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", code, str(tmp_path / "out"), *map(str, pictures)]
+    command = [sys.executable, "-c", code, str(folder), *map(str, pictures)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
-    expected = answers(artefact, pictures, 1)
-    assert [row[: len(right)] for row, right in zip(rows, expected, strict=True)] == expected
+    expected = right("blip2-opt")[1]
+    assert [row[: len(known)] for row, known in zip(rows, expected, strict=True)] == expected
 
 
 @pytest.mark.parametrize("kind", ["opt", "t5", "qwen2"])
@@ -218,9 +265,13 @@ def test_the_llm_alone_has_the_same_logits(
 
 @pytest.mark.parametrize("kind", ["instructblip-t5", "clip"])
 def test_a_bundle_needs_nothing_else(
-    tmp_path: Path, kind: str, vision_folder: Path, language_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    pictures: list[Path],
+    kind: str,
+    vision_folder: Path,
+    language_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pictures = draw_pictures(tmp_path / "pictures")
     sources = tmp_path / "sources"
     if kind == "clip":
         shutil.copytree(vision_folder, sources / "clip")
@@ -310,7 +361,9 @@ def test_what_a_blip2_has_no_place_for_is_said(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_blip2_tower_with_a_plain_llm_is_a_blip2(tmp_path: Path, language_folders: dict[str, Path]) -> None:
+def test_a_blip2_tower_with_a_plain_llm_is_a_blip2(
+    tmp_path: Path, pictures: list[Path], language_folders: dict[str, Path]
+) -> None:
     save_published(tmp_path / "published", "blip2-opt")
     values: Any = tiny_values(tmp_path / "published", language_folders["opt"], Path("not_read.jsonl"))
     values["prompt"] = {"question": "{question}"}
@@ -318,10 +371,9 @@ def test_a_blip2_tower_with_a_plain_llm_is_a_blip2(tmp_path: Path, language_fold
     made = assemble(parse_recipe(values, "test"), dtype="float32")
     stir_lora(made.model, seed=3)
     save_artefact(tmp_path / "adapter", made, Facts(made.fingerprints))
-    pictures = draw_pictures(tmp_path / "pictures")
     export_adapter(str(tmp_path / "adapter"), "blip2", tmp_path / "out")
     model, processor = opened(tmp_path / "out")
-    assert answers_of(model, processor, pictures, TEXTS, beams=5) == answers(tmp_path / "adapter", pictures, 5)
+    assert answers_of(model, processor, pictures, TEXTS, beams=5) == answers(tmp_path / "adapter", pictures, 5)[5]
 
 
 @pytest.mark.parametrize("to", ["blip2", "peft", "merged-llm", "bundle"])
