@@ -6,14 +6,15 @@ own random generator, so that its tokens are those that `qformer.generation.gene
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from qformer.decoding import Decoding
-from qformer.generation import PartlyRead, PrefixCache
+from qformer.generation import PartlyRead, PrefixCache, Stopped
 from qformer.language import LanguageModel
 from qformer.lm_head import logits_at
 from qformer.token_rules import TokenRules
@@ -50,6 +51,54 @@ def can_continue(language: LanguageModel) -> bool:
         plain = all(getattr(asked, name, None) in neutral for name in _ONLY_THERE)
         _CAN_CONTINUE[language] = language.can_pack and language.can_reuse_prefix and plain
     return _CAN_CONTINUE[language]
+
+
+@contextmanager
+def ended_between_layers(
+    language: LanguageModel, unwanted: Callable[[], bool]
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Have every pass through a model end between two of its layers, if nobody waits for it any more.
+
+    One part of a long prompt may take a second on a busy machine; one layer of it takes a thirtieth of that.
+
+    Args:
+        language: its layers are looked at; of a model that has no list of them, none is.
+        unwanted: looked at before each layer; it does no work with the model.
+
+    Yields:
+        A context for passes that are made meanwhile for somebody else, which are not ended.
+
+    Raises:
+        Stopped: `unwanted` said so.
+    """
+    others = 0
+
+    def look(*_: object) -> None:
+        if not others and unwanted():
+            raise Stopped
+
+    @contextmanager
+    def for_others() -> Iterator[None]:
+        nonlocal others
+        others += 1
+        try:
+            yield
+        finally:
+            others -= 1
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in _layers_of(language)]
+    try:
+        yield for_others
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers_of(language: LanguageModel) -> list[nn.Module]:
+    """The model's layers, one after the other; none if they are in no list of their own."""
+    count = getattr(language.config.get_text_config(), "num_hidden_layers", None)
+    lists = [module for module in language.base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return list(lists[0]) if len(lists) == 1 else []
 
 
 class AnswerRow:

@@ -4,9 +4,11 @@
     .venv/bin/python scripts/bench_mixed.py --adapter runs/quickstart --seconds 20 --clients 4
 
 Of the clients three quarters ask short questions one after the other, the others have pictures described by a beam
-search; every --long-every seconds somebody sends a prompt of --long characters. First the same short questions are
-asked on an idle engine. Pictures are drawn. Each short answer is compared with the one that is given alone, in float32;
-what was measured is printed as one JSON object, and the exit code is 1 if one was another's.
+search; every --long-every seconds somebody sends a prompt of --long characters. First one client asks the same short
+questions on an idle engine. Pictures are drawn. Each answer is compared with the one that is given alone, in float32.
+At the end a long prompt is left half way: how soon its work ends, and what that still costs, is measured, and how long
+a short question takes beside one. What was measured is printed as one JSON object; the exit code is 1 if an answer was
+another's, a request failed, or a figure misses what is promised.
 """
 
 from __future__ import annotations
@@ -19,10 +21,18 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 QUESTIONS = ("What is the biggest shape?", "How many shapes are there?", "What colour is the star?")
 _PICTURES = 4
 _WORDS = "which of all these words is the longest one? "
+_TIMES_IDLE = (
+    3.0  # the first token of a short question under load: 95 % of them within so many times that of an idle one
+)
+_ENDS = 1.0  # seconds after who asked has left
+_BESIDE = 2.0  # seconds of a short question beside a long prompt
+_FLAT = 64  # MiB that memory may grow by in the second half of the load
 
 
 def main() -> int:
@@ -42,12 +52,16 @@ def main() -> int:
     from qformer.decoding import Decoding
     from serve.adapter import picture_ref
     from serve.engine import Engine
+    from serve.pending import CLIENT, PendingAnswer
 
     pictures = [picture_ref(draw_scene(scene)) for scene in make_scenes(_PICTURES, seed=0)]
     short = Decoding(max_new_tokens=4)
     tasks = [(picture, question) for picture in pictures for question in QUESTIONS]
+    long_turns = [Turn("user", (_WORDS * (options.long // len(_WORDS) + 1))[: options.long])]
     firsts: list[float] = []
     wrong: list[str] = []
+    faults: list[str] = []
+    memory: list[float] = []
     counts = {"short": 0, "captions": 0, "long": 0}
     lock = threading.Lock()
     with Engine([options.adapter], device="cpu", dtype="float32", max_waiting=200) as engine:
@@ -60,60 +74,117 @@ def main() -> int:
             elapsed = time.monotonic() - began
             return elapsed, pending.result().text
 
+        def describe(number: int) -> str:
+            return engine.caption(pictures[number % _PICTURES]).result().text
+
         alone = [ask(number)[1] for number in range(len(tasks))]
+        captions_alone = [describe(number) for number in range(_PICTURES)]
         idle = [ask(number)[0] for number in range(2 * len(tasks))]
         ends = time.monotonic() + options.seconds
+        sent: list[PendingAnswer] = []
 
-        def short_questions(first: int) -> None:
-            for number in itertools.count(first):
-                if time.monotonic() > ends:
-                    return
-                elapsed, text = ask(number)
-                with lock:
-                    counts["short"] += 1
-                    firsts.append(elapsed)
-                    if text != alone[number % len(tasks)]:
-                        wrong.append(text)
+        def short_question(number: int) -> None:
+            elapsed, text = ask(number)
+            with lock:
+                counts["short"] += 1
+                firsts.append(elapsed)
+                if text != alone[number % len(tasks)]:
+                    wrong.append(text)
 
-        def captions(first: int) -> None:
-            for number in itertools.count(first):
-                if time.monotonic() > ends:
-                    return
-                engine.caption(pictures[number % _PICTURES]).result()
-                with lock:
-                    counts["captions"] += 1
+        def caption(number: int) -> None:
+            text = describe(number)
+            with lock:
+                counts["captions"] += 1
+                if text != captions_alone[number % _PICTURES]:
+                    wrong.append(text)
 
-        def long_prompts() -> None:
-            while time.monotonic() < ends:
-                asked = [Turn("user", (_WORDS * (options.long // len(_WORDS) + 1))[: options.long])]
-                engine.chat(asked, decoding=short)
-                with lock:
-                    counts["long"] += 1
-                time.sleep(options.long_every)
+        def long_prompt(number: int) -> None:
+            sent.append(engine.chat(long_turns, decoding=short))
+            counts["long"] += 1
+            while time.monotonic() < min(ends, began + (number + 1) * options.long_every):
+                memory.append(_resident())
+                time.sleep(min(0.5, options.long_every))
 
-        def counted(work: threading.Thread) -> threading.Thread:
-            work.start()
-            return work
+        def client(name: str, act: Callable[[int], None], first: int = 0) -> threading.Thread:
+            def work() -> None:
+                CLIENT.set(name)
+                for number in itertools.count(first):
+                    if time.monotonic() > ends:
+                        return
+                    try:
+                        act(number)
+                    except Exception as error:
+                        with lock:
+                            faults.append(f"{name}: {error!r}")
+                        return
 
+            thread = threading.Thread(target=work)
+            thread.start()
+            return thread
+
+        began = time.monotonic()
         busy = max(1, options.clients // 4)
-        threads = [counted(threading.Thread(target=short_questions, args=(n,))) for n in range(options.clients - busy)]
-        threads += [counted(threading.Thread(target=captions, args=(n,))) for n in range(busy)]
-        threads.append(counted(threading.Thread(target=long_prompts)))
+        threads = [client(f"short {n}", short_question, n) for n in range(options.clients - busy)]
+        threads += [client(f"caption {n}", caption, n) for n in range(busy)]
+        threads.append(client("long", long_prompt))
         for thread in threads:
             thread.join()
+        for pending in sent:
+            pending.stop()
+        answered = sum(pending.result().finish != "stopped" for pending in sent)
+        left = _leave(engine, long_turns, short)
+        beside = engine.chat(long_turns, decoding=short)
+        time.sleep(1)
+        took = time.monotonic()
+        ask(0)
+        took = time.monotonic() - took
+        beside.stop()
+        beside.result()
     p95 = {name: statistics.quantiles(times, n=20)[18] for name, times in (("idle", idle), ("loaded", firsts))}
-    found = {
+    middle = memory[len(memory) // 2 :]
+    found: dict[str, Any] = {
         **counts,
+        "long_answered": answered,
         "wrong": len(wrong),
+        "faults": faults[:5],
+        "first_token_idle_p50": round(statistics.median(idle), 3),
         "first_token_idle_p95": round(p95["idle"], 3),
         "first_token_loaded_p50": round(statistics.median(firsts), 3),
         "first_token_loaded_p95": round(p95["loaded"], 3),
         "first_token_loaded_worst": round(max(firsts), 3),
         "loaded_against_idle": round(p95["loaded"] / p95["idle"], 2),
+        "memory_mib": {"start": round(memory[0]), "middle": round(middle[0]), "end": round(memory[-1])},
+        "left_long_prompt": {name: round(value, 3) for name, value in left.items()},
+        "short_beside_long_seconds": round(took, 3),
         "cores": len(os.sched_getaffinity(0)),
     }
     print(json.dumps({**vars(options), **found}))
-    return 1 if wrong else 0
+    kept = (
+        p95["loaded"] <= _TIMES_IDLE * p95["idle"]
+        and memory[-1] - middle[0] <= _FLAT
+        and left["wall"] <= _ENDS
+        and took <= _BESIDE
+    )
+    return 0 if kept and not wrong and not faults else 1
+
+
+def _leave(engine: Any, turns: list[Any], decoding: Any) -> dict[str, float]:
+    """Leave a long prompt after a second: seconds to its end, the process's CPU seconds until then and after."""
+    pending = engine.chat(turns, decoding=decoding)
+    time.sleep(1)
+    assert not pending.done, "the prompt is read within a second: take a longer one"
+    wall, cpu = time.monotonic(), time.process_time()
+    pending.stop()
+    pending.result()
+    wall, cpu, after = time.monotonic() - wall, time.process_time() - cpu, time.process_time()
+    time.sleep(1)
+    return {"wall": wall, "cpu": cpu, "cpu_in_the_second_after": time.process_time() - after}
+
+
+def _resident() -> float:
+    """MiB of this process that are in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TypeVar
 from adapters.data.prompts import Turn
 from adapters.inference.request import Request
 from adapters.loading.vision_side import FrozenModels
-from qformer.continuous import can_continue
+from qformer.continuous import can_continue, ended_between_layers
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.generation import Stopped
@@ -317,18 +317,25 @@ class Engine:
     def _do_in_slices(self, chosen: list[PendingAnswer]) -> None:
         language = language_of(chosen[0])
 
-        def stopped() -> bool:
-            if not self._closed:
-                self._brief_turn()
-                language.activate()
-            return self._closed or all(pending.stopped for pending in chosen)
+        def unwanted() -> bool:
+            # what was written of an answer is kept: its writing ends after a token, and not between two layers
+            return self._closed or all(pending.stopped and not pending.text for pending in chosen)
 
-        if batch_key(chosen[0])[0] == "whole":
-            answer_whole(chosen, stopped)
-        elif chosen[0].choices:
-            choose_after_reading(chosen[0], stopped)
-        else:
-            self._writers.begin(chosen, stopped)
+        with ended_between_layers(language, unwanted) as for_others:
+
+            def stopped() -> bool:
+                if not self._closed:
+                    with for_others():
+                        self._brief_turn()
+                    language.activate()
+                return self._closed or all(pending.stopped for pending in chosen)
+
+            if batch_key(chosen[0])[0] == "whole":
+                answer_whole(chosen, stopped)
+            elif chosen[0].choices:
+                choose_after_reading(chosen[0], stopped)
+            else:
+                self._writers.begin(chosen, stopped)
 
     def _end_all(self, error: RuntimeError) -> None:
         self._writers.fail(error)

@@ -17,6 +17,7 @@ from typing import Any
 
 from adapters.data.batches import prompt_for
 from adapters.data.examples import Example
+from adapters.data.formats.registry import TEXT
 from adapters.data.prompts import Turn
 from adapters.inference.request import Request
 from qformer.errors import UserError
@@ -30,7 +31,7 @@ from serve.page.context import submit_all, wait_for
 from serve.page.security import inside
 
 MAX_ROWS = 2000
-DATA_FILES = (".jsonl", ".csv", ".tsv")
+DATA_FILES = tuple(TEXT)
 _TOGETHER = 16  # rows that are put to the engine at a time
 _SEEN = 0.3  # seconds between two looks at how far a job has come
 
@@ -221,7 +222,7 @@ def _lay_out_folders(table: Path, pictures: Sequence[Path]) -> None:
 def _checked_rows(source: Path, questions: Sequence[str], task: str | None, folder: Path) -> int:
     """How many answers are asked for; every picture is one that was uploaded."""
     total = 0
-    for row in BatchRows(source, questions=questions, task=task, offline=True):
+    for row in BatchRows(source, questions=questions, task=task, allow_outside=True, offline=True):  # looked at below
         for asked in row.asked:
             total += 1
             images = asked.asked.images if isinstance(asked.asked, Example) else ()

@@ -27,10 +27,31 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 IMMEDIATE: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 # as soon, but by way of the queue: an event that does not go by it has no way to show an error
 SOON: dict[str, Any] = {**PRIVATE, "concurrency_limit": None, "show_progress": "hidden"}
+# A picture that an event puts into its place is noticed a moment later, which ends what was asked before it. What is
+# asked about that picture begins after this moment.
+_AFTER_CHANGES = "() => new Promise(done => setTimeout(done, 60))"
 
 
 def _json() -> gr.JSON:
     return gr.JSON(visible=False)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a tab's button does, for an example to do the same.
+
+    Attributes:
+        event: of the button.
+        show: asks, and gives what is shown.
+        inputs: of `show`.
+        answered: the components that show the answer, in the order `show` gives them, each with its value, or its
+            update, if there is none.
+    """
+
+    event: Any
+    show: Callable[..., Any]
+    inputs: Sequence[Any]
+    answered: Mapping[Any, Any]
 
 
 @dataclass
@@ -55,6 +76,7 @@ class PageContext:
     _asking: list[Any] = field(default_factory=list)
     _changes: list[tuple[Callable[[str], Sequence[Any]], list[Any]]] = field(default_factory=list)
     _loads: list[tuple[gr.Image, Any]] = field(default_factory=list)
+    _tried: dict[gr.Image | None, tuple[list[Any], list[gr.State]]] = field(default_factory=dict)
     _endpoints: list[tuple[str, Callable[..., Any], list[Any], Callable[[], Any]]] = field(default_factory=list)
 
     def picture_slot(self) -> gr.Image:
@@ -72,9 +94,20 @@ class PageContext:
         return slot
 
     def offer_examples(
-        self, slot: gr.Image, *fields: Any, fill: Callable[[ExamplePicture], Sequence[str]] = lambda example: ()
+        self,
+        slot: gr.Image,
+        *fields: Any,
+        fill: Callable[[ExamplePicture], Sequence[str]] = lambda example: (),
+        asking: Asking | None = None,
     ) -> None:
-        """Pictures to try beside a slot, with what they put into text fields; they are the chosen adapter's."""
+        """Pictures to try beside a slot; they are the chosen adapter's.
+
+        Args:
+            slot: takes the picture.
+            fields: take words.
+            fill: the words, a field each.
+            asking: what one click asks at once, and `forget` then sees to; None waits for the button.
+        """
         number = len(self.pictures) - 1
         where, first = self.examples[self.engine.adapter().name]
         offered = gr.Dataset(
@@ -82,22 +115,39 @@ class PageContext:
             label=f"Try one: {where}", elem_id=f"examples-{number}", elem_classes="examples", visible=bool(first),
         )  # fmt: skip
 
+        tried = gr.State(None)  # the picture that is asked about because it was clicked
+
         def load(index: Any, adapter: str) -> list[Any]:
             shown = self.examples[self.engine.adapter(adapter).name][1]
             example = shown[int(index) % len(shown)]  # our own: what an event says of itself is anybody's
-            return [str(example.path), *fill(example)]
+            return [str(example.path), *fill(example), *cleared.values(), str(example.path)]
 
         def swap(adapter: str) -> list[Any]:
             where, shown = self.examples[self.engine.adapter(adapter).name]
             return [gr.Dataset(samples=_samples(shown), label=f"Try one: {where}", visible=bool(shown))]
 
+        cleared = {} if asking is None else asking.answered
         self.with_adapter(swap, [offered])
-        loaded = offered.click(load, [offered, self.adapter], [slot, *fields], show_progress="hidden", **PRIVATE)
+        if asking is not None:
+            offered.click(None, None, None, cancels=asking.event, **IMMEDIATE)
+        outputs = [slot, *fields, *cleared, tried]
+        loaded = offered.click(load, [offered, self.adapter], outputs, show_progress="hidden", **PRIVATE)
         self._loads.append((slot, loaded))
+        if asking is not None:
+            asked = loaded.success(None, None, None, js=_AFTER_CHANGES, **PRIVATE).success(
+                asking.show,
+                list(asking.inputs),
+                list(cleared),
+                api_name=f"tried_{number}",
+                show_progress="hidden",
+                **ASKS_MODELS,
+                **PRIVATE,
+            )
+            self._tried[slot] = ([asked], [tried])
 
     def forget(
         self, picture: gr.Image | None, answered: dict[Any, Any], asking: Any, *, follows_adapter: bool = True
-    ) -> None:
+    ) -> list[Any]:
         """Take an answer off the page, and end one that is under way, if another picture or adapter comes.
 
         What does not write (a look, a search) is finished, and not shown.
@@ -107,16 +157,28 @@ class PageContext:
             answered: the components that show the answer, each with its value, or its update, if there is none.
             asking: the event that asks.
             follows_adapter: False for a tab with choosers of its own.
+
+        Returns:
+            All events that ask: the one given, and that of the pictures to try.
         """
+        asked, tried = self._tried.get(picture, ([], []))
+        asks = [asking, *asked]
         if follows_adapter:
-            self._asking.append(asking)
+            self._asking += asks
             self.with_adapter(lambda _: list(answered.values()), list(answered))
+
+        def take_off(picture: Any, *tried_paths: str | None) -> dict[Any, Any]:
+            if isinstance(picture, Mapping) and picture.get("path") in tried_paths:
+                return {one: picture["path"] for one in tried}  # what is answered, or will be, is about this one
+            return {**answered, **dict.fromkeys(tried)}
+
         if picture is not None:
             # An event's listeners run one after the other. If the end came second, a question that is asked while the
             # answer is being taken off would be ended too.
-            picture.change(None, None, cancels=asking, **IMMEDIATE)
+            picture.change(None, None, cancels=asks, **IMMEDIATE)
             # the page's own JavaScript would be quicker than the last word of what is ended, which would then stay
-            picture.change(lambda: answered, None, list(answered), **IMMEDIATE)
+            picture.change(take_off, [picture, *tried], [*answered, *tried], preprocess=False, **IMMEDIATE)
+        return asks
 
     def with_adapter(self, change: Callable[[str], Sequence[Any]], outputs: Sequence[Any]) -> None:
         """Have something on the page change with the adapter: `change` gives the outputs' values for its name."""
@@ -170,6 +232,9 @@ class PageContext:
             loads = [load for owner, load in self._loads if owner is slot]
             for event in (seen, *loads):
                 event.then(None, slot, others, js=f"picture => Array({len(others)}).fill(picture)", **PRIVATE)
+            slot.change(
+                None, slot, others, js=f"picture => window.querybridge.shared(picture, {len(others)})", **PRIVATE
+            )
             slot.clear(None, None, others, js=f"() => Array({len(others)}).fill(null)", **PRIVATE)
 
 

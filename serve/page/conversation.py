@@ -189,15 +189,21 @@ class KeptConversations:
         self._kept: OrderedDict[str, tuple[float, Conversation]] = OrderedDict()
         self._changing = threading.Lock()
 
-    def open(self, token: object) -> Conversation:
-        """The conversation of a tab, from before a reload, or a new one; what is no secret of ours opens none."""
+    def open(self, token: object, own: Conversation | None = None) -> Conversation:
+        """The conversation of a tab, from before a reload; what is no secret of ours opens none.
+
+        Args:
+            token: the tab's secret.
+            own: the conversation that is kept, or given back, if there is none of that secret; a new one if left out.
+        """
+        new = Conversation() if own is None else own
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
-            return Conversation()
+            return new
         now = time.monotonic()
         with self._changing:
             while self._kept and next(iter(self._kept.values()))[0] < now - self._seconds:
                 self._kept.popitem(last=False)
-            found = self._kept.pop(token, (now, Conversation()))[1]
+            found = self._kept.pop(token, (now, new))[1]
             self._kept[token] = (now, found)
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)

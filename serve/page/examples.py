@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.data.scenes.drawing import draw_scene, make_scenes
 from adapters.data.scenes.questions import questions_of
 from qformer.errors import UserError
 
 COUNT = 6  # pictures
+ANY_QUESTION = "what is in the picture?"  # for a picture that comes without one
 _QUESTIONS = 3  # of each
 _SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 _PHOTOS = {  # beside this file: each with what may be asked
@@ -21,12 +22,13 @@ _PHOTOS = {  # beside this file: each with what may be asked
     "coffee.jpg": ("what is in the cup?", "is there a spoon?"),
     "astronaut.jpg": ("what is the person wearing?", "is the person smiling?"),
     "palace.jpg": ("what kind of building is it?", "is it sunny?"),
-    "flower.jpg": ("what is in the picture?", "what colour is the flower?"),
+    "galaxies.jpg": ("what is in the picture?", "what colour is the background?"),
     "rocket.jpg": ("what is in the picture?", "is it day or night?"),
 }
-CREDITS = (
-    "Photos to try: cat by Stéfan van der Walt (CC0), coffee by Rachel Michetti (CC0), astronaut by NASA and rocket by"
-    " SpaceX (public domain), palace by danielbuechele and flower by vultilion (CC BY 2.0, made smaller)."
+CREDITS = (  # as scikit-image (skimage.data) and scikit-learn (datasets/images) state them
+    "Photos to try: cat by Stéfan van der Walt and coffee by Rachel Michetti, courtesy of Pikolo Espresso Bar (both"
+    " CC0); astronaut and galaxies by NASA and rocket by SpaceX (public domain); palace by danielbuechele (CC BY 2.0)."
+    " All were made smaller."
 )
 
 

@@ -6,11 +6,11 @@ import re
 from html import escape
 from typing import Any
 
+from adapters.inference.request import LOW
 from serve.adapter import LoadedAdapter
 from serve.page.examples import CREDITS
 from serve.pending import Answer
 
-LOW = 0.5  # confidence below which an answer is said to be unsure
 _MARKS = re.compile(r"([\\`*_\[\]#|~])")  # of Markdown
 _KINDS = {
     "vqa": "Answers questions about pictures.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import gradio as gr
@@ -11,6 +12,21 @@ from serve.page.inputs import MAX_BEAMS, MAX_TOKENS
 
 _BEAMS = "0: as each tab needs; 1: no search"
 _TEMPERATURE = "0: the likeliest word; above: drawn at random"
+_SAID = {
+    "beams": _BEAMS, "temperature": _TEMPERATURE, "drawn": "Words are drawn: set temperature to 0",
+    "searched": "There are beams: set them to 0 or 1",
+}  # fmt: skip
+_ALLOW = (
+    f"(temperature, beams) => {{ const said = {json.dumps(_SAID)};"
+    + """
+  const drawn = temperature > 0, searched = !drawn && beams > 1;
+  const update = values => ({ __type__: "update", ...values });
+  return [
+    update({ interactive: !searched, info: searched ? said.searched : said.temperature }),
+    update(drawn ? { value: 0, interactive: false, info: said.drawn } : { interactive: true, info: said.beams }),
+  ];
+}"""
+)
 
 
 def make_settings() -> list[Any]:
@@ -30,26 +46,14 @@ def make_settings() -> list[Any]:
 
 
 def show_settings(settings: list[Any]) -> None:
-    """Put the controls on the page: while words are drawn at random, there is no beam search, and the reverse."""
+    """Put the controls on the page: while words are drawn at random, there is no beam search, and the reverse.
+
+    The page itself sees to that: answers of a server could come in another order than the changes were made.
+    """
     for pair in (settings[:2], settings[2:]):
         with gr.Row():
             for control in pair:
                 control.render()
     _, temperature, _, beams = settings
-
-    def allow(temperature: float, beams: float) -> tuple[Any, Any]:
-        drawn, searched = temperature > 0, beams > 1
-        if drawn:
-            return gr.skip(), gr.Slider(value=0, interactive=False, info="Words are drawn: set temperature to 0")
-        return (
-            gr.Slider(
-                interactive=not searched, info="There are beams: set them to 0 or 1" if searched else _TEMPERATURE
-            ),
-            gr.Slider(interactive=True, info=_BEAMS),
-        )
-
     for control in (temperature, beams):
-        control.change(
-            allow, [temperature, beams], [temperature, beams], queue=False, show_progress="hidden",
-            trigger_mode="always_last", **PRIVATE,
-        )  # fmt: skip
+        control.change(None, [temperature, beams], [temperature, beams], js=_ALLOW, **PRIVATE)

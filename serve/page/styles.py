@@ -49,6 +49,16 @@ button { min-width: 24px; min-height: 24px; }
 #queries .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; }
 #queries .caption-label { padding: 0 .35rem; font-size: .75rem; }
 #queries .grid-container { padding-top: 0; }
+/* room for what comes, so that nothing below it moves */
+#answers { min-height: 8rem; }
+#compared { min-height: 9rem; }
+#found { min-height: 24rem; }
+#found .thumbnail-item { aspect-ratio: auto; height: auto; display: flex; flex-direction: column; }
+#found .thumbnail-item > img { aspect-ratio: 1; height: auto; min-height: 0; object-fit: contain; }
+#found .caption-label { position: static; width: 100%; max-width: 100%; padding: .35rem .5rem; border: 0; margin: 0;
+  white-space: normal; overflow-wrap: anywhere; text-overflow: clip; text-align: left; font-size: .88rem;
+  line-height: 1.35; color: var(--body-text-color); background: var(--block-background-fill); }
+#search-files .file-preview-holder { max-height: none; overflow: visible; }
 table.answers { width: 100%; border-collapse: collapse; font-size: .98rem; margin: 0; }
 table.answers th { text-align: left; font-weight: 600; font-size: .85rem; color: var(--block-info-text-color); }
 table.answers, table.answers * { border: 0 !important; background: none; }
@@ -102,7 +112,8 @@ button:focus-visible, [role=tab]:focus-visible, input:focus-visible { outline: 2
     border-bottom: 1px solid var(--border-color-primary) !important; }
   table.answers td { border: 0 !important; }
   table.answers td:first-child { grid-column: 1 / -1; padding-bottom: 0; }
-  #found { height: auto !important; max-height: 520px; }
+  #answers { min-height: 19rem; }
+  #compared { min-height: 12rem; }
   .picture { height: 190px !important; }
   .about dl { grid-template-columns: 1fr; gap: .1rem; }
   .about dd { margin-bottom: .5rem; }

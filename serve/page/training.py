@@ -43,10 +43,12 @@ class TrainingRuns:
 
     Args:
         folder: holds a folder for each run.
+        options: more words of each `querybridge finetune`, such as ("--set", "bridge.preset=tiny").
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.options = tuple(options)
         self._name = ""
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -78,7 +80,7 @@ class TrainingRuns:
         self._check_name(name)
         if (self.folder / name).exists():
             raise UserError(f"There is a run '{name}' already: take another name, or resume that one")
-        words = [str(path), "--out", str(self.folder / name)]
+        words = [str(path), "--out", str(self.folder / name), *self.options]
         if epochs:
             words += ["--set", f"train.epochs={epochs}"]
         self._train(name, words)

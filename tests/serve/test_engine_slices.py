@@ -14,6 +14,7 @@ from torch import Tensor
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Turn
 from qformer import generation
+from qformer.continuous import _layers_of
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.generation import PartlyRead, _StopWhenAsked
@@ -97,6 +98,39 @@ def test_who_leaves_during_a_long_prompt_stops_costing(hall: Engine, data_file: 
     assert seen < len(LONG[0].text) / PART - 5
     assert hall.chat(question(data_file), decoding=SHORT).result(60).tokens > 0
     assert len(parts) <= seen + 3  # the question's own
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("choices", [(), ("red", "green")])
+def test_who_leaves_ends_the_reading_of_a_part_between_two_layers(
+    hall: Engine, data_file: Path, choices: tuple[str, ...]
+) -> None:
+    language = hall.adapter().assembly.model.language
+    layers = _layers_of(language)
+    held = threading.Event()
+    hall.run(lambda _: held.wait(20))
+    left = hall.choose(LONG, choices) if choices else hall.chat(LONG, decoding=SHORT)
+    passed: list[int] = []
+
+    def look(number: int, shape: tuple[int, ...]) -> None:
+        passed.append(number)
+        if number == 0 and shape[1] == PART:
+            left.stop()
+
+    hooks = [
+        layer.register_forward_hook(lambda _, given, __, number=number: look(number, given[0].shape))
+        for number, layer in enumerate(layers)
+    ]
+    try:
+        held.set()
+        found = left.result(60)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(layers) > 1 and passed == [0]
+    assert (found.finish, found.text) == ("stopped", "")
+    assert hall.chat(question(data_file), decoding=SHORT).result(60).tokens > 0
+    assert not any(layer._forward_pre_hooks for layer in layers)
 
 
 def test_a_short_question_passes_a_beam_search(hall: Engine, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ import gradio as gr
 
 from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
+from adapters.inference.request import LOW
 from qformer.errors import UserError
 from serve.limits import MAX_SEARCHED_UPLOADS
 from serve.page.batch_job import DATA_FILES, BatchJobShown, answer_files
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, SOON, PageContext, last
 from serve.page.inputs import check_kept, show_user_errors
-from serve.page.notes import LOW
 from serve.page.security import inside
 
 _SHOWN = 100  # rows in the table; the files have all

@@ -13,7 +13,7 @@ from adapters.data.image_ref import ImageRef
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.engine import Engine
-from serve.page.context import ASKS_MODELS, PRIVATE, PageContext, read_along, submit_all, wait_for
+from serve.page.context import ASKS_MODELS, PRIVATE, Asking, PageContext, read_along, submit_all, wait_for
 from serve.page.inputs import Settings, show_user_errors, uploaded
 from serve.page.notes import caption_note, shown_note
 from serve.pending import PendingAnswer
@@ -45,7 +45,7 @@ def caption_tab(context: PageContext) -> gr.HTML:
                     label="Caption", lines=3, max_lines=12, interactive=False, buttons=["copy"], elem_id="caption",
                     elem_classes="said", placeholder="The caption comes here.",
                 )  # fmt: skip
-        context.offer_examples(picture)
+        examples = gr.Column()
 
     def caption(
         picture: Any,
@@ -71,6 +71,8 @@ def caption_tab(context: PageContext) -> gr.HTML:
 
     inputs = [picture, style, language, context.adapter, *context.settings]
     asking = button.click(caption, inputs, said, api_name="describe", show_progress="hidden", **ASKS_MODELS, **PRIVATE)
+    with examples:
+        context.offer_examples(picture, asking=Asking(asking, caption, inputs, {said: ""}))
     context.forget(picture, {said: ""}, asking)
     context.endpoint("caption", caption, inputs, _text)
     return note

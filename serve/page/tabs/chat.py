@@ -49,6 +49,11 @@ def chat_tab(context: PageContext, page: gr.Blocks) -> None:
             placeholder="Ask about a picture", elem_id="chat-box", max_plain_text_length=20_000,
         )  # fmt: skip
         status = gr.HTML(elem_id="chat-status", elem_classes="status", padding=False)
+        with gr.Accordion("Take a picture", open=False, elem_id="chat-camera"):
+            camera = gr.Image(
+                type="filepath", image_mode=None, show_label=False, label="Camera", sources=["webcam"], buttons=[],
+                height=260,
+            )  # fmt: skip
         conversation = gr.State(Conversation())
         token, file = gr.Textbox(visible=False), gr.JSON(visible=False)
 
@@ -63,20 +68,22 @@ def chat_tab(context: PageContext, page: gr.Blocks) -> None:
         box_now: Any = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
         return as_messages(shown, conversation.said), box_now, waiting_note(0, 0)
 
-    def send(message: Any, conversation: Conversation) -> tuple[Any, Any, str]:
+    def send(token: Any, message: Any, conversation: Conversation) -> tuple[Any, ...]:
+        mine = kept.open(token, conversation)  # the page may not have opened it yet
         with show_user_errors():
-            return begin(conversation, read_turn(message, context.uploads))
+            return mine, *begin(mine, read_turn(message, context.uploads))
 
     def again(conversation: Conversation) -> tuple[Any, Any, str]:
         with show_user_errors():
             return begin(conversation, None)
 
-    def send_example(conversation: Conversation, adapter: str, event: gr.SelectData) -> tuple[Any, Any, str]:
+    def send_example(token: Any, conversation: Conversation, adapter: str, event: gr.SelectData) -> tuple[Any, ...]:
+        mine = kept.open(token, conversation)
         offered = _with_questions(context, adapter)
         example = offered[int(event.index) % len(offered)]  # our own: what an event says of itself is anybody's
         picture = ImageRef(example.path.name, path=example.path)
         with show_user_errors():
-            return begin(conversation, Turn("user", example.questions[0], (picture,)))
+            return mine, *begin(mine, Turn("user", example.questions[0], (picture,)))
 
     def write(conversation: Conversation, adapter: str, *settings: Any) -> Iterator[tuple[Any, Any, str]]:
         draft = conversation.take_draft()
@@ -96,14 +103,25 @@ def chat_tab(context: PageContext, page: gr.Blocks) -> None:
             yield as_messages(conversation.turns, conversation.said), back, ""
             raise
 
+    def add_picture(taken: Any, message: Any) -> tuple[Any, Any]:
+        if not taken:
+            return gr.skip(), gr.skip()
+        given = message if isinstance(message, Mapping) else {}
+        with show_user_errors():
+            files = [uploaded(file, context.uploads) for file in [*(given.get("files") or []), taken]]
+        value = {"text": given.get("text") or "", "files": list(map(file_data, files))}
+        return gr.MultimodalTextbox(value=value), None
+
     def undo_shown(conversation: Conversation) -> tuple[Any, Any, str]:
         with show_user_errors():
             turn = conversation.take_back()
         box_now = gr.MultimodalTextbox(value=_as_message(turn))
         return as_messages(conversation.turns, conversation.said), box_now, ""
 
-    def open_kept(token: Any) -> tuple[Conversation, Any, Any]:
-        found = kept.open(token)
+    def open_kept(token: Any, conversation: Conversation) -> tuple[Conversation, Any, Any]:
+        found = kept.open(token, conversation)
+        if found is conversation:  # a new one, or its visitor was quicker than the page
+            return found, gr.skip(), gr.skip()
         draft = found.take_draft()  # of a page that is gone
         back = gr.skip() if draft is None or draft.again else gr.MultimodalTextbox(value=_as_message(draft.turn))
         return found, as_messages(found.turns, found.said), back
@@ -156,20 +174,24 @@ def chat_tab(context: PageContext, page: gr.Blocks) -> None:
     at_once: dict[str, Any] = {**SOON, "preprocess": False}
     writing = []
     for event in (
-        box.submit(send, [box, conversation], shown, **at_once),
+        box.submit(send, [token, box, conversation], [conversation, *shown], js=_TOKEN, **at_once),
         window.retry(again, conversation, shown, **at_once),
-        window.example_select(send_example, [conversation, context.adapter], shown, **at_once),
+        window.example_select(
+            send_example, [token, conversation, context.adapter], [conversation, *shown], js=_TOKEN, **at_once
+        ),
     ):
         writing.append(event.success(write, asked, shown, show_progress="hidden", **ASKS_MODELS, **PRIVATE))
         writing[-1].then(ready, None, box, **IMMEDIATE)  # after a failure too
     box.stop(_stop, conversation, None, **IMMEDIATE)
+    camera.change(add_picture, [camera, box], [box, camera], **at_once)  # taking a picture has no event but this
     window.undo(undo_shown, conversation, shown, **SOON)
     # what is still on its way from the server would come after the end
     window.clear(None, None, cancels=writing, **IMMEDIATE)
     window.clear(forget, conversation, shown, **IMMEDIATE)
     for button, make in zip(downloads, (download_markdown, download_json), strict=True):
         button.click(make, conversation, file, **SOON).success(None, file, file, js=_SAVE, **PRIVATE)
-    page.load(open_kept, token, [conversation, window, box], js=_TOKEN, **IMMEDIATE)
+    opened = page.load(open_kept, [token, conversation], [conversation, window, box], js=_TOKEN, **IMMEDIATE)
+    opened.then(None, None, None, js="() => { document.body.dataset.ready = 'yes'; }", **PRIVATE)
     context.with_adapter(lambda adapter: [gr.Chatbot(examples=_examples(context, adapter))], [window])
 
     context.endpoint("chat", chat, [box, *asked], _reply)

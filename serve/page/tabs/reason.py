@@ -14,7 +14,8 @@ from adapters.data.image_ref import ImageRef
 from qformer.decoding import Decoding
 from serve.adapter import checked_choices
 from serve.engine import Engine
-from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext, last, read_along
+from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, Asking, PageContext, last, read_along
+from serve.page.examples import ANY_QUESTION
 from serve.page.inputs import Settings, as_visitor, show_user_errors, uploaded, words
 from serve.page.notes import footnote, reason_note, shown_note, waiting_note
 from serve.pending import Answer
@@ -62,7 +63,7 @@ def reason_tab(context: PageContext) -> gr.HTML:
                     latex_delimiters=[], feedback_options=None, placeholder="The thought comes here, then the answer.",
                 )  # fmt: skip
                 status = gr.HTML(elem_id="reason-status", elem_classes="status", padding=False)
-        context.offer_examples(picture, question, fill=lambda example: [next(iter(example.questions), "")])
+        examples = gr.Column()
 
     def run(
         picture: Any, question: str, choices: str | None, adapter: str, *settings: Any
@@ -94,8 +95,14 @@ def reason_tab(context: PageContext) -> gr.HTML:
     inputs = [picture, question, choices, context.adapter, *context.settings]
     asks = [button.click, question.submit, choices.submit]
     asking = gr.on(asks, show, inputs, [window, status], show_progress="hidden", **ASKS_MODELS, **PRIVATE)
-    context.forget(picture, {window: [], status: ""}, asking)
-    window.clear(None, None, cancels=asking, **IMMEDIATE)
+    nothing: dict[Any, Any] = {window: [], status: ""}
+    with examples:
+        context.offer_examples(
+            picture, question, fill=lambda example: [next(iter(example.questions), ANY_QUESTION)],
+            asking=Asking(asking, show, inputs, nothing),
+        )  # fmt: skip
+    under_way = context.forget(picture, nothing, asking)
+    window.clear(None, None, cancels=under_way, **IMMEDIATE)
     window.clear(lambda: ([], ""), None, [window, status], **IMMEDIATE)
     context.endpoint("reason", reason, inputs)
     return note

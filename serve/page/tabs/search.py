@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,32 @@ from qformer.errors import UserError
 from serve.adapter import LoadedAdapter
 from serve.engine import Engine
 from serve.limits import MAX_SEARCHED_UPLOADS
-from serve.page.context import ASKS_MODELS, PRIVATE, PageContext
-from serve.page.inputs import show_user_errors, uploaded, whole
+from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext
+from serve.page.inputs import plain_words, show_user_errors, titled, uploaded, whole
 from serve.page.notes import can_search, search_note, shown_note
 from serve.retrieval import Hit, IndexReport, PictureIndex, rank
 
-MOST = 24  # pictures shown
+MOST = MAX_SEARCHED_UPLOADS  # pictures shown: all that were uploaded can be
 _TOGETHER = 16  # pictures embedded before whoever else asks has a turn
 _THUMBNAIL = 480  # pixels, the longest side
+_MANY, _SMALLER = 24, 200  # if more are shown, each has fewer pixels
+_UPLOADS_LABEL = "Pictures to search among"
 _FRESH = 10.0  # seconds that an index is taken for up to date: pictures come and go while the page is open
 _FOLDER, _UPLOADS = "folder", "uploads"
+_NAMED = 5  # files that a message names
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An uploaded file that is not searched.
+
+    Attributes:
+        name: as its owner knows it.
+        why: in words.
+    """
+
+    name: str
+    why: str
 
 
 class ImageFinder:
@@ -176,16 +193,16 @@ def search_tab(context: PageContext, finder: ImageFinder) -> gr.HTML:
                     visible=len(places) > 1,
                     elem_id="search-where",
                 )
-                files = gr.File(
-                    label="Pictures to search among", file_count="multiple", file_types=["image"], height=140,
-                    visible=first == _UPLOADS, elem_id="search-files",
-                )  # fmt: skip
                 most = gr.Slider(1, MOST, 6, step=1, label="How many to show", elem_id="search-most")
                 button = gr.Button("Search", variant="primary", elem_id="search-ask")
+                files = gr.File(
+                    label=_UPLOADS_LABEL, file_count="multiple", file_types=["image"], visible=first == _UPLOADS,
+                    elem_id="search-files",
+                )  # fmt: skip
             with gr.Column(scale=7, min_width=280):
                 gallery = gr.Gallery(
-                    show_label=False, label="Found", columns=3, height=520, object_fit="contain",
-                    buttons=["fullscreen"], interactive=False, elem_id="found",
+                    show_label=False, label="Found", columns=3, object_fit="contain", buttons=["fullscreen"],
+                    interactive=False, elem_id="found",
                 )  # fmt: skip
                 gr.HTML(
                     "<p>The score is the cosine of picture and query; per cent is how far the matching head believes"
@@ -194,18 +211,26 @@ def search_tab(context: PageContext, finder: ImageFinder) -> gr.HTML:
                     elem_classes="hint",
                 )
 
-    def run(text: str | None, like: Any, where: str, files: Any, most: Any, adapter: str) -> list[tuple[Hit, ImageRef]]:
+    def run(
+        text: str | None, like: Any, where: str, files: Any, most: Any, adapter: str
+    ) -> tuple[list[tuple[Hit, ImageRef]], list[LeftOut]]:
         with show_user_errors():
             query = _query(text, like, context.uploads)
             count = max(1, min(whole(most, "most"), MOST))
             if where == _FOLDER:
-                return finder.in_folder(query, count, adapter)
-            return finder.among(_files(files, context.uploads), query, count, adapter)
+                return finder.in_folder(query, count, adapter), []
+            pictures, left_out = readable(files, context.uploads)
+            return finder.among(pictures, query, count, adapter), left_out
 
     def show(text: str, like: Any, where: str, files: Any, most: Any, adapter: str) -> list[tuple[Image.Image, str]]:
-        found = run(text, like, where, files, most, adapter)
+        found, left_out = run(text, like, where, files, most, adapter)
+        if left_out:
+            said = "; ".join(one.why for one in left_out[:_NAMED])
+            more = len(left_out) - _NAMED
+            gr.Warning(titled(_count_left_out(len(left_out)), said + (f"; and {more} more" if more > 0 else "")))
         with show_user_errors():
-            return [(_thumbnail(ref), f"{_scores(hit)} · {Path(hit.path).name}") for hit, ref in found]
+            side = _THUMBNAIL if len(found) <= _MANY else _SMALLER
+            return [(_thumbnail(ref, side), f"{Path(hit.path).name} · {_scores(hit)}") for hit, ref in found]
 
     def search(
         text: str | None = None,
@@ -215,17 +240,26 @@ def search_tab(context: PageContext, finder: ImageFinder) -> gr.HTML:
         most: int = 6,
         adapter: str = "",
     ) -> list[dict[str, Any]]:
-        """Find pictures in the page's folder ("folder") or among uploaded ones ("uploads"), by words or a picture."""
-        found = run(text, like, where, files, most, adapter)
+        """Find pictures in the page's folder ("folder") or among uploaded ones ("uploads"), by words or a picture.
+
+        Uploaded files that are no pictures come last, each with its "error" and no score.
+        """
+        found, left_out = run(text, like, where, files, most, adapter)
         # no "path": clients take what is called so for a file to fetch
-        return [{"picture": hit.path, "score": hit.score, "match": hit.match} for hit, _ in found]
+        hits: list[dict[str, Any]] = [{"picture": hit.path, "score": hit.score, "match": hit.match} for hit, _ in found]
+        return hits + [{"picture": one.name, "score": None, "match": None, "error": one.why} for one in left_out]
+
+    def count(files: Any) -> Any:
+        number = len(files) if isinstance(files, list) else 0
+        return gr.File(label=f"{_UPLOADS_LABEL} ({number})" if number else _UPLOADS_LABEL)
 
     inputs = [text, like, where, files, most, context.adapter]
     asking = gr.on([button.click, text.submit], show, inputs, gallery, **ASKS_MODELS, **PRIVATE)
     context.forget(None, {gallery: []}, asking)
     where.change(
-        lambda chosen: gr.File(visible=chosen == _UPLOADS), where, files, queue=False, show_progress="hidden", **PRIVATE
+        None, where, files, js=f"chosen => ({{ __type__: 'update', visible: chosen === '{_UPLOADS}' }})", **PRIVATE
     )
+    files.change(count, files, files, preprocess=False, **IMMEDIATE)
     context.endpoint("search", search, inputs)
     return note
 
@@ -239,7 +273,16 @@ def _query(text: str | None, like: Any, uploads: Path) -> str | ImageRef:
     return found or uploaded(like, uploads)
 
 
-def _files(files: Any, uploads: Path) -> list[ImageRef]:
+def readable(files: Any, uploads: Path) -> tuple[list[ImageRef], list[LeftOut]]:
+    """The uploaded files that are pictures, and those that are not.
+
+    Args:
+        files: as the page's component hands them over, unopened.
+        uploads: where uploads lie.
+
+    Raises:
+        UserError: there are none, too many, or none that is a picture.
+    """
     listed = files if isinstance(files, list) else [files] if files else []
     if not listed:
         raise UserError("There are no pictures to search among yet: upload some")
@@ -247,13 +290,29 @@ def _files(files: Any, uploads: Path) -> list[ImageRef]:
         raise UserError(
             f"{len(listed)} pictures are too many: upload at most {MAX_SEARCHED_UPLOADS}, or start with --search-folder"
         )
-    return [uploaded(file, uploads) for file in listed]
+    pictures, left_out = [], []
+    for file in listed:
+        try:
+            pictures.append(uploaded(file, uploads))
+        except UserError as error:
+            if len(listed) == 1:
+                raise
+            named = file if isinstance(file, Mapping) else {}
+            name = Path(str(named.get("orig_name") or named.get("path") or "?")).name
+            left_out.append(LeftOut(name, plain_words(str(error))))
+    if not pictures:
+        raise UserError(f"None of the {len(listed)} files is a picture: {left_out[0].why}")
+    return pictures, left_out
 
 
-def _thumbnail(ref: ImageRef) -> Image.Image:
-    """A small copy: the file itself stays where it is, out of the page's reach."""
+def _count_left_out(number: int) -> str:
+    return "1 file was left out" if number == 1 else f"{number} files were left out"
+
+
+def _thumbnail(ref: ImageRef, side: int) -> Image.Image:
+    """A copy with no side longer than that many pixels: the file itself stays where it is, out of the page's reach."""
     picture = open_image(ref)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    picture.thumbnail((side, side))
     return picture
 
 

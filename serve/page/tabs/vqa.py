@@ -13,7 +13,8 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Turn
 from qformer.errors import UserError
 from serve.engine import Engine
-from serve.page.context import ASKS_MODELS, PRIVATE, PageContext, last, submit_all, wait_for
+from serve.page.context import ASKS_MODELS, PRIVATE, Asking, PageContext, last, submit_all, wait_for
+from serve.page.examples import ANY_QUESTION
 from serve.page.inputs import Settings, show_user_errors, uploaded, words
 from serve.pending import Answer, PendingAnswer
 
@@ -39,7 +40,7 @@ def vqa_tab(context: PageContext) -> None:
                 button = gr.Button("Ask", variant="primary", elem_id="vqa-ask")
                 table = gr.HTML(elem_id="answers", padding=False)
                 gr.HTML(f"<p>{_HINT}</p>", elem_classes="hint")
-        context.offer_examples(picture, questions, fill=lambda example: ["\n".join(example.questions)])
+        examples = gr.Column()  # what is in them is given once it is known what asks
 
     def run(picture: Any, questions: str, adapter: str, *settings: Any) -> Iterator[list[dict[str, Any]]]:
         with show_user_errors():
@@ -64,6 +65,11 @@ def vqa_tab(context: PageContext) -> None:
 
     inputs = [picture, questions, context.adapter, *context.settings]
     asking = gr.on([button.click, questions.submit], show, inputs, table, **ASKS_MODELS, **PRIVATE)
+    with examples:
+        context.offer_examples(
+            picture, questions, fill=lambda example: ["\n".join(example.questions or (ANY_QUESTION,))],
+            asking=Asking(asking, show, inputs, {table: ""}),
+        )  # fmt: skip
     context.forget(picture, {table: ""}, asking)
     context.endpoint("vqa", vqa, inputs)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from page_server import draw_data, served
-from page_view import SIZES, View
+from page_view import View
 from tiny import draw_captions, save_tiny_bert, tiny_values
 
 from adapters.loading.vision_side import load_vision_side
@@ -66,8 +66,9 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
-        yield browser
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server", *camera])
+        yield browser.new_context()  # all views fetch the page's scripts once
         browser.close()
 
 
@@ -76,7 +77,7 @@ def open_view(browser: Any, address: str) -> Iterator[Callable[..., View]]:
     views: list[View] = []
 
     def make(size: str = "desk", scheme: str = "light") -> View:
-        views.append(View(browser, address, SIZES[size], scheme))
+        views.append(View(browser, address, size, scheme))
         return views[-1]
 
     yield make

@@ -37,6 +37,7 @@ PUBLIC = {
     "/reason",
     "/search",
     "/look",
+    "/ground",
     "/compare",
     "/batch",
 }
@@ -81,7 +82,7 @@ def test_the_page_is_bounded_and_private(address: str, folder: Path) -> None:
 
     assert address.startswith("http://127.0.0.1:")
     assert page._queue.max_size == 32
-    assert len(asking) == 9
+    assert len(asking) == 10
     assert {(fn.concurrency_id, fn.concurrency_limit) for fn in asking} == {("model", 32)}
     assert page.analytics_enabled is False
     assert page.delete_cache == (3600, 3600)
@@ -262,13 +263,14 @@ def test_examples_have_a_picture_and_questions_of_their_own(folder: Path, tmp_pa
     ]
 
 
-def test_a_row_of_several_pictures_is_no_example(folder: Path, tmp_path: Path) -> None:
-    images = [str(folder / "red.png"), str(folder / "blue.png")]
+def test_a_row_of_several_pictures_is_no_example(tmp_path: Path) -> None:
+    draw_data(tmp_path)
+    images = ["red.png", "blue.png"]
     rows = [{"images": images, "question": "which?"}, {"image": images[1], "question": "what?"}]
     (tmp_path / "shapes.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
     assert [(one.path, one.questions) for one in data_examples(str(tmp_path / "shapes.jsonl"), "vqa")] == [
-        (folder / "blue.png", ("what?",))
+        (tmp_path / "blue.png", ("what?",))
     ]
 
 

@@ -158,6 +158,11 @@ def test_a_conversation_is_opened_by_its_secret_alone() -> None:
     assert kept.open(secret) is mine
     for other in (secret[::-1], secret[:-1], "", None, 3, secret + "\n"):
         assert kept.open(other).turns == []
+    early = Conversation()
+    assert kept.open(secret, early) is mine  # what was said before goes on
+    assert kept.open("c" * 32, early) is early and kept.open("c" * 32) is early
+    assert kept.open("no secret", early) is early and kept.open("no secret") is not early
+    kept.open(secret)
     kept.open("a" * 32)
     kept.open("b" * 32)
     assert kept.open(secret) is not mine  # two are kept

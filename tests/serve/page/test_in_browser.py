@@ -11,7 +11,7 @@ from fake_engine import FakeEngine
 from page_view import View
 
 
-def test_a_conversation(open_view: Callable[..., View], folder: Path) -> None:
+def test_a_conversation(open_view: Callable[..., View], folder: Path, engine: FakeEngine) -> None:
     view = open_view()
     page = view.page
     view.send("which is red?", folder / "red.png", folder / "blue.png")
@@ -22,8 +22,11 @@ def test_a_conversation(open_view: Callable[..., View], folder: Path) -> None:
     view.says("asked 'and now?' about red.png (40, 30), blue.png (40, 30) after 1 turns")
     assert page.locator("#chat .image-frame img").count() == 2
 
+    asked = len(engine.pending)
     page.get_by_label("Retry").last.click()
-    page.wait_for_timeout(300)
+    page.wait_for_function("document.querySelectorAll('#chat .typing').length == 0")
+    while len(engine.pending) == asked:
+        page.wait_for_timeout(20)
     view.says("asked 'and now?' about red.png (40, 30), blue.png (40, 30) after 1 turns")
     page.get_by_label("Undo").last.click()
     page.wait_for_function("document.querySelector('#chat-box textarea').value == 'and now?'")
@@ -36,6 +39,28 @@ def test_a_conversation(open_view: Callable[..., View], folder: Path) -> None:
     page.locator("#chat").get_by_text("asked 'which is red?'").click(
         trial=True
     )  # and nothing lies over the conversation
+
+
+def test_a_picture_is_taken_with_the_camera(open_view: Callable[..., View]) -> None:
+    view = open_view()
+    page = view.page
+    page.fill("#chat-box textarea", "what do you see?")
+    page.locator("#chat-camera button").first.click()
+    page.locator("#chat-camera").get_by_text("Access Webcam").click()
+    page.wait_for_function("document.querySelector('#chat-camera video').videoWidth > 0")
+    page.locator("#chat-camera").get_by_label("capture photo").click()
+    page.wait_for_selector("#chat-box .thumbnail-item")
+    assert page.input_value("#chat-box textarea") == "what do you see?"
+    page.press("#chat-box textarea", "Enter")
+    view.says("asked 'what do you see?' about image.png")
+    view.tab("VQA")
+    page.locator("#picture-0").get_by_label("Capture from camera").click()
+    page.locator("#picture-0").get_by_text("Access Webcam").click()
+    page.wait_for_function("document.querySelector('#picture-0 video').videoWidth > 0")
+    page.locator("#picture-0").get_by_label("capture photo").click()
+    page.wait_for_selector("#picture-0 .image-frame img")
+    view.tab("Caption")
+    page.wait_for_selector("#picture-1 .image-frame img")  # it has come along
 
 
 def test_stop_and_clear(open_view: Callable[..., View], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +133,21 @@ def test_search_shows_small_copies(open_view: Callable[..., View], folder: Path)
     page.click("#search-ask")
     page.wait_for_function("document.querySelectorAll('#found .thumbnail-item img').length == 2")
 
+    # a file that is no picture is left out and named; what is found has its name to read
+    page.locator("#search-files").get_by_label("Clear").or_(
+        page.locator("#search-files").get_by_label("Remove")
+    ).first.click()
+    page.wait_for_selector("#search-files input[type=file]", state="attached")
+    view.upload("#search-files", *(folder / name for name in ("red.png", "text.jpg", "blue.png", "green.png")))
+    page.wait_for_function("document.querySelector('#search-files').innerText.includes('(4)')")
+    page.click("#search-ask")
+    view.says("1 file was left out")
+    view.says("image 'text.jpg' is not a picture")
+    page.wait_for_function("document.querySelectorAll('#found .thumbnail-item img').length == 3")
+    captions = page.locator("#found .caption-label")
+    assert "red.png" in " ".join(captions.all_inner_texts())
+    assert captions.evaluate_all("all => all.every(one => one.scrollWidth <= one.clientWidth + 1)")
+
 
 def test_look_draws_all_queries_and_each(open_view: Callable[..., View], folder: Path) -> None:
     view = open_view()
@@ -115,15 +155,22 @@ def test_look_draws_all_queries_and_each(open_view: Callable[..., View], folder:
     view.tab("Look")
     view.put_picture("#picture-3", folder / "red.png")
     page.click("#look-ask")
-    view.says("All queries together, all layers")
+    view.says("All 3 glances together")
     view.says("Attention shows where the bridge reads, not why an answer comes out")
     page.wait_for_function("document.querySelectorAll('#queries .thumbnail-item').length == 3")
     before = page.get_attribute("#seen img", "src")
     page.locator("#queries .thumbnail-item").nth(1).click()
-    view.says("Query 2 of 3, all layers")
+    view.says("Glance 2 of 3.")
     assert page.get_attribute("#seen img", "src") != before
     page.locator("#look-query input[type=range]").press("ArrowRight")
-    view.says("Query 3 of 3, all layers")
+    view.says("Glance 3 of 3.")
+    page.fill("#look-phrase input, #look-phrase textarea", "the red square")
+    page.click("#look-ask")
+    view.says("the red square: warmest at")  # no grounding head, so no box
+    page.wait_for_selector("#queries", state="hidden")
+    page.fill("#look-phrase input, #look-phrase textarea", "")
+    page.click("#look-ask")
+    page.wait_for_selector("#queries .thumbnail-item")
     page.locator("#picture-3").get_by_label("Remove Image").or_(
         page.locator("#picture-3").get_by_label("Clear")
     ).first.click()
@@ -141,9 +188,19 @@ def test_an_example_and_another_adapter(open_view: Callable[..., View]) -> None:
     page.locator("#examples-0 .gallery-item, #examples-0 button").nth(1).click()
     page.wait_for_selector("#picture-0 .image-frame img")
     assert page.input_value("#questions textarea") == "is it shape 1?\nwhat colour is it?"
+    page.wait_for_function("document.querySelector('#answers').innerText.includes('about green.png')")  # and asked
     view.tab("Look")
     page.wait_for_selector("#picture-3 .image-frame img")  # an example goes from tab to tab too
+    view.tab("Caption")
+    page.locator("#examples-1 button").nth(2).click()
+    page.wait_for_function("document.querySelector('#caption textarea').value == 'a caption (en) of blue.png'")
+    view.tab("Reason")
+    page.locator("#examples-2 button").nth(0).click()
+    page.locator("#thoughts").get_by_text("a ball").wait_for()
+    view.tab("Caption")
+    page.wait_for_function("document.querySelector('#caption textarea').value == ''")  # that was of another picture
     view.tab("VQA")
+    assert page.inner_text("#answers") == ""
     page.press("#questions textarea", "Shift+Enter")
     view.says("asked 'what colour is it?' about")
     view.tab("Search")
@@ -176,7 +233,8 @@ def test_what_is_under_way_ends_with_its_picture(
     ).first.click()
     page.wait_for_function("document.querySelector('#answers').innerText == ''")
     assert running.result(10).finish == "stopped"
-    page.wait_for_timeout(300)
+    view.tab("Caption")
+    view.tab("VQA")
     assert page.inner_text("#answers") == ""
 
 

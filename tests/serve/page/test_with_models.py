@@ -137,6 +137,17 @@ def test_uploaded_pictures_are_searched(
     assert [hit["picture"] for hit in found] == ["red0.png", "blue0.png"]
 
 
+def test_an_uploaded_file_that_is_no_picture_is_left_out_and_named(client: Client, pictures: Path) -> None:
+    files = [handle_file(pictures / name) for name in ("blue0.png", "broken.png", "red0.png")]
+    *found, left_out = client.predict("a red square", where="uploads", files=files, api_name="/search")
+
+    assert {hit["picture"] for hit in found} == {"red0.png", "blue0.png"}
+    assert left_out["picture"] == "broken.png" and left_out["score"] is None
+    assert "'broken.png' is not a picture" in left_out["error"]
+    with pytest.raises(AppError, match=r"None of the 2 files is a picture: .*broken\.png"):
+        client.predict("red", where="uploads", files=[files[1], files[1]], api_name="/search")
+
+
 def test_another_adapter_cannot_search(client: Client) -> None:
     with pytest.raises(AppError, match="plain was trained without its text side"):
         client.predict("red", where="folder", adapter="plain", api_name="/search")
@@ -153,8 +164,8 @@ def test_where_the_bridge_looks_is_drawn(client: Client, red: Path) -> None:
     one, about_one = client.predict(handle_file(red), query=2, layer=1, api_name="/look")
 
     assert Image.open(every).size == Image.open(one).size == (512, 512)
-    assert words.startswith("All queries together, all layers") and words.endswith(CAVEAT)
-    assert about_one.startswith("Query 2 of 3, layer 1,")
+    assert words.startswith("All 3 glances together.") and words.endswith(CAVEAT)
+    assert about_one.startswith("Glance 2 of 3")
 
 
 def test_a_query_that_is_none_is_told(client: Client, red: Path) -> None:
