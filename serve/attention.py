@@ -6,6 +6,7 @@ answer came out as it did.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,11 +108,8 @@ class Attention:
             side = len(tower.rows)
             first = start + int(tower.class_token)
             grid = weights[first : first + side * side].reshape(side, side)
-            left, top, right, bottom = tower.box
-            across = _interpolation(tower.rows, size[0], left / self.size[0], right / self.size[0])  # [side, width]
-            down = _interpolation(tower.rows, size[1], top / self.size[1], bottom / self.size[1])  # [side, height]
             # a share of a place for a share of its ground: towers of fine and of coarse grids add up
-            heat += down.T @ grid @ across * side * side
+            heat += heat_over(grid, tower.rows, tower.box, self.size, size) * side * side
             start += tower.tokens
         return heat * len(weights) / sum(len(tower.rows) ** 2 for tower in self.towers)
 
@@ -166,7 +164,7 @@ def look(vision_side: VisionSide, image: ImageRef, question: str = "") -> Attent
     seen = bridge(vision_side.feature_norm(features), return_attentions=True, **instruction).cross_attentions
     weights = torch.stack([layer[0].float().mean(dim=0).cpu() for layer in seen])  # L of [1, H, Q, P] → [L, Q, P]
     looking = tuple(number for number, layer in enumerate(bridge.layers, start=1) if layer.cross_attention is not None)
-    return Attention(weights, looking, _places(vision_side, size), size)
+    return Attention(weights, looking, places_of(vision_side, size), size)
 
 
 def draw(picture: Image.Image, attention: Attention, query: int = 0, layer: int = 0) -> Image.Image:
@@ -178,6 +176,16 @@ def draw(picture: Image.Image, attention: Attention, query: int = 0, layer: int 
         query: as in `Attention.chosen`.
         layer: as in `Attention.chosen`.
     """
+    return overlay(picture, lambda size: attention.heat(size, query, layer))
+
+
+def overlay(picture: Image.Image, heat: Callable[[tuple[int, int]], np.ndarray] | None) -> Image.Image:
+    """The picture at a size to be looked at, with heat over it in colours; as it is if there is none.
+
+    Args:
+        picture: as `open_image` gives it.
+        heat: gives the heat [height, width] for a width and height in pixels; it is scaled to its own maximum.
+    """
     import matplotlib
 
     shown = picture.copy()
@@ -185,12 +193,36 @@ def draw(picture: Image.Image, attention: Attention, query: int = 0, layer: int 
     if max(shown.size) < _SHOWN // 2:  # a small picture would come out in blocks
         scale = _SHOWN // 2 / max(shown.size)
         shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.BICUBIC)
-    heat = attention.heat(shown.size, query, layer)
-    strength = heat / max(heat.max(), 1e-12)  # [height, width]
+    if heat is None:
+        return shown.convert("RGB")
+    found = heat(shown.size)
+    strength = found / max(found.max(), 1e-12)  # [height, width]
     colours = matplotlib.colormaps[COLOUR_MAP](_COLDEST + (1 - _COLDEST) * strength)[..., :3] * 255
     grey = np.asarray(shown.convert("L"), dtype=np.float64)[..., None] * _GROUND  # [height, width, 1]
     veil = _VEIL * strength[..., None] ** 0.6
     return Image.fromarray((grey * (1 - veil) + colours * veil).round().clip(0, 255).astype(np.uint8))
+
+
+def heat_over(
+    grid: np.ndarray,
+    rows: tuple[float, ...],
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    shown: tuple[int, int],
+) -> np.ndarray:
+    """A grid of places laid over a picture and interpolated: [height, width].
+
+    Args:
+        grid: [R, R], a value a place.
+        rows: as `Places.rows`.
+        box: as `Places.box`.
+        size: width and height of the picture, in pixels.
+        shown: width and height of what comes out.
+    """
+    left, top, right, bottom = box
+    across = _interpolation(rows, shown[0], left / size[0], right / size[0])  # [R, width]
+    down = _interpolation(rows, shown[1], top / size[1], bottom / size[1])  # [R, height]
+    return down.T @ grid @ across
 
 
 def describe(attention: Attention, query: int = 0, layer: int = 0) -> str:
@@ -212,7 +244,21 @@ def describe(attention: Attention, query: int = 0, layer: int = 0) -> str:
     return f"{who}, {where}, mean over heads. {sample_evenly}{divided} {CAVEAT}"
 
 
-def _places(vision_side: VisionSide, size: tuple[int, int]) -> tuple[Places, ...]:
+def describe_plainly(attention: Attention, query: int = 0, layer: int = 0) -> str:
+    """As `describe`, in words for people who know nothing of queries and layers."""
+    who = f"All {attention.queries} glances together"
+    if query:
+        who = f"Glance {query} of {attention.queries}"
+    when = ""
+    if layer and len(attention.layers) > 1:
+        when = f", at look {attention.layers.index(layer) + 1} of {len(attention.layers)}"
+    times = attention.strongest(query, layer)
+    spread = "It rests on a few places" if times >= 1.5 else "It is spread almost evenly"
+    return f"{who}{when}. {spread}: the strongest gets {times:.1f} times an even share. {CAVEAT}"
+
+
+def places_of(vision_side: VisionSide, size: tuple[int, int]) -> tuple[Places, ...]:
+    """Where the tokens of each tower lie in a picture of a width and height in pixels."""
     return tuple(
         Places(
             Path(source).name,
