@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qformer.class_reader import Classifier
 from qformer.efficientnet import MODEL_TYPE, EfficientNetLite, EfficientNetLiteConfig
 from qformer.errors import UserError
+from qformer.imagenet import imagenet_names
 from qformer.published import TOWER, is_published, read_tensors, tensor_files
 from qformer.quiet import quiet_transformers
 from qformer.tensor_names import describe_differences
@@ -45,6 +47,7 @@ class ImageEncoder(nn.Module):
         grid: (rows, columns) if the tokens are just a grid in reading order, else None.
         has_positions: whether the tower itself distinguishes places.
         layer: the chosen hidden state, counted from the front.
+        classifier: what the published tower names by the mean of that state; None if it has no such names.
     """
 
     architecture: ClassVar[str]
@@ -54,6 +57,7 @@ class ImageEncoder(nn.Module):
     has_class_token: ClassVar[bool] = True
     missing_blocks: ClassVar[int] = 0  # last blocks that checkpoints leave out; they count all the same
     norm_eps: float = 1e-6  # of the trained norm behind the tower: BLIP-2's
+    classifier: Classifier | None = None
 
     def __init__(self, model: nn.Module, processor: PilBackend, weights: str | None, layer: int, class_token: bool):
         super().__init__()
@@ -318,7 +322,11 @@ class EfficientNetLiteEncoder(ImageEncoder):
         return len(model.parts)
 
     def cut(self, model: Any, layer: int) -> None:
-        """Drop later parts and the classifier."""
+        """Drop later parts and the classifier, whose map is kept aside if it reads the chosen hidden state."""
+        linear, names = model.classifier, imagenet_names()
+        if layer == len(model.parts) - 1 and linear is not None and linear.out_features == len(names):
+            # beside the modules: it is no part of the tower, whose features do not depend on it
+            self.classifier = Classifier(linear.weight.detach().float(), linear.bias.detach().float(), names)
         model.cut(layer)
 
     def output_shape(self) -> tuple[int, int]:

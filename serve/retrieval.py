@@ -317,6 +317,9 @@ def classify(
 ) -> dict[str, float]:
     """Probabilities of labels for a picture, the likeliest first: a softmax over ITC's scores at its own temperature.
 
+    If the image encoder was trained as a classifier, what it takes the picture for counts as much as ITC does
+    (`adapters.inference.retrieval.Retriever.name`).
+
     Args:
         retriever: the loaded first stage.
         picture: what is to be named.
@@ -334,10 +337,5 @@ def classify(
     for template in templates:
         if "{label}" not in template:
             raise UserError(f"--template '{template}': put {{label}} where the label goes")
-    image = retriever.embed_images([picture_ref(picture)])  # [1, Q, E]
-    sentences = [template.replace("{label}", name) for name in names for template in templates]
-    vectors = retriever.embed_texts(sentences).unflatten(0, (len(names), len(templates))).mean(dim=1)  # [L, E]
-    vectors = torch.nn.functional.normalize(vectors, dim=-1)
-    temperature = retriever.model.heads.temperature.item()
-    shares = (retriever.scores(image, vectors)[0] / temperature).softmax(dim=0).tolist()
+    shares = retriever.name(picture_ref(picture), retriever.name_texts(names, templates), templates).tolist()
     return dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))

@@ -174,6 +174,7 @@ def said_in(adapter: LoadedAdapter, row: AnswerRow) -> Completion:
         len(written) < len(row.ids),
         sum(row.log_probs) / len(row.ids),
         chances,
+        adapter.assembly.temperature,
     )
 
 

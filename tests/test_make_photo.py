@@ -11,7 +11,8 @@ from data_rows import write_jsonl
 from scripts_as_modules import load_script
 
 from adapters.artefact.artefact import read_recipe
-from adapters.data.readers import read_data
+from adapters.data.photo_sets import chooses, read_lines
+from adapters.data.reading import read_data
 from adapters.loading.weight_deltas import read_weight_delta
 from adapters.recipe import differing_keys, load_recipe
 
@@ -26,7 +27,7 @@ def make_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    for place in ("flickr8k/images", "daquar/images"):
+    for place in ("flickr8k/images", "daquar/images", "broad/images"):
         (folder / place).mkdir(parents=True)
         (folder / place / "a.jpg").write_bytes(b"a picture, which is looked for and not opened")
     for part in ("train", "val"):
@@ -43,16 +44,24 @@ def data(tmp_path: Path) -> Path:
         write_jsonl(folder / f"flickr8k/reasons_{part}.jsonl", [reason])
         room = {"image": "images/a.jpg", "question": "what is left of the door ?", "answer": "garbage_bin, floor_mat"}
         write_jsonl(folder / f"daquar/questions_{part}.jsonl", [room])
+        box = {"image": "images/a.jpg", "phrase": "Two dogs", "boxes": [[0.1, 0.1, 0.4, 0.4]], "kind": "animals"}
+        write_jsonl(folder / f"flickr8k/boxes_{part}.jsonl", [box])
+        named = {"image": "images/a.jpg", "captions": ["A harp .", "A photo of a harp ."]}
+        write_jsonl(folder / f"broad/captions_{part}.jsonl", [named])
+        asked = {"What is in the picture?": "harp", "Is there a harp in the picture?": "yes"}
+        rows = [{"image": "images/a.jpg", "question": text, "answer": answer} for text, answer in asked.items()]
+        write_jsonl(folder / f"broad/questions_{part}.jsonl", rows)
     return folder
 
 
 def test_every_run_finds_its_files(make_photo: ModuleType, data: Path) -> None:
     for part in ("train", "val"):
         make_photo.make_questions(data, part)
-    for run in make_photo.RUNS_OF_STAGE2:
+    for run in (*make_photo.RUNS_OF_STAGE2, make_photo.EVERYTHING):
         for part, mixture in (("train", run.mixture), ("val", run.validation)):
             for source in make_photo.sources(data, part, mixture):
-                assert read_data(source["file"], task=source.get("task"), limit=source["limit"]).examples
+                how = {"task": source.get("task"), "limit": source["limit"], "allow_outside": True}
+                assert read_data(source["file"], **how).examples
     first, *_, last = (make_photo.sources(data, "train", run.mixture) for run in make_photo.RUNS_OF_STAGE2)
     assert len(last) == len(first) + 1  # the first run has no made questions
 
@@ -62,7 +71,7 @@ def test_made_questions_are_answered_by_captions_and_rooms_are_spelt_out(make_ph
     lines = (make_photo.MADE / "made_train.jsonl").read_text().splitlines()
     answers = {row["question"]: row["answer"] for row in map(json.loads, lines)}
     assert answers["how many dogs are there?"] == "2" and answers["where are the dogs?"] == "on the beach"
-    (room,) = read_data(make_photo.MADE / "rooms_train.jsonl").examples
+    (room,) = read_data(make_photo.MADE / "rooms_train.jsonl", allow_outside=True).examples
     assert room.answers == ("garbage bin, floor mat",) and room.images[0].path == data / "daquar/images/a.jpg"
 
 
@@ -74,6 +83,21 @@ def test_every_run_has_a_recipe_and_starts_from_the_one_before(make_photo: Modul
         assert before in (run.start, run.start.parent) and read_weight_delta(recipe.vision.towers[0].difference).ships
         before = run.out
         recipes[run.out / "last"] = recipe
+    # what ships is the mean still: the eighth run goes on from it, and has not been run as a whole
     shipped, recipe = read_recipe(make_photo.SHIPPED), recipes[next(iter(make_photo.SHARES))]
     assert set(make_photo.SHARES) == set(list(recipes)[-2:]) and recipe.data.views == shipped.data.views
     assert differing_keys(recipe, shipped.model_copy(update={"data": recipe.data})) == []
+    last = load_recipe("photo_stage2", [*make_photo.FASTER, *make_photo.EVERYTHING.overrides])
+    assert make_photo.EVERYTHING.start == make_photo.MEAN
+    assert last.bridge.reader == "classes" and last.data.views == 1
+
+
+def test_validation_photos_choose_or_report_and_wordings_differ(make_photo: ModuleType, data: Path) -> None:
+    make_photo.make_questions(data, "val")
+    rows = {name: list(read_lines(make_photo.MADE / f"broad_{name}.jsonl")) for name in ("chooses", "reports")}
+    assert chooses("images/a.jpg") and not chooses("images/c.jpg")
+    assert len(rows["chooses"]) == 2 and not rows["reports"]
+    make_photo.make_questions(data, "train")
+    worded = list(read_lines(make_photo.MADE / "broad_train.jsonl"))
+    assert len(worded) == 6 and len({row["question"] for row in worded}) > 2  # three wordings of two questions
+    assert {row["answer"] for row in worded} == {"harp", "yes"}

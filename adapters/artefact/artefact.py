@@ -286,7 +286,9 @@ def load_artefact(
     assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False, frozen=frozen, artefact=folder)
     _check_fingerprints(folder, recipe, facts.fingerprints, assembly.fingerprints)
     load_trained(assembly, folder)
-    assembly.reader = Reader.load(folder)
+    assembly.temperature = facts.temperature
+    classifier = assembly.vision_side.encoders[0].classifier
+    assembly.reader = Reader.load(folder, classifier, assembly.word_vectors, assembly.spell)
     return assembly, facts
 
 

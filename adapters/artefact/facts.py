@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from qformer.atomic import whole_file
 from qformer.errors import UserError
 
-_FORMAT_VERSION = 5  # 2 has the kind, 3 averages and the recipe's decoding, 4 the compute dtype, 5 imports
+# 2 has the kind, 3 averages and the recipe's decoding, 4 the compute dtype, 5 imports, 6 the temperature
+_FORMAT_VERSION = 6
 FACTS = "artefact.json"
 
 
@@ -30,6 +32,7 @@ class Facts:
         format_version: of this folder's layout.
         kind: "representation" is BLIP-2's first stage (norm, bridge, heads); "language" has an LLM that reads them.
         imported: the published checkpoint that it is, trained elsewhere; None if it was trained here.
+        temperature: of answers' confidence (`adapters.evaluation.calibration.tempered`); 1 if none was fitted.
         compute_dtype: "float32" or "bfloat16", in which it was trained; None if that is not known (before format 4).
     """
 
@@ -45,6 +48,7 @@ class Facts:
     kind: Literal["representation", "language"] = "language"
     compute_dtype: str | None = None
     imported: str | None = None
+    temperature: float = 1.0
 
 
 def read_facts(folder: Path) -> Facts:
@@ -69,3 +73,20 @@ def save_facts(folder: Path, facts: Facts) -> None:
     """Write the facts of an artefact that is being made, in today's format."""
     values = asdict(facts) | {"format_version": _FORMAT_VERSION}
     (folder / FACTS).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def keep_temperature(folder: Path, temperature: float) -> None:
+    """Write the temperature of confidences into an artefact; a reader never sees a half-written file.
+
+    Raises:
+        UserError: the facts cannot be read or written.
+    """
+    values = asdict(replace(read_facts(folder), temperature=temperature)) | {"format_version": _FORMAT_VERSION}
+    try:
+        with whole_file(folder / FACTS) as building:
+            building.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{folder / FACTS} cannot be written ({error.strerror or error}), so the temperature {temperature:.4g} is"
+            " not kept: copy the adapter's folder to where you may write, and name it with --adapter"
+        ) from error

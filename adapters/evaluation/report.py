@@ -56,7 +56,7 @@ class Report:
         title: of the page.
         facts: names and values that say what was scored and how, in their order.
         measure: the score that the controls are about: "exact_match", "accuracy" or "CIDEr".
-        scores: as `serve.evaluate.evaluate` returns them.
+        scores: as `serve.evaluation.run.evaluate` returns them.
         answered: the rows.
         sets: as in `adapters.evaluation.vqa.exact_match`.
     """

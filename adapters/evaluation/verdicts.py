@@ -17,8 +17,8 @@ def verdicts(scores: Mapping[str, Any], measure: str) -> list[str]:
     """Sentences about the controls that were scored, the training's share in the test, and the confidences.
 
     Args:
-        scores: as `serve.evaluate.evaluate` returns them. "over_blank", "over_shuffled" and "over_commonest", with
-            "_low" and "_high", are how much the adapter is above each control.
+        scores: as `serve.evaluation.run.evaluate` returns them. "over_blank", "over_shuffled" and "over_commonest",
+            with "_low" and "_high", are how much the adapter is above each control.
         measure: the score that these are of, such as "exact_match".
     """
     told = [_over(scores, measure, *control) for control in _CONTROLS if f"over_{control[0]}" in scores]
