@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from serve.batch.predictor import VQAPredictor
     from serve.batch.run import run_batch
     from serve.engine import Engine
-    from serve.evaluate import evaluate
+    from serve.evaluation.run import evaluate
+    from serve.grounding import Grounder, ground, load_grounder
     from serve.push import push
     from serve.retrieval import PictureIndex, classify, load_retriever
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Decoding": "qformer.decoding",
     "Engine": "serve.engine",
+    "Grounder": "serve.grounding",
     "LoadedAdapter": "serve.adapter",
     "PictureIndex": "serve.retrieval",
     "Retriever": "adapters.inference.retrieval",
@@ -43,11 +45,13 @@ _MODULES = {
     "average_artefacts": "adapters.artefact.averaging",
     "classify": "serve.retrieval",
     "estimate_memory": "adapters.memory.estimate",
-    "evaluate": "serve.evaluate",
+    "evaluate": "serve.evaluation.run",
     "export_adapter": "adapters.artefact.exporting",
     "finetune": "adapters.finetune",
+    "ground": "serve.grounding",
     "import_published": "adapters.artefact.importing",
     "load_adapter": "serve.adapter",
+    "load_grounder": "serve.grounding",
     "load_recipe": "adapters.recipe",
     "load_retriever": "serve.retrieval",
     "load_vision_side_artefact": "adapters.artefact.artefact",
@@ -61,6 +65,7 @@ _MODULES = {
 __all__ = [
     "Decoding",
     "Engine",
+    "Grounder",
     "LoadedAdapter",
     "PictureIndex",
     "Retriever",
@@ -73,8 +78,10 @@ __all__ = [
     "evaluate",
     "export_adapter",
     "finetune",
+    "ground",
     "import_published",
     "load_adapter",
+    "load_grounder",
     "load_recipe",
     "load_retriever",
     "load_vision_side_artefact",

@@ -21,7 +21,7 @@ from adapters.inference.reasoning import validate_reasons
 from adapters.loading.assembly import Assembly
 from adapters.recipe import Recipe
 from adapters.training.checkpoint import RunState, trainable
-from adapters.training.controls import OnAnswers, validate_answers
+from adapters.training.controls import OnAnswers, ValidationAnswers, validate_answers
 from adapters.training.finetuning_setup import FineTuning, set_up_finetuning
 from adapters.training.interrupt import interruptible
 from adapters.training.keeping import RunKeeper
@@ -30,6 +30,7 @@ from adapters.training.reader_fit import FittedReader
 from adapters.training.reporting import Reporter
 from adapters.training.run_data import Result, broadcast_from_main, report_skipped, steps_between_validations
 from adapters.training.run_folder import check_finite, one_run_at_a_time
+from adapters.training.run_report import RunReport
 from adapters.training.self_critical import greedy_cider
 from adapters.training.setup import RunOptions, open_run
 from adapters.training.sharing import own_part, summed
@@ -56,7 +57,7 @@ def finetune(
 
     Args:
         recipe: what to train, and how.
-        out: the run's folder: recipe, metrics, loss curve, `best` and `last` artefacts, resume state.
+        out: the run's folder: recipe, metrics, loss curve, `best` and `last` artefacts, report.html, resume state.
         resume: go on from the run in `out`; equal to a run that was never stopped.
         start_from: an adapter to start from instead of fresh weights; its terms are inherited.
         device: where to train; a GPU if there is one.
@@ -94,8 +95,8 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
     seconds = None
     if position.step == 0 and run.sampler is None and (train.minutes is not None or not options.quiet):
         first = plan(0)[0].share(accelerator.process_index, accelerator.num_processes)
-        inputs = partial(model_inputs, assembly, fitted=run.fitted)
-        seconds = broadcast_from_main(measure_step(model, first.micro_batches(train.micro_batch_tokens), inputs))
+        inputs = partial(model_inputs, assembly, fitted=run.fitted, row_tokens=run.row_tokens)
+        seconds = broadcast_from_main(measure_step(model, run.micro_batches(first), inputs))
         if train.minutes is not None:
             spent = broadcast_from_main(time.monotonic() - began)
             total = min(total, steps_within(train.minutes, elapsed=spent, step=seconds))
@@ -103,6 +104,7 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
     every = train.validate_every or steps_between_validations(total)
     schedule = Schedule(total, train.warmup_steps, train.min_learning_rate)
     keeper = RunKeeper(run.opened, assembly, model, optimiser, position, run.facts, run.final_reader)
+    page = RunReport(run.opened, assembly)
     folder = options.out if accelerator.is_main_process else None
     with (
         Reporter(
@@ -117,7 +119,8 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
             report.say(shortened)
         report_skipped(report, run.opened.train, run.opened.val)
         if position.step == 0 and run.validation.rows:  # a broken evaluation fails now, not after an hour
-            validate(assembly, Step(run.validation.rows[:2]), run.opened.val.examples[:2], recipe)
+            first_two = Step(run.validation.rows[:2])
+            validate(assembly, first_two, run.opened.val.examples[:2], recipe, row_tokens=run.row_tokens)
         losses: list[float] = []
         recent: list[float] = []  # since the last validation
         rewards: list[float] = []
@@ -138,14 +141,14 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
                 share, reward = run.sampler.rewrite(share)
                 rewards.append(float(accelerator.reduce(torch.tensor(reward, device=accelerator.device), "mean")))
                 supervised = int(accelerator.reduce(torch.tensor(share.supervised, device=accelerator.device)))
-            batches = share.micro_batches(train.micro_batch_tokens)
+            batches = run.micro_batches(share)
             later = [] if run.sampler is not None else _first_batches(plan(position.epoch), position.offset + 1, run)
             for index, rows in enumerate(batches):
                 for coming in [*batches[index + 1 :], *later][:AHEAD]:
                     assembly.vision_side.expect([image for row in coming for image in row.images])
                 last = index == len(batches) - 1
                 with nullcontext() if last else accelerator.no_sync(run.prepared):
-                    summed, _ = run.prepared(*model_inputs(assembly, rows, run.fitted))
+                    summed, _ = run.prepared(*model_inputs(assembly, rows, run.fitted, run.row_tokens))
                     # each token of the step weighs the same, whatever micro-batch or process it is in
                     part = summed / supervised
                     accelerator.backward(part * accelerator.num_processes)
@@ -191,12 +194,24 @@ def _finetune(recipe: Recipe, options: RunOptions) -> Result:
                         if options.on_answers is not None:
                             options.on_answers(asked, texts)
 
-                    metrics |= validate(assembly, run.validation, run.opened.val.examples, recipe, report_answers)
+                    metrics |= validate(
+                        assembly,
+                        run.validation,
+                        run.opened.val.examples,
+                        recipe,
+                        report_answers,
+                        page.take,
+                        row_tokens=run.row_tokens,
+                    )
                     keeper.validated(report, metrics | run.controls, selection_score(metrics))
+                    page.validated(position)
                 else:  # nothing chooses: the newest weights are the best
                     keeper.validated(report, {**metrics, **options.measured}, float(position.step))
                 recent, samples, timer = [], 0, time.monotonic()
-        return keeper.result(report, total)
+        result = keeper.result(report, total)
+        if result.finished and accelerator.is_main_process and (written := page.write(position, run.controls)):
+            report.say(f"how it answers the validation rows, with pictures: {written}")
+        return result
 
 
 def selection_score(metrics: dict[str, float]) -> float:
@@ -218,7 +233,7 @@ def _named_means(text_side: Sequence[Tensor]) -> dict[str, float]:
 
 
 def model_inputs(
-    assembly: Assembly, rows: Sequence[PackedSequence], fitted: FittedReader | None = None
+    assembly: Assembly, rows: Sequence[PackedSequence], fitted: FittedReader | None = None, row_tokens: int = 0
 ) -> tuple[object, ...]:
     """What the model's forward takes for a micro-batch: tokens, features, and what the bridge is given beside them.
 
@@ -226,9 +241,14 @@ def model_inputs(
         assembly: the models.
         rows: the micro-batch.
         fitted: left-out scores of training pairs, in place of the reader's own, which know these pairs by heart.
+        row_tokens: the longest row of the batch that several sequences share.
     """
-    collate = collate_encoder_decoder if assembly.model.language.is_encoder_decoder else collate_packed
-    batch = collate(rows, assembly.prompts.tokenizer.pad_token_id).to(assembly.model.device)
+    pad_id = assembly.prompts.tokenizer.pad_token_id
+    if assembly.model.language.is_encoder_decoder:
+        batch = collate_encoder_decoder(rows, pad_id)
+    else:
+        batch = collate_packed(rows, pad_id, row_tokens=row_tokens)
+    batch = batch.to(assembly.model.device)
     images = [image for row in rows for image in row.images]
     instructions = [row.packed_answers[0].instruction for row in rows for _ in row.images]
     features = assembly.features(images)
@@ -248,6 +268,9 @@ def validate(
     examples: Sequence[Example],
     recipe: Recipe,
     on_answers: OnAnswers | None = None,
+    keep: Callable[[ValidationAnswers], None] | None = None,
+    *,
+    row_tokens: int = 0,
 ) -> dict[str, float]:
     """Loss per supervised token over the validation rows, and the score of each task that the rows have.
 
@@ -256,15 +279,15 @@ def validate(
     """
     assembly.model.eval()
     total = torch.zeros((), device=assembly.model.device)
-    batches = Step(tuple(own_part(validation.rows))).micro_batches(recipe.train.micro_batch_tokens)
+    batches = Step(tuple(own_part(validation.rows))).micro_batches(recipe.train.micro_batch_tokens, row_tokens)
     for index, rows in enumerate(batches):
         for coming in batches[index + 1 : index + 1 + AHEAD]:
             assembly.vision_side.expect([image for row in coming for image in row.images])
-        loss, _ = assembly.model(*model_inputs(assembly, rows))
+        loss, _ = assembly.model(*model_inputs(assembly, rows, row_tokens=row_tokens))
         total += loss
     metrics = {"val_loss": summed(float(total)) / validation.supervised}
     if asked := [example for example in examples if (example.task or recipe.task) == "vqa"]:
-        metrics |= validate_answers(assembly, asked, on_answers, sets=recipe.data.match == "set")
+        metrics |= validate_answers(assembly, asked, on_answers, sets=recipe.data.match == "set", keep=keep)
     if recipe.train.self_critical:
         metrics["val_CIDEr"] = greedy_cider(assembly, examples, recipe.task)
     if reasoned := [example for example in examples if (example.task or recipe.task) == "reason"]:
@@ -290,7 +313,7 @@ def _first_batches(steps: Sequence[Step], place: int, run: FineTuning) -> list[t
     if place >= len(steps):
         return []
     share = steps[place].share(accelerator.process_index, accelerator.num_processes)
-    return share.micro_batches(run.opened.recipe.train.micro_batch_tokens)[:AHEAD]
+    return run.micro_batches(share)[:AHEAD]
 
 
 def _steps_from(position: RunState, plan: Callable[[int], Sequence[Step]]) -> Iterator[Step]:

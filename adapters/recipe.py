@@ -73,10 +73,11 @@ class BridgeSection(Section):
     patch_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of a picture's patches that are left out in training"
     )
-    reader: Literal["names", "answers"] | None = Field(
+    reader: Literal["names", "classes", "answers"] | None = Field(
         default=None,
         description="vectors beside the queries by ridge regression on the features. names: words that a picture names;"
-        " answers: these, and the likely answer to each question",
+        " classes: whole names, those of the encoder's own classifier too; answers: words, and the likely answer to each"
+        " question",
     )
     hide_queries: float = Field(
         default=0.0,
@@ -159,7 +160,7 @@ class TrainSection(Section):
         lt=1,
         description="share of a target that is spread over all tokens; not in the first stage",
     )
-    row_tokens: int = Field(default=384, ge=16, description="answers about one picture share a sequence up to here")
+    row_tokens: int = Field(default=384, ge=16, description="answers and pictures share a sequence up to here")
     micro_batch_tokens: int = Field(default=1024, ge=16, description="tokens in memory at once, padding included")
     learning_rate: float = Field(default=3e-4, gt=0, description="bridge, norm and projection")
     lora_learning_rate: float | None = Field(default=None, gt=0, description="LoRA; left out, learning_rate")
@@ -287,7 +288,7 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
             return [found for key in keys for found in walk(left.get(key), right.get(key), f"{name}.{key}")]
         return [] if left == right else [name[1:]]
 
-    untrained = dict.fromkeys(_NOT_TRAINED, True) | {"data": {"cache"}}
+    untrained = dict.fromkeys(_NOT_TRAINED, True) | {"data": {"cache", "allow_outside"}}
     left, right = (recipe.model_dump(mode="json", exclude=untrained) for recipe in (one, other))
     return walk(left, right, "")
 

@@ -57,6 +57,9 @@ class DataSection(Section):
         default=None, description="the data's name of a field by ours, such as {image: photo, question: prompt}"
     )
     skip_bad_rows: bool = Field(default=False, description="leave bad rows out, count and tell them")
+    allow_outside: bool = Field(
+        default=False, description="read pictures that data files name outside their own folders (--allow-outside)"
+    )
     match: Literal["exact", "set"] = Field(
         default="exact", description="how validation compares answers; set: lists with commas, in any order"
     )

@@ -132,7 +132,7 @@ def train(
 
 def check_evaluation(plan: Mapping[str, Any]) -> None:
     """Read what is evaluated on before anything is trained: a mistake in it is reported at once."""
-    from adapters.data.readers import read_data
+    from adapters.data.reading import read_data
 
     if "evaluate" in plan:
         read_data(plan["evaluate"]["data"], task=plan["evaluate"]["task"])
@@ -155,8 +155,8 @@ def check_starts(plan: Mapping[str, Any], only: list[str]) -> None:
 def evaluation(plan: Mapping[str, Any], best: Path) -> dict[str, float]:
     """Scores of an adapter on the plan's test data; none if the plan has no such data."""
     from serve.adapter import load_adapter
-    from serve.evaluate import evaluate
-    from serve.evaluate_reasons import evaluate_reasons
+    from serve.evaluation.reasons import evaluate_reasons
+    from serve.evaluation.run import evaluate
 
     if "evaluate" not in plan:
         return {}

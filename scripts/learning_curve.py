@@ -75,20 +75,23 @@ def one_run(options: argparse.Namespace, size: int, seed: int) -> dict[str, Any]
     from adapters.artefact.artefact import load_artefact
     from adapters.choice import choose_settings
     from adapters.data.batches import tokenise
-    from adapters.data.readers import read_data
+    from adapters.data.reading import read_data
     from adapters.evaluation.vqa import score
     from adapters.finetune import finetune
     from adapters.recipe import load_recipe
     from adapters.training.reader_fit import probe_answers
     from serve.adapter import load_adapter
-    from serve.evaluate import evaluate
+    from serve.evaluation.run import evaluate
 
     folder = options.out / f"{size}-{seed}{'-' + options.dtype if options.dtype else ''}"
     part = folder.with_suffix(".jsonl")
     rows = read_data(options.train, task="vqa").examples
     chosen = some_pictures(rows, size, seed)
     part.write_text("".join(json.dumps(as_row(row)) + "\n" for row in chosen), encoding="utf-8")
-    settings = [*choose_settings(chosen).settings, f"data.train={json.dumps(str(part))}", f"train.seed={seed}"]
+    settings = [
+        *choose_settings(chosen).settings, f"data.train={json.dumps(str(part))}", "data.allow_outside=true",
+        f"train.seed={seed}",
+    ]  # fmt: skip
     print(f"{len(chosen)} questions, seed {seed}", file=sys.stderr, flush=True)
     began = time.monotonic()
     result = finetune(
@@ -104,7 +107,7 @@ def one_run(options: argparse.Namespace, size: int, seed: int) -> dict[str, Any]
     found["blank_images"] = evaluate(adapter, options.test, limit=limit, blank_images=True)["exact_match"]
     assembly, _ = load_artefact(folder)
     test = [row for row in read_data(options.test, task="vqa", limit=limit).examples if len(row.images) == 1]
-    pictures = tokenise(read_data(part, task="vqa"), assembly.prompts, max_tokens=100_000)
+    pictures = tokenise(read_data(part, task="vqa", allow_outside=True), assembly.prompts, max_tokens=100_000)
     probed = probe_answers(assembly, pictures, [(row.images[0], row.question) for row in test])
     if probed is not None:
         found["linear_probe"] = score(probed, [row.answers for row in test])["exact_match"]

@@ -4,7 +4,7 @@
     python scripts/make_small_sets.py gauges --out OUT
 
 Each writes OUT/train.jsonl and OUT/test.jsonl with whole pictures in one of the two, one question a row; `kind` is the
-kind of question. The same arguments give the same files.
+kind of question; the pictures are in OUT/images. The same arguments give the same files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -60,11 +61,12 @@ def make_kinds(folder: Path, out: Path, kinds: list[str], per_kind: int, seed: i
             name = row["captions"][0].removesuffix(" .")
             for article in ("A pair of ", "A ", "An "):
                 name = name.removeprefix(article)
-            pictures[name.lower()].append(str((folder / row["image"]).resolve()))
+            pictures[name.lower()].append(row["image"])
     chosen = kinds or sorted(pictures, key=lambda name: (-len(pictures[name]), name))[:12]
     if missing := [name for name in chosen if name not in pictures]:
         raise SystemExit(f"--kinds: {folder} has no pictures of {', '.join(missing)}")
     rng = random.Random(seed)
+    (out / "images").mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
     for name in chosen:
         found = sorted(pictures[name])
@@ -72,7 +74,9 @@ def make_kinds(folder: Path, out: Path, kinds: list[str], per_kind: int, seed: i
         found = found[:per_kind]
         for place, image in enumerate(found):
             part = "test" if place < round(TEST_SHARE * len(found)) else "train"
-            rows[part].append({"image": image, "question": THINGS, "answer": name, "kind": "thing"})
+            own = f"images/{Path(image).name}"
+            shutil.copy(folder / image, out / own)
+            rows[part].append({"image": own, "question": THINGS, "answer": name, "kind": "thing"})
     for lines in rows.values():
         rng.shuffle(lines)
     write_rows(out, rows)

@@ -33,7 +33,7 @@ def main() -> int:
     options = parser.parse_args()
     from adapters.artefact.artefact import load_artefact
     from adapters.data.batches import tokenise
-    from adapters.data.readers import read_data
+    from adapters.data.reading import read_data
     from adapters.evaluation.vqa import score
     from adapters.inference.answering import answer_examples
     from adapters.training.controls import SHORT

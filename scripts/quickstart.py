@@ -82,7 +82,7 @@ def train(*, offline: bool) -> None:
 
 def measure(engine: LoadedAdapter, *, offline: bool) -> dict[str, float]:
     """Answer the test questions with their pictures and without."""
-    from serve.evaluate import evaluate
+    from serve.evaluation.run import evaluate
 
     print(f"answering {TEST_QUESTIONS} test questions, then again without the pictures", file=sys.stderr)
     seeing = evaluate(engine, "easy-vqa:test", limit=TEST_QUESTIONS, offline=offline)
@@ -111,7 +111,7 @@ def show_scores(engine: LoadedAdapter, *, offline: bool) -> None:
 
 def show_answers(engine: LoadedAdapter, *, offline: bool) -> None:
     """Ask three of the test set's questions; pictures and questions are left in the run's folder to try things with."""
-    from adapters.data.readers import read_data
+    from adapters.data.reading import read_data
 
     examples = read_data("easy-vqa:test", limit=max(SHOWN) + 1, offline=offline).examples
     chosen = [examples[row] for row in SHOWN]

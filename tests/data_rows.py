@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from adapters.data.images import open_image
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from qformer.errors import UserError
 
 VQA = {"image": "a.png", "question": "What is it?", "answer": "a cat"}
@@ -32,6 +33,15 @@ def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def borrowed(picture: Path, folder: Path) -> str:
+    """A picture of another folder as a data file in this one may name it: it lies here too; its path, absolute."""
+    place = folder / "borrowed" / picture.name
+    place.parent.mkdir(exist_ok=True)
+    if not place.exists():
+        shutil.copy(picture, place)
+    return str(place)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ class StubPredictor:
         self.together, self.seconds, self.dies_at = together, seconds, dies_at
 
     def facts(self, asking: Asking) -> Facts:
+        if asking.task == "caption":
+            raise UserError("--task caption: the stub writes none")
         return Facts("stub", "sha256:0", {})
 
     def prepare(self, examples: Sequence[Example]) -> None:

@@ -13,7 +13,7 @@ from scripts_as_modules import load_script
 from tiny import draw_data
 
 from adapters.data.examples import Example
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.inference.answering import Completion
 from qformer.errors import UserError
 
@@ -36,8 +36,8 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert source == "easy-vqa:test"
         return read_data(file, **options)
 
-    monkeypatch.setattr("serve.evaluate.read_data", read)
-    monkeypatch.setattr("adapters.data.readers.read_data", read)
+    monkeypatch.setattr("serve.evaluation.run.read_data", read)
+    monkeypatch.setattr("adapters.data.reading.read_data", read)
 
 
 class Knowing:

@@ -140,7 +140,7 @@ def test_python_examples_run(in_workplace: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_example_row_is_read(tmp_path: Path, make_picture: Callable[[Path], None]) -> None:
-    from adapters.data.readers import read_data
+    from adapters.data.reading import read_data
 
     row = blocks("json")[0]
     (tmp_path / "photos").mkdir()

@@ -11,7 +11,7 @@ from PIL import Image
 from scripts_as_modules import load_script
 from tiny import draw_data, tiny_values
 
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
 
@@ -46,6 +46,8 @@ def test_kinds_come_from_captions_and_no_picture_is_in_both_parts(
 ) -> None:
     for part, names in (("train", ["A cup .", "A pair of shorts ."] * 6), ("val", ["An ant ."] * 3)):
         rows = [{"image": f"{part}{number}.png", "captions": [name]} for number, name in enumerate(names)]
+        for row in rows:
+            (tmp_path / str(row["image"])).write_bytes(b"x")
         (tmp_path / f"captions_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     make(
         monkeypatch, "kinds", str(tmp_path), "--kinds", "cup", "Shorts", "--per-kind", "5", "--out", str(tmp_path / "k")

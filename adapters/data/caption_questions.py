@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
-def _words(text: str) -> frozenset[str]:
+def words_of(text: str) -> frozenset[str]:
+    """The words of a text, which spaces stand between."""
     return frozenset(text.split())
 
 
-COLOURS = {name: name for name in _words("black white red blue green yellow brown orange pink purple grey tan")}
+COLOURS = {name: name for name in words_of("black white red blue green yellow brown orange pink purple grey tan")}
 COLOURS |= {"gray": "grey"}
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 PERSONS = ("man", "woman", "boy", "girl", "child", "baby", "person")
@@ -27,15 +28,15 @@ ANIMALS = ("dog", "puppy", "cat", "horse", "bird", "cow", "sheep", "goat", "came
 PLURALS = {"men": "man", "women": "woman", "children": "child", "kids": "child", "people": "person", "babies": "baby"}
 PLURALS |= {f"{name}s": name for name in (*PERSONS, *ANIMALS) if name not in ("man", "woman", "child", "baby", "sheep")}
 PLURALS |= {"puppies": "puppy"}
-WORN = _words("""
+WORN = words_of("""
     shirt jacket hat dress shorts coat pants helmet uniform sweater jersey cap jeans suit vest skirt wetsuit scarf
 """)
-COLOURED = WORN | _words("""
+COLOURED = WORN | words_of("""
     ball collar toy frisbee car slide bike bicycle motorcycle horse bird surfboard backpack kayak umbrella boat
     building bench fence sled tent raft rope dog flower
 """)
 # what a caption hardly leaves out if it is there
-THINGS = _words("""
+THINGS = words_of("""
     dog cat horse bird ball frisbee bike motorcycle surfboard kayak boat bench beach pool snow skateboard swing
     guitar umbrella trampoline tent truck train car water
 """)
@@ -64,17 +65,17 @@ ACTIONS = {
     "poses": "posing", "leaps": "jumping", "leaping": "jumping", "dances": "dancing", "skis": "skiing",
     "surfs": "surfing", "laughs": "laughing", "cries": "crying", "jogs": "running",
 }  # fmt: skip
-DOING = frozenset(ACTIONS.values()) | _words("""
+DOING = frozenset(ACTIONS.values()) | words_of("""
     skateboarding snowboarding eating reading fishing digging drinking riding talking racing flying hiking
     rollerblading diving cooking painting
 """)
 HELD = {"holding": "holding", "holds": "holding", "carrying": "holding", "carries": "holding"}
 RIDDEN = {"riding": "riding", "rides": "riding"}
-_END = _words("""
+_END = words_of("""
     in on at with while and as by near through down over into from to of for up off out around across along behind
     above under between against that which who is are during before after next the a an his her its their both other
 """)
-_ARTICLES = _words("a an the his her its their some")
+_ARTICLES = words_of("a an the his her its their some")
 _WORD = re.compile(r"[a-z]+(?:-[a-z]+)?|[^\w\s]")
 
 

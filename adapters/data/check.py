@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from adapters.data.duplicates import Copies, copies_between_rows
 from adapters.data.examples import Example, Fault
 from adapters.data.findings import Findings, find_out
 from adapters.data.picture_scan import scan_pictures
-from adapters.data.readers import no_rows, read_rows
+from adapters.data.reading import ReadRows, no_rows, read_rows
 from qformer.errors import UserError
 
 
@@ -54,23 +55,28 @@ def check_data(
     task: str | None = None,
     need_answers: bool = True,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
     offline: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
     """Read every row of a data file as training would and decode every picture.
 
     Args:
-        source: as `adapters.data.readers.read_data` takes it.
+        source: as `adapters.data.reading.read_data` takes it.
         task: "vqa", "caption" or "reason"; if left out, inferred from the rows.
         need_answers: False for rows that are to be answered, as batch jobs take them.
         columns: as `read_data` takes them.
+        allow_outside: as `read_data` takes it.
         offline: do not fetch a packaged set.
         on_progress: called with (pictures opened, pictures in all), ten times or fewer.
 
     Raises:
         UserError: the file as a whole cannot be read, or holds no rows. Bad rows are reported, not raised.
     """
-    return _check(source, task, need_answers, columns, offline, on_progress)[0]
+    read = partial(
+        read_rows, task=task, need_answers=need_answers, columns=columns, allow_outside=allow_outside, offline=offline
+    )
+    return _check(source, read, on_progress)[0]
 
 
 def check_pair(
@@ -80,6 +86,7 @@ def check_pair(
     task: str | None = None,
     need_answers: bool = True,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
     offline: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DataCheck, DataCheck, Copies]:
@@ -91,6 +98,7 @@ def check_pair(
         task: of both; if left out, inferred from the rows of each.
         need_answers: as in `check_data`.
         columns: as `read_data` takes them.
+        allow_outside: as `read_data` takes it.
         offline: do not fetch a packaged set.
         on_progress: called with (pictures opened, pictures in all) of the one, of the other, and of both as they are
             compared.
@@ -98,21 +106,21 @@ def check_pair(
     Raises:
         UserError: as `check_data`, of either file.
     """
-    first, learned = _check(train, task, need_answers, columns, offline, on_progress)
-    second, asked = _check(val, task, need_answers, columns, offline, on_progress)
+    read = partial(
+        read_rows, task=task, need_answers=need_answers, columns=columns, allow_outside=allow_outside, offline=offline
+    )
+    first, learned = _check(train, read, on_progress)
+    second, asked = _check(val, read, on_progress)
     return first, second, copies_between_rows(learned, asked, on_progress=on_progress)
 
 
 def _check(
     source: str | Path,
-    task: str | None,
-    need_answers: bool,
-    columns: Mapping[str, str] | None,
-    offline: bool,
+    read: Callable[[str | Path], ReadRows],
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[DataCheck, Sequence[Example]]:
     """What a data file holds, and its good rows."""
-    found = read_rows(source, task=task, need_answers=need_answers, columns=columns, offline=offline)
+    found = read(source)
     if not found.rows:
         raise UserError(no_rows(source))
     opened = scan_pictures(found.examples, on_progress)

@@ -19,7 +19,8 @@ from typing import Any
 from adapters.data.columns import READ, named_rows
 from adapters.data.formats.raw_rows import RawRow
 from adapters.data.image_ref import ImageRef, image_ref
-from adapters.data.readers import no_rows, read_rows
+from adapters.data.picture_files import is_in
+from adapters.data.reading import no_rows, read_rows
 from adapters.data.rows import IMAGE_FIELDS
 from adapters.data.sources import Source, open_source
 from qformer.atomic import whole_file
@@ -39,12 +40,14 @@ class Converted:
         rows: in it.
         bad_rows: that were left out.
         pictures: files that were written beside it.
+        outside: pictures of it lie outside its folder, so that it is read with `--allow-outside` alone.
     """
 
     out: Path
     rows: int
     bad_rows: int
     pictures: int
+    outside: bool = False
 
 
 def convert_data(
@@ -55,17 +58,19 @@ def convert_data(
     need_answers: bool = True,
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
+    allow_outside: bool = False,
     offline: bool = False,
 ) -> Converted:
     """Write the rows of a data file as JSON lines or Parquet, by the ending of `out`. It is whole or not there.
 
     Args:
-        source: as `adapters.data.readers.read_data` takes it.
+        source: as `adapters.data.reading.read_data` takes it.
         out: a `.jsonl` or `.parquet` file that is not there yet.
         task: as `read_data` takes it.
         need_answers: False for rows to be answered.
         columns: the file's name of a field by ours; the new file has ours.
         skip_bad_rows: leave bad rows out, instead of writing nothing.
+        allow_outside: as `read_data` takes it.
         offline: do not fetch a packaged set.
 
     Raises:
@@ -78,7 +83,9 @@ def convert_data(
         raise UserError(f"--out {out}: a file stands there; name a new one, or delete it")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
-    found = read_rows(source, task=task, need_answers=need_answers, columns=columns, offline=offline)
+    found = read_rows(
+        source, task=task, need_answers=need_answers, columns=columns, allow_outside=allow_outside, offline=offline
+    )
     if not found.rows:
         raise UserError(no_rows(source))
     bad = {fault.row for fault in found.faults}
@@ -94,29 +101,33 @@ def convert_data(
 
     try:
         if out.suffix.lower() == ".jsonl":
-            count, pictures = _write_jsonl(out, good)
+            count, pictures, outside = _write_jsonl(out, good)
         else:
-            count, pictures = _write_parquet(out, good), 0
+            count, pictures, outside = _write_parquet(out, good), 0, False
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out {out}: cannot be written ({reason}); free space, or name another") from error
-    return Converted(out, count, len(bad), pictures)
+    return Converted(out, count, len(bad), pictures, outside)
 
 
 _Rows = Callable[[], Iterable[tuple[RawRow, Source]]]
 
 
-def _write_jsonl(out: Path, rows: _Rows) -> tuple[int, int]:
+def _write_jsonl(out: Path, rows: _Rows) -> tuple[int, int, bool]:
     folder = out.with_suffix(".pictures")
     written: set[Path] = set()
     count = 0
+    here = os.path.realpath(out.parent)
+    outside = False
 
     def path_of(base: Path, picture: str | ImageRef) -> str:
         if isinstance(picture, str) and picture.startswith("data:"):
             return picture
+        nonlocal outside
         ref = image_ref(picture, base=base) if isinstance(picture, str) else picture
         if ref.path is not None:
             path = ref.path.absolute()
+            outside = outside or not is_in(os.path.realpath(path), here)
             return os.path.relpath(path, out.parent.absolute()) if not Path(str(picture)).is_absolute() else str(path)
         file = folder / f"{ref.content_digest()[:32]}{Path(ref.label).suffix.lower() or '.img'}"
         if file not in written:
@@ -130,7 +141,7 @@ def _write_jsonl(out: Path, rows: _Rows) -> tuple[int, int]:
             fields = _with_pictures(row.fields, partial(path_of, source.base))
             file.write(json.dumps(fields, ensure_ascii=False, default=str) + "\n")
             count += 1
-    return count, len(written)
+    return count, len(written), outside
 
 
 def _with_pictures(fields: Mapping[str, Any], place: Callable[[str | ImageRef], Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
 from adapters.data.lettering import Lettering
-from adapters.data.readers import ReadRows, no_rows, read_rows
+from adapters.data.reading import ReadRows, no_rows, read_rows
 from qformer.errors import UserError
 
 COLUMNS = 4
@@ -53,17 +53,19 @@ def preview_data(
     sample: int | None = None,
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
     offline: bool = False,
 ) -> Preview:
     """Draw rows of a data file onto a contact sheet.
 
     Args:
-        source: as `adapters.data.readers.read_data` takes it; answers may be absent.
+        source: as `adapters.data.reading.read_data` takes it; answers may be absent.
         out: the PNG to write. An earlier sheet is replaced, any other file is not.
         rows: how many, the first of the file.
         sample: draw them at random instead, with this seed; the whole file is read.
         task: "vqa", "caption" or "reason"; if left out, inferred from the rows.
         columns: as `read_data` takes them.
+        allow_outside: as `read_data` takes it.
         offline: do not fetch a packaged set.
 
     Raises:
@@ -71,7 +73,9 @@ def preview_data(
     """
     out = Path(out)
     _check_out(out)
-    found, chosen = chosen_rows(source, rows=rows, sample=sample, task=task, columns=columns, offline=offline)
+    found, chosen = chosen_rows(
+        source, rows=rows, sample=sample, task=task, columns=columns, allow_outside=allow_outside, offline=offline
+    )
     sheet, bad_pictures, escaped = draw_sheet(chosen, f"{found.name}: {found.task}, {len(chosen)} rows")
     mark = PngInfo()
     mark.add_text("Software", _MAKER)
@@ -89,11 +93,15 @@ def chosen_rows(
     sample: int | None,
     task: str | None,
     columns: Mapping[str, str] | None,
+    allow_outside: bool,
     offline: bool,
 ) -> tuple[ReadRows, list[Example]]:
     """What was read of a data file, and the rows of it to look at. Arguments and errors as of `preview_data`."""
     limit = rows if sample is None else None
-    found = read_rows(source, task=task, need_answers=False, limit=limit, columns=columns, offline=offline)
+    found = read_rows(
+        source, task=task, need_answers=False, limit=limit, columns=columns, allow_outside=allow_outside,
+        offline=offline,
+    )  # fmt: skip
     if not found.examples:
         raise UserError(str(found.faults[0]) if found.faults else no_rows(source))
     chosen = list(found.examples)

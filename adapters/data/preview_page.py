@@ -34,17 +34,19 @@ def preview_page(
     sample: int | None = None,
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
     offline: bool = False,
 ) -> Preview:
     """Write rows of a data file as an HTML page, with the bad rows that were met below.
 
     Args:
-        source: as `adapters.data.readers.read_data` takes it; answers may be absent.
+        source: as `adapters.data.reading.read_data` takes it; answers may be absent.
         out: the HTML file. An earlier page is replaced, any other file is not.
         rows: how many, the first of the file.
         sample: draw them at random instead, with this seed; the whole file is read.
         task: "vqa", "caption" or "reason"; if left out, inferred from the rows.
         columns: as `read_data` takes them.
+        allow_outside: as `read_data` takes it.
         offline: do not fetch a packaged set.
 
     Raises:
@@ -52,7 +54,9 @@ def preview_page(
     """
     out = Path(out)
     _check_out(out)
-    found, chosen = chosen_rows(source, rows=rows, sample=sample, task=task, columns=columns, offline=offline)
+    found, chosen = chosen_rows(
+        source, rows=rows, sample=sample, task=task, columns=columns, allow_outside=allow_outside, offline=offline
+    )
     drawn = [[_picture(image) for image in example.images] for example in chosen]
     title = f"{found.name}: {found.task}, {len(chosen)} rows"
     try:

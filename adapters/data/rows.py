@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import stat
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from adapters.data.answers import normalise
 from adapters.data.bad_row import BadRow
+from adapters.data.conversations import conversation_of, is_conversation
 from adapters.data.examples import Example
 from adapters.data.field_names import meant_for
 from adapters.data.formats.raw_rows import RawRow, kind_of, known_file, shorten
-from adapters.data.image_ref import ImageRef, image_ref, windows_hint
+from adapters.data.image_ref import ImageRef
+from adapters.data.picture_files import Pictures
 from adapters.data.prompts import CAPTION_REQUEST, IMAGE_MARK, Turn
-from adapters.data.shapes import conversation_of, is_conversation
 from adapters.tasks import Task
-from qformer.errors import UserError
 
 IMAGE_FIELDS = ("image", "file_name", "images")  # the second as in an imagefolder's metadata
 ANSWER_FIELDS = ("answer", "answers")
@@ -31,74 +28,6 @@ ID_FIELDS = ("id", "question_id")
 RATIONALE_FIELD = "rationale"
 _LIST_AS_TEXT = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 _APART = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")  # punctuation apart from the words, as a word of its own
-
-
-class MissingImage(BadRow):
-    """The row names a picture that is not there."""
-
-    def __init__(self, label: str, path: Path) -> None:
-        advice = "correct the path or add the file"
-        super().__init__(f"image '{label}' is not there (looked for {path}): {windows_hint(label) or advice}")
-        self.label = label
-
-
-class Pictures:
-    """The pictures that rows name: each file looked up once and one reference kept for all its rows.
-
-    Args:
-        base: the folder that relative paths start from.
-    """
-
-    def __init__(self, base: Path) -> None:
-        self._base = base
-        self._found: dict[str, ImageRef | MissingImage] = {}
-        self._marks: dict[str, str] = {}
-
-    def find(self, text: str | ImageRef, where: str) -> ImageRef:
-        """Return the reference; BadRow if nothing can be there, MissingImage if the file is not.
-
-        A picture that lies inside the data file is a reference already.
-        """
-        if isinstance(text, ImageRef):
-            return text.found_at(where)
-        if text.startswith("data:"):
-            return _reference(text, self._base)
-        found = self._found.get(text)
-        if found is None:
-            found = self._found[text] = self._look_up(text, where)
-        if isinstance(found, MissingImage):
-            raise found
-        return found
-
-    def mark(self, image: ImageRef) -> str:
-        """Tell a picture from another cheaply: its name and size, or the digest of its bytes."""
-        return image.mark() or self._marks.get(image.label) or image.digest()
-
-    def _look_up(self, text: str, where: str) -> ImageRef | MissingImage:
-        found = _reference(text, self._base)
-        assert found.path is not None  # not a data URI
-        try:
-            status = os.stat(found.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return MissingImage(text, found.path)
-        except (OSError, ValueError) as error:
-            hint = " (a base64 picture begins with 'data:image/png;base64,')" if len(text) > 200 else ""
-            raise BadRow(f"image '{shorten(text)}' is not a usable path: {_cause(error)}{hint}") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise BadRow(f"image '{text}' is not a file: give the path of a picture")
-        self._marks[text] = f"{text} {status.st_size}"
-        return ImageRef(text, path=found.path, where=where)
-
-
-def _reference(text: str, base: Path) -> ImageRef:
-    try:
-        return image_ref(text, base=base)
-    except UserError as error:  # here it is the row's fault, and can be skipped with it
-        raise BadRow(str(error)) from None
-
-
-def _cause(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def tasks_of(fields: Mapping[str, Any], *, need_answers: bool, asked: str | None = None) -> tuple[Task, ...]:
@@ -185,7 +114,8 @@ def _conversation(row: RawRow, pictures: Pictures, need_answers: bool) -> list[E
     shown = _images(fields) if any(fields.get(name) is not None for name in IMAGE_FIELDS) else []
     said = conversation_of(fields, shown)
     turns = [
-        Turn(one.role, one.text, tuple(pictures.find(picture, row.where) for picture in one.pictures)) for one in said
+        Turn(one.role, one.text, tuple(pictures.find(picture, row.where, row.pictures_in) for picture in one.pictures))
+        for one in said
     ]
     language = _text(fields, "language") if fields.get("language") is not None else "en"
     id_field = _present(fields, ID_FIELDS, required=False)
@@ -237,7 +167,7 @@ def _single(row: RawRow, task: Task, pictures: Pictures, need_answers: bool) -> 
         answers = tuple(close_up(answer) for answer in answers)
     id_field = _present(fields, ID_FIELDS, required=False)
     own_id = _scalar(fields[id_field], id_field) if id_field in fields else str(row.number)
-    images = tuple(pictures.find(label, row.where) for label in labels)
+    images = tuple(pictures.find(label, row.where, row.pictures_in) for label in labels)
     kind = fields["kind"] if isinstance(fields.get("kind"), str) else None  # anything else goes by this name too
     example = Example(images, question, answers, row.where, own_id, language, row.number, kind=kind)
     if task == "reason":

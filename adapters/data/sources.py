@@ -11,7 +11,8 @@ from pathlib import Path
 
 from adapters.data.formats.hub import PREFIX, hub_rows
 from adapters.data.formats.raw_rows import RawRow, shorten
-from adapters.data.formats.table import FOLDERS, FORMATS, format_of, reader_of
+from adapters.data.formats.registry import FOLDERS, FORMATS, SHARDS, format_of, reader_of
+from adapters.data.formats.text_lines import COMPRESSED
 from adapters.data.scienceqa import TERMS as SCIENCEQA_TERMS
 from adapters.data.scienceqa import is_scienceqa, scienceqa_folder, scienceqa_rows
 from qformer.errors import UserError
@@ -28,12 +29,14 @@ class Source:
         rows: one after the other.
         base: the folder that their pictures' paths start from.
         terms: the licence of a packaged set.
+        also: other folders where pictures may lie without being outside: where a link to the data leads.
     """
 
     name: str
     rows: Iterator[RawRow]
     base: Path
     terms: str | None = None
+    also: tuple[Path, ...] = ()
 
 
 def is_data(source: str) -> bool:
@@ -94,15 +97,15 @@ def open_source(source: str | Path, *, offline: bool = False) -> Source:
         return _open_pattern(text)
     if not there:
         raise UserError(f"data '{path}' is not there: {_suggestion(path)}")
-    return Source(path.name, _open_file(path), path.parent)
+    return Source(path.name, _open_file(path), path.parent, also=(path.resolve().parent,))
 
 
 def _open_file(path: Path) -> Iterator[RawRow]:
     read = reader_of(path)
     if read is None:
-        near = {".xls": "; save it as .xlsx", ".gz": "; of compressed files, text alone is read"}
         ending = format_of(path)
-        raise UserError(f"{path}: '{ending}' data files are not read: take {', '.join(FORMATS)}{near.get(ending, '')}")
+        near = "; of compressed files, text alone is read" if ending in COMPRESSED else ""
+        raise UserError(f"{path}: '{ending}' data files are not read: take {', '.join(FORMATS)}{near}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): give it at least one row")
     return read(path)
@@ -149,22 +152,28 @@ def _open_folder(folder: Path, split: str | None) -> Source:
         if splits is None:
             continue
         if splits == ("",) and split is None:
-            return Source(folder.name, kind.rows(folder, ""), folder)
+            return Source(folder.name, kind.rows(folder, ""), folder, also=_behind_links(folder))
         if splits == ("",):
             raise UserError(f"{folder}:{split}: this folder has no splits: name the folder alone")
         if split not in splits:
             named = " or ".join(f"{folder}:{name}" for name in splits)
             raise UserError(f"{folder}{f':{split}' if split else ''} has splits: name one of them, {named}")
         assert split is not None
-        return Source(f"{folder.name}:{split}", kind.rows(folder, split), folder / split)
+        part = folder / split
+        return Source(f"{folder.name}:{split}", kind.rows(folder, split), part, also=_behind_links(part))
     return _open_shards(folder, split)
 
 
+def _behind_links(folder: Path) -> tuple[Path, ...]:
+    """Where the folder's table lies if it is a link, as in the hub's cache, where pictures are links beside it."""
+    return tuple({file.resolve().parent for file in folder.glob("metadata.*")})
+
+
 def _open_shards(folder: Path, split: str | None) -> Source:
-    """A folder of Parquet files or of tar archives alone, or those of a split, whose names begin with it."""
+    """A folder of files of one of the formats of `SHARDS`, or those of a split, whose names begin with it."""
     inside = sorted(file for file in folder.iterdir() if file.is_file() and reader_of(file) is not None)
     endings = {format_of(file) for file in inside}
-    if endings <= {".parquet"} or endings <= {".tar"}:
+    if any(endings <= {ending} for ending in SHARDS):
         parts = {file.name.partition("-")[0] for file in inside if "-" in file.name}
         if split is not None:
             inside = [file for file in inside if file.name.startswith(f"{split}-") or file.stem == split]

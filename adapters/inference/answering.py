@@ -161,7 +161,8 @@ class Generator:
             count = len(written) + ended
             log_prob = sum(chance[:count]) / count
             single = tuple(zip(tokens[:count], chance[:count], strict=True))
-            said.append(Completion(self.assembly.prompts.decode(written), count, ended, log_prob, single))
+            text = self.assembly.prompts.decode(written)
+            said.append(Completion(text, count, ended, log_prob, single, self.assembly.temperature))
         return said
 
     @torch.no_grad()

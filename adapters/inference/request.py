@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt
 
+LOW = 0.5
+"""The confidence below which an answer is said to be unsure: with a fitted temperature it is more likely wrong."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -32,6 +35,7 @@ class Completion:
         ended: it came to its end; False if it was cut off.
         log_prob: mean log-probability of its tokens, so that long and short answers compare.
         token_log_probs: the id and the log-probability of each token, the end token included.
+        temperature: of its confidence, as it was fitted for the adapter; 1 if it was not.
     """
 
     text: str
@@ -39,8 +43,9 @@ class Completion:
     ended: bool
     log_prob: float
     token_log_probs: tuple[tuple[int, float], ...] = field(default=(), compare=False)
+    temperature: float = field(default=1.0, compare=False)
 
     @property
     def confidence(self) -> float:
-        """The geometric mean of its tokens' probabilities, between 0 and 1."""
-        return math.exp(self.log_prob)
+        """The geometric mean of its tokens' probabilities, with the adapter's temperature; between 0 and 1."""
+        return math.exp(self.log_prob / self.temperature)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.data.image_ref import ImageRef
@@ -17,6 +18,8 @@ from qformer.representation import RepresentationModel
 
 RERANKED = 16  # candidates that ITM ranks again
 MATCH_SHARE = 0.5  # of ITM's log-odds beside ITC's logit, the best on validation pictures (docs/photo-adapter.md)
+CLASSES_READ = 10  # the likeliest classes of an image encoder's own classifier that count
+CLASS_SHARE = 1.0  # of them beside ITC's cosine (docs/photo-adapter.md)
 _LAST = -1e4  # below every score of a candidate: ITC's logits lie in -1000…1000, ITM's log-odds in the tens
 
 
@@ -47,6 +50,42 @@ class Retriever:
         """Unit vectors of texts, [T, E], on the CPU."""
         batches = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
         return torch.cat([self.model.encode_texts(*self._tokens(batch)).cpu() for batch in batches])
+
+    def name_texts(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Unit vectors of names, [L, E]: each goes into every template, and the vectors are averaged."""
+        sentences = [template.replace("{label}", name) for name in names for template in templates]
+        vectors = self.embed_texts(sentences).unflatten(0, (len(names), len(templates))).mean(dim=1)
+        return F.normalize(vectors, dim=-1)
+
+    @torch.no_grad()
+    def embed_classes(self, image: ImageRef, templates: Sequence[str]) -> Tensor | None:
+        """What the image encoder's own classifier says of a picture, as a text's unit vector [E]; None without one.
+
+        It is the mean of the likeliest classes' names, each weighing by its probability (Norouzi et al. 2013, arXiv
+        1312.5650): it lies near other names of the thing, which the classifier does not know.
+        """
+        classifier = self.vision_side.encoders[0].classifier
+        if classifier is None:
+            return None
+        (features,) = self.vision_side.features([image])[:1]
+        shares, best = classifier(features.float().cpu().mean(dim=1))[0].topk(CLASSES_READ)
+        names = self.name_texts([classifier.names[index] for index in best.tolist()], templates)
+        return F.normalize(shares @ names, dim=-1)
+
+    def name(self, image: ImageRef, vectors: Tensor, templates: Sequence[str]) -> Tensor:
+        """Probabilities [L] of labels for a picture: a softmax over ITC's scores, at its temperature.
+
+        What the image encoder's classifier takes the picture for, if there is one, counts beside ITC.
+
+        Args:
+            image: the picture.
+            vectors: of the labels, [L, E], as `name_texts` gives them.
+            templates: those that the labels went into.
+        """
+        scores = self.scores(self.embed_images([image]), vectors)[0]
+        if (classes := self.embed_classes(image, templates)) is not None:
+            scores = scores + CLASS_SHARE * (vectors @ classes)
+        return (scores / self.model.heads.temperature.item()).softmax(dim=0)
 
     def scores(self, images: Tensor, texts: Tensor) -> Tensor:
         """ITC's scores [I, T] of embedded pictures and texts: the cosine of the query nearest to the text."""

@@ -13,7 +13,7 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features.cache import FeatureCache
 from adapters.loading.bundled import bundled
-from adapters.loading.reader import LeftOut, Reader, answers_read, names_read
+from adapters.loading.reader import SPELLED, LeftOut, Reader, answers_read, names_read
 from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side
 from adapters.recipe import LoraSection, Recipe, load_recipe
 from adapters.recipe_data import Sources
@@ -41,6 +41,7 @@ class Assembly:
         vision_side: everything up to the bridge; its modules are the model's own.
         fingerprints: of the frozen weights, by role: "vision.0", "language", "bridge.start".
         reader: what is read of pictures beside the queries, if the recipe has a reader and it was fitted.
+        temperature: of answers' confidence; 1 leaves their probabilities as they are.
         projection_taken: the projection is that of `bridge.start`, which was trained for this very LLM.
     """
 
@@ -51,6 +52,7 @@ class Assembly:
     fingerprints: dict[str, str]
     reader: Reader | None = None
     projection_taken: bool = False
+    temperature: float = 1.0
 
     @property
     def caches(self) -> list[FeatureCache]:
@@ -156,10 +158,35 @@ class Assembly:
             named = self.reader.name(self.reader.look(features), digests, left_out).to(self.model.device)
         return ids, mask, named
 
+    @torch.no_grad()
+    def word_vectors(self, texts: Sequence[str]) -> Tensor:
+        """What the LLM sees of names, as a reader gives them: the mean embedding of each one's tokens, [W, D_l].
+
+        A text is tokenised as the beginning of an answer and, with a space in front, as what a question says of it.
+        """
+        table = self.model.language.base.get_input_embeddings().weight.detach()
+        tokenizer = self.prompts.tokenizer
+        ids = [tokenizer([text, f" {text}"], add_special_tokens=False)["input_ids"] for text in texts]
+        return torch.stack([table[[*alone, *within]].float().mean(dim=0).cpu() for alone, within in ids])
+
+    @torch.no_grad()
+    def spell(self, answer: str) -> Tensor:
+        """What the LLM sees of an answer, as a reader gives it: its first tokens' embeddings, [SPELLED, D_l].
+
+        What is longer joins the last one, what is shorter ends in zeros.
+        """
+        table = self.model.language.base.get_input_embeddings().weight.detach()
+        tokens = self.prompts.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        out = torch.zeros(SPELLED, table.shape[1])
+        for place in range(min(SPELLED, len(tokens))):
+            own = tokens[place:] if place == SPELLED - 1 else tokens[place : place + 1]
+            out[place] = table[own].float().mean(dim=0).cpu()
+        return out
+
     @property
     def answer_reader(self) -> Reader | None:
         """The reader, if it reads questions and was fitted."""
-        return self.reader if self.reader is not None and self.reader.answers is not None else None
+        return self.reader if self.reader is not None and self.reader.reads_questions else None
 
     def read_answers(
         self, asked: Sequence[tuple[ImageRef, str]], numbers: Mapping[str, Tensor], left_out: LeftOut | None = None

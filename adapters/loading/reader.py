@@ -7,8 +7,9 @@ weighing more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qformer.class_reader import Classifier, ClassNames, ClassNumbers
 from qformer.errors import UserError
+from qformer.name_questions import NameQuestions
 from qformer.ridge_reader import NameRidge, PairRidge, PictureNumbers
 
 FILE = "reader.safetensors"
@@ -29,9 +32,16 @@ SPELLED = 3
 """Vectors of the likely answer."""
 _SHARPNESS = 10.0  # of the softmax over the answers' scores, which lie between 0 and 1
 _NO_TOKEN = -1
+_QUESTIONS = "questions"  # in the file's metadata
 
 NGram = tuple[int, int]
 """A token of the LLM and the next one, or `_NO_TOKEN` in its place for a token alone."""
+
+WordVectors = Callable[[Sequence[str]], Tensor]
+"""Texts to what the LLM sees of them: the mean embedding of their tokens."""
+
+Spell = Callable[[str], Tensor]
+"""An answer to what the LLM sees of its first tokens."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +93,16 @@ class Reader:
         names: scores of W names.
         name_vectors: [W, D_l], what the LLM sees of each name.
         answers: what is read of each question; None leaves the reader to the picture alone.
+        questions: what the scores of a reader of classes say to questions.
+        spell: what the LLM sees of an answer, [SPELLED, D_l]; beside `questions`.
     """
 
-    numbers: PictureNumbers
-    names: NameRidge
+    numbers: PictureNumbers | ClassNumbers
+    names: NameRidge | ClassNames
     name_vectors: Tensor
     answers: AnswerReader | None = None
+    questions: NameQuestions | None = None
+    spell: Spell | None = None
 
     @torch.no_grad()
     def look(self, features: Sequence[Tensor]) -> Tensor:
@@ -130,6 +144,8 @@ class Reader:
         Raises:
             ValueError: the reader reads no questions.
         """
+        if self.questions is not None:
+            return self._suggest(numbers, asked, left_out)
         if self.answers is None:
             raise ValueError("this reader reads no questions")
         scores = self.answers.scores(numbers, [question for _, question in asked], tokenizer)
@@ -137,10 +153,31 @@ class Reader:
             scores = _replaced(scores, asked, left_out.answers)
         return self.answers.spelled(scores)
 
+    def _suggest(self, numbers: Tensor, asked: Sequence[tuple[str, str]], left_out: LeftOut | None) -> Tensor:
+        """What the names' scores suggest as answers, spelled, [B, SPELLED, D_l]."""
+        assert self.questions is not None and self.spell is not None
+        scores = self.names(numbers)
+        if left_out is not None:
+            scores = _replaced(scores, [digest for digest, _ in asked], left_out.names)
+        out = torch.zeros(len(asked), SPELLED, self.name_vectors.shape[1])
+        for row, (_, question) in enumerate(asked):
+            for answer, weight in self.questions.answer(question, scores[row]):
+                out[row] += weight * self.spell(answer)
+        return out
+
+    @property
+    def reads_questions(self) -> bool:
+        """Whether it has vectors for each question too."""
+        return self.answers is not None or self.questions is not None
+
     def state(self) -> dict[str, Tensor]:
         """All its tensors by name, as they are stored."""
-        state = {f"numbers.{name}": tensor for name, tensor in self.numbers.tensors.items()}
+        state: dict[str, Tensor] = {}
+        if isinstance(self.numbers, PictureNumbers):
+            state |= {f"numbers.{name}": tensor for name, tensor in self.numbers.tensors.items()}
         state |= {f"names.{name}": tensor for name, tensor in vars(self.names).items()}
+        if isinstance(self.names, ClassNames):  # its vectors are those of its words, and its numbers the tower's
+            return state | {"names.weight": self.names.weight.half().contiguous()}
         state["name_vectors"] = self.name_vectors
         if self.answers is not None:
             state |= {f"ridge.{name}": tensor for name, tensor in vars(self.answers.ridge).items()}
@@ -155,11 +192,23 @@ class Reader:
         Raises:
             OSError, SafetensorError: it cannot be written.
         """
-        save_file(self.state(), folder / FILE)
+        save_file(self.state(), folder / FILE, metadata=_described(self.questions))
 
     @classmethod
-    def load(cls, folder: Path) -> Reader | None:
+    def load(
+        cls,
+        folder: Path,
+        classifier: Classifier | None = None,
+        word_vectors: WordVectors | None = None,
+        spell: Spell | None = None,
+    ) -> Reader | None:
         """The reader of an artefact; None if it has none.
+
+        Args:
+            folder: of the artefact.
+            classifier: of its first tower.
+            word_vectors: what the LLM sees of names, [W, D_l].
+            spell: what it sees of an answer; all three are needed for a reader of classes.
 
         Raises:
             UserError: it is of an earlier version.
@@ -168,6 +217,7 @@ class Reader:
             return None
         with safe_open(folder / FILE, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            described = json.loads((file.metadata() or {}).get(_QUESTIONS, "null"))
         if "numbers.basis" in state:
             raise UserError(f"{folder / FILE} is of an earlier version, which read all layers as one: train it again")
 
@@ -175,8 +225,23 @@ class Reader:
             inside = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
             return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in inside.items()}
 
+        if described is not None:
+            if classifier is None or word_vectors is None:
+                raise UserError(
+                    f"{folder / FILE} reads the classes of its image encoder, which has none; train it again"
+                )
+            kinds = {word: tuple(places) for word, places in described["kinds"].items()}
+            questions = NameQuestions(tuple(described["names"]), kinds, described["threshold"])
+            names = ClassNames(**part("names"))
+            vectors = word_vectors(questions.names)
+            return cls(ClassNumbers(classifier), names, vectors, questions=questions, spell=spell)
         answers = AnswerReader(PairRidge(**part("ridge")), **part("answers")) if part("answers") else None
         return cls(PictureNumbers(part("numbers")), NameRidge(**part("names")), state["name_vectors"], answers)
+
+
+def _described(questions: NameQuestions | None) -> dict[str, str] | None:
+    """A file's metadata for a reader of classes."""
+    return None if questions is None else {_QUESTIONS: json.dumps(asdict(questions))}
 
 
 Key = TypeVar("Key")
@@ -195,7 +260,7 @@ def names_read(reader: str | None) -> int:
 
 def answers_read(reader: str | None) -> int:
     """How many vectors of an answer a question about a picture has, by a recipe's `bridge.reader`."""
-    return SPELLED if reader == "answers" else 0
+    return SPELLED if reader in ("answers", "classes") else 0
 
 
 def ngrams_of(question: str, tokenizer: Any) -> list[NGram]:

@@ -33,6 +33,8 @@ from qformer.simple_bridges import SimpleBridge, vectors_of
 from qformer.vision_loading import load_image_encoder
 
 MAX_INSTRUCTION = 128  # tokens of an instruction that the bridge reads, as in InstructBLIP
+GROUNDING_FILE = "grounding.safetensors"
+"""Of an artefact: its grounding head, if it has one."""
 MAX_TEXT = 32  # tokens of a caption in the first stage, as in BLIP-2
 
 
@@ -52,6 +54,7 @@ class VisionSide:
         differences: what was added to towers' weights, by the tower's place.
         start: what the bridge started from, if its recipe names it.
         sources: in training, one a tower: where features come from in place of its cache; else empty.
+        grounding: the file of the artefact's grounding head, if it has one.
     """
 
     recipe: Recipe
@@ -65,6 +68,7 @@ class VisionSide:
     differences: dict[int, WeightDelta]
     start: BridgeStart | None = None
     sources: list[FeatureSource] = field(default_factory=list)
+    grounding: Path | None = None
 
     @property
     def encoder_sources(self) -> tuple[str, ...]:
@@ -191,9 +195,11 @@ def load_vision_side(
         start.put_heads(heads)
     feature_norm, bridge = feature_norm.to(device), bridge.to(device)
     tokenizer = start.tokenizer if start is not None else None
+    head = artefact / GROUNDING_FILE if artefact is not None else None
     return VisionSide(
-        recipe, encoders, caches, feature_norm, bridge, heads, tokenizer, fingerprints, differences, start
-    )
+        recipe, encoders, caches, feature_norm, bridge, heads, tokenizer, fingerprints, differences, start,
+        grounding=head if head is not None and head.is_file() else None,
+    )  # fmt: skip
 
 
 def tower_dtype(tower: TowerSection, device: str) -> torch.dtype:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.data.caption_batches import CaptionedPicture, draw_batch, group_captions
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.data.views import all_views
 from adapters.evaluation.retrieval import recalls
 from adapters.features.cache import FeatureCache

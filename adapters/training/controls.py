@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from adapters.data.answers import normalise
@@ -13,7 +13,7 @@ from adapters.data.image_ref import blank_image
 from adapters.data.tokenised import TokenisedPicture
 from adapters.evaluation.intervals import interval_by_picture
 from adapters.evaluation.vqa import exact_match, score
-from adapters.inference.answering import answer_examples
+from adapters.inference.answering import answer_examples, reply_to_examples
 from adapters.loading.assembly import Assembly
 from adapters.training.reader_fit import probe_answers
 from adapters.training.sharing import shared
@@ -22,6 +22,25 @@ from qformer.decoding import Decoding
 SHORT = Decoding(max_new_tokens=10)  # how validation answers questions: greedy
 
 OnAnswers = Callable[[Sequence[Example], Sequence[str]], None]
+
+
+@dataclass(frozen=True)
+class ValidationAnswers:
+    """What a validation answered, row by row.
+
+    Attributes:
+        asked: the questions.
+        texts: the answers.
+        confidences: of the answers, from 0 to 1.
+        blank: the answers on blank pictures; none if they were not asked for.
+    """
+
+    asked: Sequence[Example]
+    texts: Sequence[str]
+    confidences: Sequence[float]
+    blank: Sequence[str]
+
+
 _LEARNED_BY_HEART = 3.0  # times the training loss
 
 
@@ -71,7 +90,12 @@ def commonest_answers(train: Sequence[Example], questions: Sequence[str]) -> lis
 
 
 def validate_answers(
-    assembly: Assembly, asked: Sequence[Example], on_answers: OnAnswers | None = None, *, sets: bool = False
+    assembly: Assembly,
+    asked: Sequence[Example],
+    on_answers: OnAnswers | None = None,
+    *,
+    sets: bool = False,
+    keep: Callable[[ValidationAnswers], None] | None = None,
 ) -> dict[str, float]:
     """Exact match of greedy answers, its 95 % interval by picture, and exact match on blank pictures.
 
@@ -80,13 +104,18 @@ def validate_answers(
         asked: validation questions.
         on_answers: called with them and the answers.
         sets: as in `adapters.evaluation.vqa.exact_match`.
+        keep: called with all that was answered.
 
     Returns:
         "val_exact_match", "val_exact_match_low", "val_exact_match_high" and "val_blank_images", as fractions.
     """
     answers = [example.answers for example in asked]
     answer = partial(answer_examples, assembly, task="vqa", decoding=SHORT)
-    texts = shared(asked, answer)
+    said = shared(
+        asked,
+        lambda part: [(one.text, one.confidence) for one in reply_to_examples(assembly, part, "vqa", decoding=SHORT)],
+    )
+    texts = [text for text, _ in said]
     if on_answers is not None:
         on_answers(asked, texts)
     hits = [exact_match(text, right, sets=sets) for text, right in zip(texts, answers, strict=True)]
@@ -95,8 +124,10 @@ def validate_answers(
     found["val_exact_match_low"], found["val_exact_match_high"] = interval_by_picture(hits, pictures)
     blank = blank_image()
     unseen = [replace(example, images=(blank,) * len(example.images)) for example in asked]
-    texts = shared(unseen, answer)
-    found["val_blank_images"] = score(texts, answers, sets=sets)["exact_match"]
+    blind = shared(unseen, answer)
+    if keep is not None:
+        keep(ValidationAnswers(asked, texts, [confidence for _, confidence in said], blind))
+    found["val_blank_images"] = score(blind, answers, sets=sets)["exact_match"]
     return found
 
 

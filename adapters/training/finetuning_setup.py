@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts, read_facts
-from adapters.data.batches import Step, leave_out_long, plan_validation, tokenise
+from adapters.data.batches import Step, leave_out_long, plan_validation
+from adapters.data.collate import PackedSequence
 from adapters.data.examples import Example, sample_evenly
 from adapters.data.tokenised import TokenisedPicture
 from adapters.data.views import all_views
@@ -27,6 +29,7 @@ from adapters.training.run_data import report_copies
 from adapters.training.self_critical import SelfCriticalSampler, check_self_critical
 from adapters.training.setup import Opened, dtype_of, facts_of, optimiser_of, position_of, take_over
 from adapters.training.start import freeze_bridge, has_lora
+from adapters.training.start_memory import StartMemory
 from adapters.training.text_side import TextSideKeeper, check_keeping
 from qformer.compiling import compile_blocks
 from qformer.errors import UserError
@@ -45,7 +48,7 @@ class FineTuning:
         facts: what the artefacts say of the run.
         pictures: tokenised training data.
         validation: tokenised validation data.
-        row_tokens: the longest sequence that several questions share; 0 if each has its own.
+        row_tokens: the longest row that several questions or pictures share; 0 if each question has its own.
         fitted: the closed-form reader with its left-out scores, if the recipe has one.
         final_reader: the reader of the artefacts, fitted to the held-out pictures too; validation uses `fitted`.
         controls: scores of what the run does not change (`adapters.training.controls.fixed_controls`).
@@ -67,6 +70,10 @@ class FineTuning:
     controls: dict[str, float]
     text_side: TextSideKeeper | None
     sampler: SelfCriticalSampler | None
+
+    def micro_batches(self, share: Step) -> list[tuple[PackedSequence, ...]]:
+        """A process's share of a step, cut as the recipe says."""
+        return share.micro_batches(self.opened.recipe.train.micro_batch_tokens, self.row_tokens)
 
 
 def set_up_finetuning(opened: Opened) -> FineTuning:
@@ -98,10 +105,12 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
             for data in (opened.train, opened.val)
         )
         opened = replace(opened, train=train_data, val=val_data)
-    pictures = tokenise(opened.train, assembly.prompts, **how)
+    memory = StartMemory(assembly, **how)
+    pictures = memory.tokenise(opened.train)
     # questions share a picture's sequence unless the bridge reads each of them beside the picture
-    row_tokens = train.row_tokens if model.language.can_pack and not assembly.reads_instructions else 0
-    held_out = tokenise(opened.val, assembly.prompts, **how)
+    can_share = model.language.can_pack and not assembly.reads_instructions
+    row_tokens = min(train.row_tokens, train.micro_batch_tokens) if can_share else 0
+    held_out = memory.tokenise(opened.val)
     validation = plan_validation(held_out, row_tokens=row_tokens)
     images = all_views((row.images[0] for row in opened.train.examples if len(row.images) == 1), recipe.data.views)
     named = (image for data in (opened.train, opened.val) for row in data.examples for image in row.images)
@@ -131,7 +140,7 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     fitted = _fit(opened, assembly, pictures) if recipe.bridge.reader is not None else None
     final_reader = fitted.reader if fitted is not None else None
     if fitted is not None and recipe.data.val is None and recipe.data.fold is None and held_out:
-        everything = fit_reader(assembly, [*pictures, *held_out], questions=recipe.bridge.reader == "answers")
+        everything = fit_reader(assembly, [*pictures, *held_out], kind=recipe.bridge.reader or "names")
         final_reader = everything.reader if everything is not None else final_reader
     optimiser = optimiser_of(model, recipe)
     dtype = str(model.language.compute_dtype).removeprefix("torch.")
@@ -155,6 +164,7 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         )
     sampler = SelfCriticalSampler(assembly, opened.train, train.self_critical) if train.self_critical else None
     prepared = opened.accelerator.prepare(model)
+    asked, sets = _questions(opened), recipe.data.match == "set"
     facts = facts_of(opened, position, assembly.fingerprints, counted)
     return FineTuning(
         opened,
@@ -168,7 +178,9 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
         row_tokens,
         fitted,
         final_reader,
-        fixed_controls(assembly, pictures, opened.train.examples, _questions(opened), sets=recipe.data.match == "set"),
+        memory.controls(
+            partial(fixed_controls, assembly, pictures, opened.train.examples, asked, sets=sets), sets=sets
+        ),
         text_side,
         sampler,
     )
@@ -176,7 +188,7 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
 
 def _fit(opened: Opened, assembly: Assembly, pictures: Sequence[TokenisedPicture]) -> FittedReader | None:
     """Fit the reader and give it to the assembly; data that suit none are trained on without one."""
-    fitted = fit_reader(assembly, pictures, questions=opened.recipe.bridge.reader == "answers")
+    fitted = fit_reader(assembly, pictures, kind=opened.recipe.bridge.reader or "names")
     if fitted is not None:
         assembly.reader = fitted.reader
     if not opened.quiet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,34 +15,15 @@ from adapters.data.tokenised import TokenisedPicture
 from adapters.loading.assembly import Assembly
 from adapters.loading.reader import SPELLED, AnswerReader, LeftOut, Reader, ngrams_of, question_numbers
 from adapters.training.alignment import distinctive_names, is_word, names_in
+from adapters.training.class_reader_fit import fit_class_reader
+from adapters.training.fitted_reader import FittedReader, Look, apply_in_parts
 from qformer.ridge_reader import NameRidge, PairRidge, PictureNumbers
 
 MOST_PAIRS = 3000  # the time of a fit grows by the cube
+FEWEST_PICTURES = 256  # that pairs are taken of, if there are so many: of fewer, some of their questions are taken
 MOST_NAMES = 512
 MOST_MAPPED = 512  # pictures that the map to numbers is fitted to
-_CHUNK = 64  # pictures whose features are in memory at once
 _FEWEST = 10
-
-Look = Callable[[Sequence[ImageRef]], Sequence[Tensor]]
-"""Pictures to what is read of them, [B, P_i, D_i] each, on the CPU."""
-
-
-@dataclass(frozen=True)
-class FittedReader:
-    """A reader with what it says of its own training data.
-
-    Attributes:
-        reader: the reader.
-        line: one sentence for the run to print.
-        left_out: scores of the training data, each picture by all others.
-    """
-
-    reader: Reader
-    line: str
-    left_out: LeftOut
-
-    def __str__(self) -> str:
-        return self.line
 
 
 @dataclass(frozen=True)
@@ -69,11 +50,16 @@ class _Pairs:
 
 
 def _gather(pictures: Sequence[TokenisedPicture]) -> _Pairs | None:
-    """At most `MOST_PAIRS` pairs; None if there are too few of them, or too many different answers."""
+    """About `MOST_PAIRS` pairs at most; None if there are too few of them, or too many different answers."""
     single = [picture for picture in pictures if len(picture.images) == 1]
     whole = sum(len(picture.questions) for picture in single)
-    chosen = sample_evenly(single, max(1, len(single) * MOST_PAIRS // whole)) if whole > MOST_PAIRS else tuple(single)
-    pairs = [(picture.images[0], question) for picture in chosen for question in picture.questions]
+    chosen = single
+    if whole > MOST_PAIRS:
+        chosen = list(sample_evenly(single, max(FEWEST_PICTURES, len(single) * MOST_PAIRS // whole)))
+    each = None
+    if sum(len(picture.questions) for picture in chosen) > MOST_PAIRS * 5 // 4:  # few pictures, very many questions
+        each = max(1, MOST_PAIRS // len(chosen))
+    pairs = [(picture.images[0], question) for picture in chosen for question in sample_evenly(picture.questions, each)]
     answers = sorted({answer for _, question in pairs for answer in question.answers})
     if len(pairs) < _FEWEST or not 2 <= len(answers) <= max(_FEWEST, len(pairs) * 3 // 4):
         return None
@@ -93,7 +79,7 @@ def _gather(pictures: Sequence[TokenisedPicture]) -> _Pairs | None:
 
 @torch.no_grad()
 def fit_reader(
-    assembly: Assembly, pictures: Sequence[TokenisedPicture], *, questions: bool = True
+    assembly: Assembly, pictures: Sequence[TokenisedPicture], *, kind: str = "answers"
 ) -> FittedReader | None:
     """Fit a reader to tokenised questions; None if there are too few of them, or too many different answers.
 
@@ -102,8 +88,14 @@ def fit_reader(
     Args:
         assembly: its towers and its LLM's embeddings are used.
         pictures: tokenised training data.
-        questions: read the likely answer to each question too.
+        kind: as `bridge.reader` has it: "names"; "classes", fitted to all pictures; or "answers", which reads the
+            likely answer to each question too.
+
+    Raises:
+        UserError: the first tower has no classifier whose classes could be read.
     """
+    if kind == "classes":
+        return fit_class_reader(assembly, pictures)
     single = [picture for picture in pictures if len(picture.images) == 1]
     if (pairs := _gather(pictures)) is None:
         return None
@@ -114,14 +106,14 @@ def fit_reader(
     name_ridge, left_names = NameRidge.fit(numbers, said)
     reader = Reader(numbers_of, name_ridge, _name_vectors(assembly, names))
     by_digest = {image.digest(): scores for image, scores in zip(images, left_names, strict=True)}
-    if not questions:
+    if kind != "answers":
         line = f"closed-form reader: {len(names)} names of {len(images)} pictures"
         return FittedReader(reader, line, LeftOut(by_digest, {}))
     known = {image.digest(): row for row, image in enumerate(images)}
     if all(image.digest() in known for image in pairs.images):
         numbers = numbers[[known[image.digest()] for image in pairs.images]]
     else:
-        numbers = _apply(assembly.features, numbers_of, pairs.images)
+        numbers = apply_in_parts(assembly.features, numbers_of, pairs.images)
     ngrams, rarity = _ngrams([question for _, question in pairs.keys], assembly.prompts.tokenizer)
     asked = question_numbers(pairs.questions, ngrams, rarity, assembly.prompts.tokenizer)
     ridge, left_answers = PairRidge.fit(numbers, asked, pairs.rows, pairs.wanted, numbers_of.widths)
@@ -164,7 +156,7 @@ def probe_answers(
     ngrams, rarity = _ngrams([question for _, question in pairs.keys], tokenizer)
     known = question_numbers(pairs.questions, ngrams, rarity, tokenizer)
     ridge, _ = PairRidge.fit(numbers, known, pairs.rows, pairs.wanted)
-    new = _apply(look, numbers_of, [image for image, _ in asked])
+    new = apply_in_parts(look, numbers_of, [image for image, _ in asked])
     scores = ridge(new, question_numbers([question for _, question in asked], ngrams, rarity, tokenizer))
     texts = [assembly.prompts.decode(answer) for answer in pairs.answers]
     return [texts[index] for index in scores.argmax(dim=1).tolist()]
@@ -173,12 +165,7 @@ def probe_answers(
 def _numbers(look: Look, images: Sequence[ImageRef], *, places: bool) -> tuple[PictureNumbers, Tensor]:
     """A map from features to numbers, fitted to some of the images, and all their numbers [M, r]."""
     fitted = PictureNumbers.fit(look(sample_evenly(images, MOST_MAPPED)), places=places)
-    return fitted, _apply(look, fitted, images)
-
-
-def _apply(look: Look, numbers_of: PictureNumbers, images: Sequence[ImageRef]) -> Tensor:
-    chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
-    return torch.cat([numbers_of(look(chunk)) for chunk in chunks])
+    return fitted, apply_in_parts(look, fitted, images)
 
 
 def _names(

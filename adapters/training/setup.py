@@ -17,7 +17,7 @@ from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts
 from adapters.data.examples import DataSet, Example, merge, mix, repeat, sample_evenly, split_by_image, split_fold
 from adapters.data.lazy import Picked, places_where
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import VisionSide, check_device, default_device
 from adapters.recipe import Recipe, differing_keys, load_recipe
@@ -298,7 +298,12 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
     def read(sources: Sources, limit: int | None) -> DataSet:
         task = None if recipe.task == "mixed" else recipe.task
         listed = (SourceSection(file=sources, limit=limit),) if isinstance(sources, str) else sources
-        options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "broken_pictures_too": True, "offline": offline}
+        options: dict[str, Any] = {
+            "skip_bad_rows": data.skip_bad_rows,
+            "broken_pictures_too": True,
+            "allow_outside": data.allow_outside,
+            "offline": offline,
+        }
         parts = [
             read_data(
                 part.file,

@@ -10,29 +10,29 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from adapters.data.columns import named_rows
+from adapters.data.conversations import SHAPE_FIELDS, is_conversation
 from adapters.data.examples import Example, Fault
 from adapters.data.formats.columnar import CLASS_QUESTION
 from adapters.data.formats.raw_rows import RawRow
 from adapters.data.formats.web_dataset import PICTURE_ENDINGS
 from adapters.data.image_ref import ImageRef
+from adapters.data.picture_files import MissingImage, Pictures
 from adapters.data.rows import (
     ANSWER_FIELDS,
     CAPTION_FIELDS,
     ID_FIELDS,
     IMAGE_FIELDS,
     BadRow,
-    MissingImage,
-    Pictures,
     has_captions,
     read_row,
     tasks_of,
 )
-from adapters.data.shapes import SHAPE_FIELDS, is_conversation
 from adapters.data.sources import Source, check_source, open_source
 from adapters.tasks import Task
 from qformer.errors import UserError
@@ -133,6 +133,7 @@ class BatchRows:
         questions: asked about every row, in place of the rows' own.
         columns: the file's name of a field by ours.
         choices: whether choices are given for all rows; then no row may have its own.
+        allow_outside: pictures may lie outside the data's own folder; else a row that names one is bad.
         offline: do not fetch a packaged set.
 
     Attributes:
@@ -151,6 +152,7 @@ class BatchRows:
         questions: Sequence[str] = (),
         columns: Mapping[str, str] | None = None,
         choices: bool = False,
+        allow_outside: bool = False,
         offline: bool = False,
     ) -> None:
         if task is not None and task not in TASKS:
@@ -162,6 +164,7 @@ class BatchRows:
         self._columns = dict(columns or {})
         self._choices = choices
         self._asked_task = task or ("vqa" if questions else None)
+        self._allow_outside = allow_outside
         self._offline = offline
         self._folder = _picture_folder(source) if questions or task in ("caption", "embed") else None
         if self._folder is None:
@@ -173,10 +176,11 @@ class BatchRows:
         """Read the rows from the first on."""
         self._first_good = True
         source = self._open()
-        pictures = Pictures(source.base)
+        found_by = partial(Pictures, source.base, also=source.also, allow_outside=self._allow_outside)
+        pictures = found_by()
         for raw in source.rows:
             if raw.number % _KEPT_PICTURES == 0:
-                pictures = Pictures(source.base)
+                pictures = found_by()
             yield self._read(raw, pictures)
 
     def _open(self) -> Source:

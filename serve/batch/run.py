@@ -14,9 +14,9 @@ from serve.batch.asking import Asking, Predictor
 from serve.batch.blocks import Answerer, Block, OneProcess
 from serve.batch.job import BatchJob, RowsDigest, check_same_job, read_job, write_job
 from serve.batch.lines import FinishedRows
+from serve.batch.ordered_lines import BatchReport, Writing
 from serve.batch.rows import AskedRow, BatchRows
 from serve.batch.tables import check_table, journal_of, write_table
-from serve.batch.writing import BatchReport, Writing
 
 _NAMED = 3  # missing pictures that a message names
 
@@ -35,6 +35,7 @@ def run_batch(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    allow_outside: bool = False,
     offline: bool = False,
     chunk: int = 128,
     write_every: float = 2.0,
@@ -63,6 +64,7 @@ def run_batch(
         columns: the file's name of a field by ours, such as {"image": "photo"}.
         limit: only the first so many good rows, with the bad ones among them.
         skip_bad_rows: write an error for a bad row and go on, instead of stopping there.
+        allow_outside: pictures may lie outside the data's own folder; else a row that names one is bad.
         offline: do not fetch a packaged set.
         chunk: rows that are planned together: questions on one picture among them are asked together.
         write_every: seconds between two writes.
@@ -83,7 +85,8 @@ def run_batch(
 
         listed = checked_choices(choices)
     rows = BatchRows(
-        source, task=task, questions=questions, columns=columns, choices=bool(listed), offline=offline
+        source, task=task, questions=questions, columns=columns, choices=bool(listed), allow_outside=allow_outside,
+        offline=offline,
     )  # fmt: skip
     asking = Asking(rows.task, listed, logprobs, rationale_tokens)
     _check_asking(asking, min_confidence)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.data.formats.registry import ENDINGS, is_json_lines
 from qformer.atomic import whole_file
 from qformer.errors import UserError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import pyarrow
 
 TABLES = (".csv", ".parquet")
-_UNWRITTEN = (".tsv", ".json", ".arrow", ".xlsx", ".xls", ".tar", ".gz", ".zst")
 _GROUP = 16_384  # rows of a group in a Parquet file
 _INT64 = 2**63
 _FIRST = (
@@ -36,7 +36,8 @@ def check_table(out: Path) -> None:
     Raises:
         UserError: it does.
     """
-    if out.suffix.lower() in _UNWRITTEN:
+    ending = out.suffix.lower()
+    if ending in ENDINGS and ending not in TABLES and not is_json_lines(out):
         stem = out.name.partition(".")[0]
         names = f"{stem}.jsonl, {stem}.csv or {stem}.parquet"
         raise UserError(f"--out {out}: '{out.suffix}' is not written; name it {names}")

@@ -23,6 +23,7 @@ from serve.cli.common import (
     LimitOption,
     MaxTokensOption,
     OfflineOption,
+    OutsideOption,
     PresetOption,
     QuietOption,
     RationaleTokensOption,
@@ -80,6 +81,7 @@ def batch(
     columns: ColumnsOption = None,
     limit: LimitOption = None,
     skip_bad_rows: SkipOption = False,
+    allow_outside: OutsideOption = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 64,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, or actors, that answer.")] = 1,
     engine: Annotated[
@@ -115,7 +117,8 @@ def batch(
         done = run_batch(
             source, out, answerer, task=task, questions=question or [], choices=named, logprobs=logprobs,
             min_confidence=min_confidence, rationale_tokens=rationale_tokens, columns=read_as, limit=limit,
-            skip_bad_rows=skip_bad_rows, offline=offline, on_progress=None if quiet else Progress(),
+            skip_bad_rows=skip_bad_rows, allow_outside=allow_outside, offline=offline,
+            on_progress=None if quiet else Progress(),
         )  # fmt: skip
     report(
         {"out": str(out), **vars(done)},

@@ -10,12 +10,28 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qformer.errors import UserError
-from serve.cli import batch, cache, data, demo, evaluate, export, import_, look, push, reason, search, serve, train
+from serve.cli import (
+    batch,
+    cache,
+    data,
+    demo,
+    evaluate,
+    export,
+    ground,
+    import_,
+    look,
+    push,
+    reason,
+    search,
+    serve,
+    train,
+)
 from serve.cli.common import (
     AdapterOption,
     BeamsOption,
@@ -51,6 +67,7 @@ app.command()(reason.reason)
 app.command()(search.search)
 app.command()(search.classify)
 app.command()(look.look)
+app.command()(ground.ground)
 app.command()(demo.demo)
 app.command()(serve.serve)
 app.add_typer(data.app, name="data")
@@ -65,17 +82,24 @@ def ask(
     decoding: PresetOption = None,
     beams: BeamsOption = None,
     max_new_tokens: MaxTokensOption = None,
+    show: Annotated[
+        Path | None, typer.Option("--show", help="A .png or .jpg to write: where what the answer names is.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a question about one or several pictures."""
+    from adapters.inference.request import LOW
     from serve.adapter import checked_choices, load_adapter, user_turn
 
     *images, question = pictures
     if not images:
         raise UserError(f'ask: only "{question}" was given; write querybridge ask IMAGE "QUESTION"')
+    ground.check_drawing(show, "--show")
+    if show is not None and len(images) > 1:
+        raise UserError(f"--show {show}: it goes with one picture, and {len(images)} were given")
     check_pictures(images)
     user_turn(images, question)  # a mistake is reported before the models are loaded
     asked = {"images": images, "question": question}
@@ -83,14 +107,19 @@ def ask(
         if decoding is not None or beams is not None or max_new_tokens is not None:
             raise UserError("--choices gives each its probability and writes nothing: leave the decoding's flags out")
         named = checked_choices(split_list(choices, "--choices"), where="--choices")
-        shares = load_adapter(adapter, device=device, dtype=dtype, offline=offline).choose(images, question, named)
+        loaded = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
+        shares = loaded.choose(images, question, named)
         lines = "\n".join(f"{share:6.1%}  {choice}" for choice, share in shares.items())
-        report({**asked, "answer": next(iter(shares)), "choices": shares}, as_json, lines)
+        shown, where = ground.show_answer(loaded, images[0], next(iter(shares)), show)
+        report({**asked, "answer": next(iter(shares)), "choices": shares, **shown}, as_json, lines + where)
         return
     over = decoding_over(decoding, beams, max_new_tokens)
     loaded = load_adapter(adapter, device=device, dtype=dtype, offline=offline)
     said = loaded.complete(images, question, decoding=over(loaded.default_decoding("vqa")))
-    report({**asked, "answer": said.text, "confidence": said.confidence}, as_json, said.text)
+    shown, where = ground.show_answer(loaded, images[0], said.text, show)
+    if said.confidence < LOW and not as_json:
+        typer.echo(f"low confidence ({said.confidence:.0%}): check it", err=True)
+    report({**asked, "answer": said.text, "confidence": said.confidence, **shown}, as_json, said.text + where)
 
 
 @app.command()

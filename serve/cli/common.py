@@ -62,6 +62,12 @@ ColumnsOption = Annotated[
         "--columns", metavar="FIELD=COLUMN,…", help="Names of the data's columns, such as image=photo,question=prompt."
     ),
 ]
+OutsideOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-outside", help="Read pictures that the data names outside its own folder: by .., absolute, by a link."
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of weights and order; the recipe's if left out.")]
 

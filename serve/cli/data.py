@@ -13,6 +13,7 @@ from serve.cli.common import (
     ColumnsOption,
     JsonOption,
     OfflineOption,
+    OutsideOption,
     QuietOption,
     SkipOption,
     columns_of,
@@ -50,6 +51,7 @@ def check(
     no_answers: Annotated[
         bool, typer.Option("--no-answers", help="Rows to be answered, as batch takes them: answers may be absent.")
     ] = False,
+    allow_outside: OutsideOption = False,
     offline: OfflineOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -61,6 +63,7 @@ def check(
         "task": task,
         "need_answers": not no_answers,
         "columns": columns_of(columns),
+        "allow_outside": allow_outside,
         "offline": offline,
         "on_progress": None if quiet else progress("opened"),
     }
@@ -93,6 +96,7 @@ def preview(
     ] = None,
     task: TaskOption = None,
     columns: ColumnsOption = None,
+    allow_outside: OutsideOption = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,7 +105,8 @@ def preview(
     from adapters.data.preview_page import preview_page
 
     how: Any = {
-        "rows": rows, "sample": sample, "task": task, "columns": columns_of(columns), "offline": offline
+        "rows": rows, "sample": sample, "task": task, "columns": columns_of(columns), "allow_outside": allow_outside,
+        "offline": offline,
     }  # fmt: skip
     made = []
     if html is not None:
@@ -134,6 +139,7 @@ def convert(
         bool, typer.Option("--no-answers", help="Rows to be answered, as batch takes them: answers may be absent.")
     ] = False,
     skip_bad_rows: SkipOption = False,
+    allow_outside: OutsideOption = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -142,8 +148,10 @@ def convert(
 
     made = convert_data(
         file, out, task=task, need_answers=not no_answers, columns=columns_of(columns), skip_bad_rows=skip_bad_rows,
-        offline=offline,
+        allow_outside=allow_outside, offline=offline,
     )  # fmt: skip
+    if made.outside:
+        print("its pictures lie outside its folder: read it with --allow-outside, or write .parquet", file=sys.stderr)
     left_out = f", {made.bad_rows:,} bad rows left out" if made.bad_rows else ""
     beside = f", {made.pictures:,} pictures beside it" if made.pictures else ""
     report(dataclasses.asdict(made), as_json, f"{made.out}: {made.rows:,} rows{beside}{left_out}")

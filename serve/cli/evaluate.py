@@ -20,6 +20,7 @@ from serve.cli.common import (
     LimitOption,
     MaxTokensOption,
     OfflineOption,
+    OutsideOption,
     PresetOption,
     QuietOption,
     RationaleTokensOption,
@@ -45,7 +46,7 @@ def evaluate(
         typer.Option(
             "--controls",
             help="Also ask about grey pictures and about other rows' pictures; for reason also without reasons and "
-            "with given ones.",
+            "with given ones; for grounding look for other rows' phrases.",
         ),
     ] = False,
     blank_images: Annotated[
@@ -60,6 +61,7 @@ def evaluate(
     columns: ColumnsOption = None,
     limit: LimitOption = None,
     skip_bad_rows: SkipOption = False,
+    allow_outside: OutsideOption = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts generated together.")] = 64,
     decoding: PresetOption = None,
     beams: BeamsOption = None,
@@ -74,6 +76,10 @@ def evaluate(
     report_file: Annotated[
         Path | None, typer.Option("--report", help="For vqa, probes and caption: an HTML page, with pictures.")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="For vqa and probes: fit the confidences' temperature, and keep it."),
+    ] = False,
     match: Annotated[
         str, typer.Option("--match", help="For vqa: exact, or set: lists with commas, in any order.")
     ] = "exact",
@@ -99,16 +105,15 @@ def evaluate(
         {
             "--answer-adapter": (answer_adapter, ("reason",)),
             "--rationale-tokens": (rationale_tokens, ("reason",)),
-            "--controls": (controls, (*_WRITTEN, "reason")),
-            "--blank-images": (blank_images, TASKS[:-1]),
+            "--controls": (controls, (*_WRITTEN, "reason", "grounding")),
             "--against": (against, ("vqa", "probes")),
             "--no-rerank": (not rerank, ("retrieval",)),
             "--save-predictions": (predictions, _WRITTEN),
             "--report": (report_file, _WRITTEN),
+            "--calibrate": (calibrate, ("vqa", "probes")),
             "--match": (match != "exact", ("vqa",)),
             "--wordnet": (wordnet, ("vqa",)),
             "--boxes": (boxes, ("grounding",)),
-            "--adapter": (adapter, TASKS[:-1]),
         },
     )
     if task in ("retrieval", "grounding") and not decoding is beams is max_new_tokens is None:
@@ -119,17 +124,31 @@ def evaluate(
     check_source(data)
     over = decoding_over(decoding, beams, max_new_tokens)
     on_progress = None if quiet else progress("done")
-    reading: Any = {"limit": limit, "skip_bad_rows": skip_bad_rows, "columns": named, "offline": offline}
+    reading: Any = {
+        "limit": limit, "skip_bad_rows": skip_bad_rows, "columns": named, "allow_outside": allow_outside,
+        "offline": offline,
+    }  # fmt: skip
     loading: Any = {"device": device, "dtype": dtype, "offline": offline}
     if task == "grounding":
-        from serve.evaluate_grounding import boxes_of_file, evaluate_grounding
+        from serve.evaluation.grounding import boxes_of_file, evaluate_grounding, locate_with
 
-        if boxes is None:
-            raise UserError("--task grounding: no adapter gives boxes yet; score a model's with --boxes FILE.jsonl")
-        scores = evaluate_grounding(boxes_of_file(boxes), data, **reading)
+        if boxes is not None:
+            if adapter is not None or controls or blank_images:
+                raise UserError(
+                    "--boxes: the file is scored as it is; leave --adapter, --controls and --blank-images out"
+                )
+            locate = boxes_of_file(boxes)
+        else:
+            from serve.grounding import NO_HEAD, load_grounder
+
+            grounder = load_grounder(adapter, device=device, offline=offline)
+            if not grounder.has_head and not quiet:
+                typer.echo(NO_HEAD, err=True)
+            locate = locate_with(grounder, on_progress=on_progress)
+        scores = evaluate_grounding(locate, data, controls=controls, blank_images=blank_images, **reading)
     elif task == "reason":
         from qformer.decoding import Decoding
-        from serve.evaluate_reasons import evaluate_reasons
+        from serve.evaluation.reasons import evaluate_reasons
         from serve.reasoning import load_pair
 
         first, second = load_pair(adapter, answer_adapter, **loading)
@@ -138,7 +157,7 @@ def evaluate(
             rationale_tokens=rationale_tokens, decoding=over(Decoding()), on_progress=on_progress, **reading,
         )  # fmt: skip
     elif task == "retrieval":
-        from serve.evaluate import evaluate_retrieval
+        from serve.evaluation.retrieval import evaluate_retrieval
         from serve.retrieval import load_retriever
 
         retriever, _ = load_retriever(adapter, **loading)
@@ -146,12 +165,14 @@ def evaluate(
             retriever, data, blank_images=blank_images, rerank=rerank, on_progress=on_progress, **reading
         )
     else:
+        from adapters.artefact.artefact import find_artefact
+        from adapters.artefact.facts import keep_temperature
         from adapters.evaluation.report import check_report
         from adapters.evaluation.wordnet import WordNet
-        from serve.adapter import load_adapter
-        from serve.evaluate import check_match
-        from serve.evaluate import evaluate as run
-        from serve.evaluate_predictions import check_predictions
+        from serve.adapter import default_adapter, load_adapter
+        from serve.evaluation.predictions import check_predictions
+        from serve.evaluation.run import check_match
+        from serve.evaluation.run import evaluate as run
 
         check_match(match)
         if predictions is not None:
@@ -165,8 +186,11 @@ def evaluate(
         scores = run(
             loaded, data, task=task, blank_images=blank_images, controls=controls, batch_size=batch_size, decoding=how,
             predictions=predictions, report=report_file, match=match, wordnet=meanings, against=other,
-            on_progress=on_progress, tell=None if quiet else partial(typer.echo, err=True), **reading,
+            calibrate=calibrate, on_progress=on_progress, tell=None if quiet else partial(typer.echo, err=True),
+            **reading,
         )  # fmt: skip
+        if calibrate:
+            keep_temperature(find_artefact(adapter or default_adapter()), scores["temperature"])
     report(scores, as_json, describe_scores(scores))
 
 
@@ -176,7 +200,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare what two adapters answered to the same rows, with a paired test."""
-    from serve.evaluate_predictions import compare_predictions
+    from serve.evaluation.predictions import compare_predictions
 
     found = compare_predictions(first, second)
     report(found, as_json, describe_comparison(found, str(second)))

@@ -36,7 +36,7 @@ def describe_comparison(found: Mapping[str, Any], name: str) -> str:
     """A comparison of two files of predictions: its figures, and what they say.
 
     Args:
-        found: as `serve.evaluate_predictions.compare_predictions` returns it.
+        found: as `serve.evaluation.predictions.compare_predictions` returns it.
         name: what the second is called.
     """
     from adapters.evaluation.verdicts import compared

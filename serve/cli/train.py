@@ -19,6 +19,7 @@ from serve.cli.common import (
     DtypeOption,
     JsonOption,
     OfflineOption,
+    OutsideOption,
     QuietOption,
     SeedOption,
     columns_of,
@@ -57,6 +58,7 @@ def finetune(
     seed: SeedOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    allow_outside: OutsideOption = False,
     offline: OfflineOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -65,7 +67,7 @@ def finetune(
     from adapters.finetune import finetune as train
     from adapters.training.cross_validation import cross_validate
 
-    given = _overrides(set_, task=task, seed=seed)
+    given = _overrides(set_, task=task, seed=seed, allow_outside=allow_outside)
     if (named := columns_of(columns)) is not None:
         given.append(f"data.columns={json.dumps(named)}")
     if budget is not None and folds is not None:
@@ -113,6 +115,7 @@ def pretrain(
     seed: SeedOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    allow_outside: OutsideOption = False,
     offline: OfflineOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -124,7 +127,7 @@ def pretrain(
     if stage == 2 and start_from is None and not resume:
         raise UserError("--stage 2 goes on from the first stage: add --start-from RUN (finetune starts without one)")
     task = "caption" if stage == 1 else None
-    given = _overrides(set_, task=task, seed=seed)
+    given = _overrides(set_, task=task, seed=seed, allow_outside=allow_outside)
     first_recipe = "captions_stage1" if stage == 1 else None
     theirs = start_from if stage == 2 else None
     chosen, name = _recipe_for(recipe, given, offline=offline, start_from=theirs, base=first_recipe)
@@ -148,12 +151,14 @@ def pretrain(
     )
 
 
-def _overrides(set_: list[str] | None, *, task: str | None, seed: int | None) -> list[str]:
+def _overrides(set_: list[str] | None, *, task: str | None, seed: int | None, allow_outside: bool) -> list[str]:
     given = list(set_ or [])
     if task is not None:
         given.append(f"task={task}")
     if seed is not None:
         given.append(f"train.seed={seed}")
+    if allow_outside:
+        given.append("data.allow_outside=true")
     return given
 
 
@@ -175,7 +180,7 @@ def _recipe_for(
     """
     from adapters.catalogue import shipped_recipes
     from adapters.choice import WITHOUT_READER, choose_settings
-    from adapters.data.readers import read_data
+    from adapters.data.reading import read_data
     from adapters.data.scienceqa import scienceqa_folder
     from adapters.data.sources import is_data
     from adapters.recipe import find_recipe, load_recipe
@@ -190,7 +195,7 @@ def _recipe_for(
     data_section = load_recipe("domain_cpu", overrides).data
     rows = read_data(
         source, task=given.get("task"), skip_bad_rows=data_section.skip_bad_rows, columns=data_section.columns,
-        offline=offline,
+        allow_outside=data_section.allow_outside, offline=offline,
     )  # fmt: skip
     task = rows.task
     held_out = None if science is None else f"{science[0].resolve()}:val"

@@ -56,7 +56,7 @@ def test_a_run_learns_and_leaves_all_that_is_promised(recipe_of: Any, tmp_path: 
     assert result.finished and result.steps == 60
     assert {p.name for p in out.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "samples.jsonl", "samples.png", "tensorboard", "loss.png", "best", "last",
-        "state",
+        "state", "report.html",
     }  # fmt: skip
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert any((out / "tensorboard").iterdir())

@@ -12,7 +12,7 @@ from tiny import draw_data, tiny_values
 
 from adapters.artefact.artefact import load_artefact
 from adapters.artefact.facts import read_facts
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.finetune import finetune
 from adapters.inference.reasoning import reason_examples
 from adapters.recipe import Recipe, parse_recipe

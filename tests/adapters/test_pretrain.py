@@ -19,7 +19,7 @@ from adapters import pretrain as pretrain_module
 from adapters.artefact.artefact import load_artefact, load_vision_side_artefact
 from adapters.artefact.facts import read_facts
 from adapters.data.caption_batches import CaptionedPicture, draw_captions, group_captions
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.finetune import finetune
 from adapters.inference.retrieval import Retriever
 from adapters.loading.assembly import assemble

@@ -14,7 +14,7 @@ import torch
 import yaml
 from api_server import served
 from command import Call, Outcome
-from data_rows import write_jsonl
+from data_rows import borrowed, write_jsonl
 from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -112,9 +112,9 @@ def predictor(engine: LoadedAdapter) -> VQAPredictor:
 
 
 @pytest.fixture
-def rows(data_file: Path) -> list[dict[str, Any]]:
+def rows(data_file: Path, tmp_path: Path) -> list[dict[str, Any]]:
     return [
-        {"image": str(data_file.parent / f"{number % 5}.png"), "question": QUESTIONS[number % 3]}
+        {"image": borrowed(data_file.parent / f"{number % 5}.png", tmp_path), "question": QUESTIONS[number % 3]}
         for number in range(10)
     ]
 

@@ -14,7 +14,7 @@ from data_rows import write_jsonl
 from reason_data import draw_reasons, write_scienceqa
 from tiny import tiny_values
 
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.finetune import finetune
 from adapters.inference.reasoning import reason_examples
 from adapters.recipe import parse_recipe
@@ -22,7 +22,7 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import load_adapter
 from serve.engine import Engine
-from serve.evaluate_reasons import evaluate_reasons
+from serve.evaluation.reasons import evaluate_reasons
 from serve.reasoning import asked_answer, asked_rationale, question_example, reason
 
 TOKENS = 30  # of a thought

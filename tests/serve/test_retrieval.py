@@ -12,8 +12,10 @@ from PIL import Image
 from tiny import COLOURS, draw_captions, save_tiny_bert, tiny_values
 
 from adapters.data.image_ref import ImageRef
+from adapters.inference.retrieval import CLASSES_READ
 from adapters.pretrain import pretrain
 from adapters.recipe import parse_recipe
+from qformer.class_reader import Classifier
 from qformer.errors import UserError
 from serve.retrieval import IndexReport, PictureIndex, classify, load_retriever
 
@@ -170,3 +172,19 @@ def test_mistakes_are_one_clear_line(index: PictureIndex, tmp_path: Path) -> Non
     index.update()
     with pytest.raises(UserError, match="empty"):
         index.search("  ")
+
+
+def test_the_encoders_own_classes_count_where_it_has_them(
+    adapter: Path, pictures: Path, cache_here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder that is sure of "black", whatever it sees, makes black likelier and leaves the others' order."""
+    retriever, _ = load_retriever(adapter, device="cpu")
+    labels = ["red", "blue", "black"]
+    before = classify(retriever, pictures / "red0.png", labels)
+    encoder = retriever.vision_side.encoders[0]
+    assert encoder.classifier is None
+    names = ("black", *(f"colour {place}" for place in range(CLASSES_READ)))
+    bias = torch.tensor([50.0] + [0.0] * CLASSES_READ)
+    monkeypatch.setattr(encoder, "classifier", Classifier(torch.zeros(len(names), encoder.width), bias, names))
+    after = classify(retriever, pictures / "red0.png", labels)
+    assert after["black"] > before["black"] and sum(after.values()) == pytest.approx(1, abs=1e-5)

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import pytest
 from command import FAST, Call
-from data_rows import write_jsonl
+from data_rows import borrowed, write_jsonl
 from tiny import draw_captions
 
 from adapters.data.examples import Example
 from adapters.inference.answering import Completion
-from serve.evaluate import evaluate
+from serve.evaluation.run import evaluate
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def pairs(data_file: Path, tmp_path: Path) -> Path:
     """Twelve rows of two pictures each, with marks or without."""
     rows = []
     for number in range(12):
-        images = [str(data_file.parent / f"{n % 12}.png") for n in (number, number + 1)]
+        images = [borrowed(data_file.parent / f"{n % 12}.png", tmp_path) for n in (number, number + 1)]
         question = "<image> or <image>: which is red?" if number % 2 else "which is red?"
         rows.append({"images": images, "question": question, "answer": "first" if number % 3 == 0 else "none"})
     return write_jsonl(tmp_path / "pairs.jsonl", rows)

@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from adapters.data.formats.delimited import checked_header
 from adapters.data.formats.raw_rows import RawRow, place, shorten, table_row
 from qformer.errors import UserError
 
+_LARGEST_PART = 256 * 2**20  # bytes of a sheet: a million short rows are 100 MB
 # What openpyxl, zipfile, zlib and the XML parser raise where a file is damaged; they say so in no other way.
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, OSError, EOFError, LookupError, ValueError, TypeError,
@@ -30,6 +32,7 @@ def xlsx_rows(path: Path) -> Iterator[RawRow]:
     from openpyxl import load_workbook
     from openpyxl.utils.exceptions import InvalidFileException
 
+    _check_unpacked(path)
     try:
         book = load_workbook(path, read_only=True, data_only=True)
     except (InvalidFileException, *_DAMAGED) as error:
@@ -47,6 +50,22 @@ def xlsx_rows(path: Path) -> Iterator[RawRow]:
         raise UserError(f"{path} is damaged ({shorten(str(error), 100)}): save it again as .xlsx or .csv") from error
     finally:
         book.close()
+
+
+def refuse_xls(path: Path) -> Iterator[RawRow]:
+    """What is said of the workbooks of Excel 2003 and older (.xls)."""
+    raise UserError(f"{path}: '.xls' data files are not read: save it as .xlsx")
+
+
+def _check_unpacked(path: Path) -> None:
+    """See that no part of a workbook, which is a zip archive, unpacks to more than a table of people holds."""
+    with suppress(*_DAMAGED), zipfile.ZipFile(path) as archive:  # damage is told where the workbook is opened
+        for part in archive.infolist():
+            if part.file_size > _LARGEST_PART:
+                raise UserError(
+                    f"{path}: {shorten(part.filename)} in it unpacks to {part.file_size >> 20} MiB, over the"
+                    f" {_LARGEST_PART >> 20} MiB that are read: save it as .csv"
+                )
 
 
 def _filled(sheet: Any) -> Iterator[tuple[int, Any]] | None:

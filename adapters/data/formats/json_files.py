@@ -11,7 +11,7 @@ from typing import Any
 
 from adapters.data.formats.official import official_rows
 from adapters.data.formats.raw_rows import RawRow, kind_of, place, shorten, unwritable
-from adapters.data.formats.text_lines import read_lines
+from adapters.data.formats.text_lines import joined, read_lines
 from qformer.errors import UserError
 
 _NOT_BLANK = re.compile(r"\S")
@@ -25,7 +25,7 @@ def json_lines_rows(path: Path) -> Iterator[RawRow]:
         if first[1].strip():
             everything = chain([first], lines)
             if first[1].lstrip().startswith("["):
-                return _list_rows(path, "".join(text for _, text in _from_line_one(everything)))
+                return _list_rows(path, joined(path, (text for _, text in _from_line_one(everything))))
             return _object_lines(path, everything)
     return iter(())
 
@@ -36,7 +36,7 @@ def json_rows(path: Path) -> Iterator[RawRow]:
     Raises:
         UserError: it is none of these, or is broken.
     """
-    text = "".join(line for _, line in read_lines(path))
+    text = joined(path, (line for _, line in read_lines(path)))
     start = _NOT_BLANK.search(text)
     if start is None:
         return iter(())

@@ -102,7 +102,7 @@ def _vqa_rows(path: Path, questions: Mapping[str, Any], annotations: Mapping[str
             fields["answers"] = texts or [given.get("multiple_choice_answer")]
             if isinstance(given.get("answer_type"), str):
                 fields["kind"] = given["answer_type"]
-        yield RawRow(where, number, fields)
+        yield RawRow(where, number, fields, pictures_in=(path.parent / name).parent)
 
 
 def _picture_name(path: Path, part: str, image: int) -> str:
@@ -140,7 +140,7 @@ def _caption_rows(path: Path, value: Mapping[str, Any]) -> Iterator[RawRow]:
             fields["id"] = image["id"]
         if texts := captions.pop(image.get("id"), None):
             fields["captions"] = texts
-        yield RawRow(where, number, fields)
+        yield RawRow(where, number, fields, pictures_in=path.parent / folder)
     if captions:
         raise UserError(
             f"{path}: {sum(map(len, captions.values()))} captions are of pictures that it does not list (the first:"

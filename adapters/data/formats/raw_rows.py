@@ -28,6 +28,7 @@ class RawRow:
         fields: values as JSON has them; a picture that lies inside the file is an `ImageRef`.
         problem: what is wrong with the row, if it cannot be read.
         label: the field that holds the picture's class by its name, if the file says that there is one.
+        pictures_in: the folder beside the file that its format keeps pictures in, if it is known to.
     """
 
     where: str
@@ -35,6 +36,7 @@ class RawRow:
     fields: dict[str, Any]
     problem: str | None = None
     label: str | None = None
+    pictures_in: Path | None = None
 
 
 def shorten(value: object, length: int = 50) -> str:

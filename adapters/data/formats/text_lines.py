@@ -6,7 +6,7 @@ import codecs
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -15,7 +15,10 @@ from qformer.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
 """Endings of compressed files, behind that of the format."""
-_LONGEST_LINE = 2**30  # bytes: a compressed line may be far longer than the file
+_LONGEST_LINE = 2**30  # bytes
+_LONGEST_UNPACKED = 64 * 2**20  # bytes of a compressed file's line, which may be far longer than the file
+_LARGEST_UNPACKED = 128 * 2**20  # characters of a compressed file that is read whole
+_FED = 256  # bytes that are unpacked at once: Zstandard may make 32 000 times as many of them
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
@@ -23,7 +26,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield line numbers and lines, decoded; line ends stay, a byte-order mark does not.
 
     Raises:
-        UserError: the file cannot be read or unpacked, breaks off, is no text, or has a line of over 1 GiB.
+        UserError: the file cannot be read or unpacked, breaks off, is no text, or has a line of over 1 GiB, or one that
+            unpacks to over 64 MiB.
     """
     encoding = _utf16(path)
     if encoding is not None:
@@ -35,6 +39,26 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as error:
             byte = f"byte 0x{line[error.start]:02x}"
             raise UserError(f"{path} line {number}: not UTF-8 ({byte}): save the file as UTF-8 text") from None
+
+
+def joined(path: Path, lines: Iterable[str]) -> str:
+    """All lines of a file as one text, for what is read whole.
+
+    Raises:
+        UserError: it is compressed and unpacks to over 128 Mi characters.
+    """
+    if path.suffix.lower() not in COMPRESSED:
+        return "".join(lines)
+    parts, held = [], 0
+    for line in lines:
+        held += len(line)
+        if held > _LARGEST_UNPACKED:
+            raise UserError(
+                f"{path} unpacks to a list of more than {_LARGEST_UNPACKED >> 20} MiB: write an object a line, or"
+                " unpack the file first"
+            )
+        parts.append(line)
+    return "".join(parts)
 
 
 @contextmanager
@@ -74,7 +98,7 @@ class _Zstandard(io.RawIOBase):
         self._packed = packed
         self._frame: Any = None
         self._rest = b""
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         """It can be read."""
@@ -83,8 +107,8 @@ class _Zstandard(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Fill the buffer; 0 at the end."""
         while not self._ready:
-            chunk = self._rest or self._packed.read(2**16)
-            self._rest = b""
+            chunk = self._rest[:_FED] or self._packed.read(_FED)
+            self._rest = self._rest[_FED:]
             if not chunk:
                 if self._frame is not None:
                     raise _Broken("it breaks off")
@@ -92,11 +116,11 @@ class _Zstandard(io.RawIOBase):
             if self._frame is None:
                 self._frame = self._library.ZstdDecompressor().decompressobj()
             try:
-                self._ready = self._frame.decompress(chunk)
+                self._ready = memoryview(self._frame.decompress(chunk))
             except self._library.ZstdError as error:
                 raise _Broken(str(error)) from None
             if self._frame.eof:
-                self._rest = self._frame.unused_data
+                self._rest = self._frame.unused_data + self._rest
                 self._frame = None
         given = self._ready[: len(buffer)]
         self._ready = self._ready[len(buffer) :]
@@ -106,12 +130,26 @@ class _Zstandard(io.RawIOBase):
 
 def _byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open_bytes(path) as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE):
+        number, most = 0, _longest(path)
+        while line := file.readline(most + 1):
             number += 1
-            if len(line) == _LONGEST_LINE:
-                raise UserError(f"{path} line {number} is longer than {_LONGEST_LINE >> 30} GiB: break it up")
+            if len(line) > most:
+                raise _too_long(path, number)
             yield number, line
+
+
+def _longest(path: Path) -> int:
+    return _LONGEST_UNPACKED if path.suffix.lower() in COMPRESSED else _LONGEST_LINE
+
+
+def _too_long(path: Path, line: int) -> UserError:
+    most = _longest(path) >> 20
+    if path.suffix.lower() in COMPRESSED:
+        return UserError(
+            f"{path} line {line} unpacks to more than {most} MiB: no row is so long; write an object a line, or unpack"
+            " the file first if it is meant so"
+        )
+    return UserError(f"{path} line {line} is longer than {most} MiB: break it up")
 
 
 def _utf16(path: Path) -> str | None:
@@ -129,16 +167,18 @@ def _utf16(path: Path) -> str | None:
 
 
 def _wide_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    number = 0
+    number, most = 0, _longest(path)
     with open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding=encoding, newline="\n")
         while True:
             try:
-                line = text.readline()
+                line = text.readline(most + 1)
             except UnicodeDecodeError as error:
                 where = f"{path} after line {number}"
                 raise UserError(f"{where}: not UTF-16 ({error.reason}): save the file as UTF-8 text") from None
             if not line:
                 return
             number += 1
+            if len(line) > most:
+                raise _too_long(path, number)
             yield number, line.removeprefix("\ufeff") if number == 1 else line

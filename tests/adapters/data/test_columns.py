@@ -10,12 +10,9 @@ import datasets
 import pytest
 from data_rows import VQA, complaint
 from PIL import Image
-from scripts_as_modules import load_script
 
 from adapters.data.columns import parse_columns
-from adapters.data.examples import Example
-from adapters.data.image_ref import ImageRef
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.recipe import load_recipe, parse_recipe
 from adapters.training.setup import read_split
 from qformer.errors import UserError
@@ -77,40 +74,3 @@ def test_a_recipe_names_columns(jsonl: Callable[..., Path]) -> None:
     ]
     train, _ = read_split(parse_recipe(values, "test"))
     assert train.examples[0].answers == ("?",)
-
-
-def test_dialogues_need_their_first_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    script = load_script("make_dialogues", monkeypatch)
-    images = [ImageRef(str(n), path=tmp_path / f"{n}.png") for n in range(4)]
-    said = [
-        (0, "what is the color of the circle?", "red"),
-        (1, "what shape is present?", "triangle"), (1, "is there not a blue shape?", "no"),
-        (2, "is there a red shape?", "no"), (2, "is there a circle?", "yes"),
-        (3, "is there no teal shape?", "yes"), (3, "what is the gray shape?", "rectangle"),
-    ]  # fmt: skip
-    things = script.things_in(Example((images[n],), asked, (answer,), "", "") for n, asked, answer in said)
-    assert things == {
-        images[0].path: ("circle", "red"), images[1].path: ("triangle", "blue"), images[3].path: ("rectangle", "gray"),
-    }  # fmt: skip
-    for ref in images:
-        assert ref.path is not None
-        ref.path.write_bytes(b"x")
-    count = script.write_dialogues(tmp_path, "train", things, each=40, seed=0)
-    talks, alone = (read_data(tmp_path / f"{name}.jsonl").examples for name in ("train", "train_alone"))
-    assert (count, len(talks), len(alone)) == (120, 240, 240)
-    for talk, one in zip(talks, alone, strict=True):
-        assert (talk.question, talk.answer, talk.kind) == (one.question, one.answer, one.kind)
-    by_question: dict[object, set[str]] = {}
-    for talk in talks:
-        if talk.kind == "turn 2":
-            by_question.setdefault((talk.images, talk.question), set()).add(talk.answer)
-            shape, color = things[talk.images[0].path]
-            first, reply = talk.history[0].text, talk.history[1].text
-            if talk.question == "and the other one?":
-                assert {reply, talk.answer} == {shape, color}
-            else:
-                named = (shape in first, color in first)
-                right = {"nothing": named == (True, True), "both": named == (False, False)}
-                right |= {"the color": named == (True, False), "the shape": named == (False, True)}
-                assert right[talk.answer] and sum(right.values()) == 1 and (reply == "yes") == right["nothing"]
-    assert all(len(answers) > 1 for answers in by_question.values())  # the picture and the turn alone do not settle it

@@ -15,14 +15,14 @@ from tiny import draw_data, make_tokenizer, tiny_values
 from adapters.data.batches import prompt_for, tokenise
 from adapters.data.image_ref import ImageRef, image_ref
 from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle, Turn
-from adapters.data.readers import read_data, read_rows
+from adapters.data.reading import read_data, read_rows
 from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from serve.adapter import load_adapter
 from serve.api.plan import plan_of
 from serve.api.schemas import parse_request
-from serve.evaluate import evaluate
+from serve.evaluation.run import evaluate
 from serve.page.tabs.chat import Conversation
 
 SYSTEM = "Be short."

@@ -16,7 +16,7 @@ from data_rows import VQA
 from PIL import Image
 
 from adapters.data.image_ref import image_ref
-from adapters.data.readers import read_rows
+from adapters.data.reading import read_rows
 from adapters.data.sources import open_source
 from qformer.errors import UserError
 

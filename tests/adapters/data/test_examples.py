@@ -11,7 +11,7 @@ from data_rows import VQA
 from tiny import draw_captions, draw_data
 
 from adapters.data.examples import DataSet, Example, merge, mix, split_by_image
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.recipe import load_recipe, parse_recipe
 from adapters.training.setup import read_split
 from qformer.errors import UserError

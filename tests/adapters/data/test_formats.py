@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_rows import VQA, complaint
 
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 
 
 def test_json_list(folder: Path) -> None:

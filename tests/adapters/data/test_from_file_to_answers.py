@@ -12,7 +12,7 @@ from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
 from serve.batch.predictor import VQAPredictor
 from serve.batch.run import run_batch
-from serve.evaluate import evaluate
+from serve.evaluation.run import evaluate
 
 
 def test_parquet_is_trained_answered_and_scored_as_its_source_is(

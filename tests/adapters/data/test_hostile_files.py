@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from adapters.data.images import open_image
-from adapters.data.readers import read_rows
+from adapters.data.reading import read_rows
 from adapters.recipe import load_recipe
 from adapters.training.checkpoint import RunState, load_state, save_state
 from qformer.errors import UserError

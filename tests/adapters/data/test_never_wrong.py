@@ -15,7 +15,7 @@ from adapters.data.answers import normalise
 from adapters.data.batches import prompt_for
 from adapters.data.image_ref import image_ref
 from adapters.data.prompts import PromptBuilder, PromptStyle, Turn
-from adapters.data.readers import read_data, read_rows
+from adapters.data.reading import read_data, read_rows
 from qformer.errors import UserError
 
 PICTURE = {"image": "a.png"}

@@ -11,7 +11,7 @@ import pandas
 import pytest
 from data_rows import COLOURS, EXPECTED, colours, complaint, encoded
 
-from adapters.data.readers import read_data, read_rows
+from adapters.data.reading import read_data, read_rows
 
 # -- folders of pictures -----------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from adapters.data.check import check_data
 from adapters.data.images import open_image
-from adapters.data.readers import read_data, read_rows
+from adapters.data.reading import read_data, read_rows
 
 
 def hf_dataset() -> Any:

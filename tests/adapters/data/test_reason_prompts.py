@@ -14,7 +14,7 @@ from adapters.data.batches import TokenisedPicture, plan_epoch, prompt_for, toke
 from adapters.data.examples import DataSet, Example, merge
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.tasks import Stage
 from qformer.errors import UserError
 

@@ -12,7 +12,7 @@ from data_rows import CAPTION, VQA, complaint
 
 from adapters.data.check import check_data
 from adapters.data.image_ref import blank_image
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 
 REASON = {
     "image": "a.png",

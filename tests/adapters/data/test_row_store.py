@@ -18,7 +18,7 @@ from adapters.data.batches import plan_epoch, tokenise
 from adapters.data.examples import Example, merge, mix, repeat, split_by_image
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, Turn
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.data.row_store import RecordFile, StoredExamples
 from qformer.errors import UserError
 

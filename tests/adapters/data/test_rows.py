@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_rows import CAPTION, VQA, complaint, write_jsonl
 
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 
 TWO = ["a.png", "b.png"]
 SEVERAL = {"images": TWO, "question": "Which is it?", "answer": "a cat"}

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from scene_world import World, told
 
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.data.scenes import drawing as drawn_scenes
 from adapters.data.scenes import files as scene_files
 from adapters.data.scenes.captions import captions_of

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from data_rows import VQA, complaint
 
-from adapters.data.readers import read_data, read_rows
+from adapters.data.reading import read_data, read_rows
 
 ROWS = [VQA, VQA | {"image": "b.png", "question": "Wie heißt es; und, warum?", "answer": "Käse"}]
 

@@ -11,7 +11,7 @@ import torch
 from tiny import draw_data, tiny_values
 
 from adapters.data.batches import TokenisedPicture, TokenisedQuestion, tokenise
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.loading.assembly import assemble
 from adapters.recipe import parse_recipe
 from adapters.training.alignment import TEMPERATURE, align_words, distinctive_names, names_in, naming_loss

@@ -13,7 +13,7 @@ from data_rows import write_jsonl
 from tiny import draw_captions, save_tiny_bert, save_tiny_efficientnet
 
 from adapters.data.image_ref import ImageRef
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.features.cache import FeatureCache
 from adapters.loading.weight_deltas import read_weight_delta
 from adapters.recipe import TowerSection

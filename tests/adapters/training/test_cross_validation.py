@@ -15,7 +15,7 @@ from tiny import draw_data, tiny_values
 from adapters import finetune as finetune_module
 from adapters.artefact.artefact import load_artefact
 from adapters.artefact.facts import read_facts
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.recipe import Recipe, parse_recipe
 from adapters.training.cross_validation import SCORED, FoldScore, combine, cross_validate
 from adapters.training.run_data import Result
@@ -74,11 +74,11 @@ def test_it_goes_on_after_the_fold_that_was_stopped(
 ) -> None:
     validate, calls = finetune_module.validate, []
 
-    def press_ctrl_c(*args: Any) -> dict[str, float]:
+    def press_ctrl_c(*args: Any, **options: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 5:  # the second fold's first validation
             os.kill(os.getpid(), signal.SIGINT)
-        return validate(*args)
+        return validate(*args, **options)
 
     monkeypatch.setattr(finetune_module, "validate", press_ctrl_c)
     assert not run(recipe, tmp_path / "run").finished

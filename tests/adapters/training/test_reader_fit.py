@@ -16,13 +16,16 @@ from tiny import draw_data, tiny_values
 from adapters import finetune as finetune_module
 from adapters.artefact.artefact import load_artefact
 from adapters.data.batches import TokenisedPicture, plan_validation, tokenise
-from adapters.data.readers import read_data
+from adapters.data.image_ref import ImageRef
+from adapters.data.lazy import LazySequence
+from adapters.data.reading import read_data
+from adapters.data.tokenised import TokenisedQuestion
 from adapters.finetune import finetune, model_inputs
 from adapters.inference.answering import answer_examples
 from adapters.loading.assembly import Assembly, assemble
 from adapters.loading.reader import FILE, NAMED, SPELLED, question_numbers
 from adapters.recipe import Recipe, parse_recipe
-from adapters.training.reader_fit import fit_reader
+from adapters.training.reader_fit import _gather, fit_reader
 from qformer.decoding import Decoding
 
 pytestmark = pytest.mark.usefixtures("cache_here")
@@ -138,11 +141,11 @@ def test_a_run_goes_on_with_the_same_reader(recipe_of: Any, tmp_path: Path, monk
     finetune(recipe, tmp_path / "whole", device="cpu", dtype="float32", quiet=True)
     validate, calls = finetune_module.validate, []
 
-    def press_ctrl_c(*args: Any) -> dict[str, float]:
+    def press_ctrl_c(*args: Any, **options: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return validate(*args)
+        return validate(*args, **options)
 
     monkeypatch.setattr(finetune_module, "validate", press_ctrl_c)
     assert not finetune(recipe, tmp_path / "broken", device="cpu", dtype="float32", quiet=True).finished
@@ -191,3 +194,31 @@ def test_names_alone_leave_questions_in_one_sequence(recipe_of: Any, tmp_path: P
     assert losses[-1] < 0.3 * losses[0]
     one, other = (assembly.image_embeddings(examples[0].images, [text]) for text in ("what colour?", "is it red?"))
     assert torch.equal(one, other)
+
+
+def test_few_pictures_with_very_many_questions_are_sampled_in_both() -> None:
+    """Memory and time do not grow with the rows: what is not fitted is not even read."""
+    read: list[int] = []
+
+    class Questions(LazySequence[TokenisedQuestion]):
+        def __init__(self, first: int, count: int) -> None:
+            self.first, self.count = first, count
+
+        def __len__(self) -> int:
+            return self.count
+
+        def item(self, index: int) -> TokenisedQuestion:
+            read.append(self.first + index)
+            return TokenisedQuestion((1,), ((index % 7,),), f"question {index}")
+
+    def gathered(pictures: int, each: int) -> tuple[int, int]:
+        read.clear()
+        refs = [ImageRef(str(n), data=str(n).encode()) for n in range(pictures)]
+        pairs = _gather([TokenisedPicture((ref,), (), Questions(n * each, each)) for n, ref in enumerate(refs)])
+        assert pairs is not None and len(read) == len(set(read)) == len(pairs.keys) and pairs.whole == pictures * each
+        return len(pairs.images), len(pairs.keys)
+
+    assert gathered(300, 3_333) == (256, 256 * 11)
+    assert gathered(2, 500_000) == (2, 3_000)
+    assert gathered(4_000, 10) == (300, 3_000)  # many pictures: all questions of some
+    assert gathered(100, 20) == (100, 2_000)  # few enough: all

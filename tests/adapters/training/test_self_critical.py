@@ -17,7 +17,7 @@ from tiny import draw_captions, draw_data, tiny_values
 from adapters import finetune as module
 from adapters.data.batches import Step, plan_validation, tokenise
 from adapters.data.examples import DataSet, merge
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.evaluation.caption_tokens import caption_tokens
 from adapters.evaluation.captions import cider
 from adapters.finetune import finetune
@@ -136,11 +136,11 @@ def finetune_until(recipe: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> A
     """A run that Ctrl-C stops at its first validation after the check before training."""
     validate, calls = module.validate, []
 
-    def press_ctrl_c(*args: Any) -> dict[str, float]:
+    def press_ctrl_c(*args: Any, **options: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return validate(*args)
+        return validate(*args, **options)
 
     monkeypatch.setattr(module, "validate", press_ctrl_c)
     stopped = finetune(recipe, out, dtype="float32", quiet=True)

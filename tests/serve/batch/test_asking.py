@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from command import FAST, Call
-from data_rows import read_jsonl, write_jsonl
+from data_rows import borrowed, read_jsonl, write_jsonl
 from reason_data import draw_reasons
 from tiny import draw_captions, save_tiny_bert, tiny_values
 
@@ -24,9 +24,9 @@ from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import load_adapter
+from serve.batch.ordered_lines import BatchReport
 from serve.batch.predictor import EmbeddingPredictor, VQAPredictor
 from serve.batch.run import run_batch
-from serve.batch.writing import BatchReport
 from serve.reasoning import reason
 from serve.retrieval import load_retriever
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, data_file: Path) -> Path:
 @pytest.fixture
 def parts(tmp_path: Path, data_file: Path) -> Path:
     """Rows with columns of their own."""
-    image = str(data_file.parent / "0.png")
+    image = borrowed(data_file.parent / "0.png", tmp_path)
     rows = [
         {"image": image, "part": "bolt", "price": 3, "answer": "yes", "ok": True},
         {"image": image, "part": '=nut, "M4"', "price": 2.5, "ok": None, "sizes": [1, 2]},

@@ -10,9 +10,9 @@ import pytest
 from data_rows import read_jsonl, write_jsonl
 
 from qformer.errors import UserError
+from serve.batch.ordered_lines import BatchReport
 from serve.batch.predictor import VQAPredictor
 from serve.batch.run import run_batch
-from serve.batch.writing import BatchReport
 
 
 class Stopped(Exception):

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from command import FAST, Call
-from data_rows import read_jsonl, write_jsonl
+from data_rows import borrowed, read_jsonl, write_jsonl
 
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, load_adapter
 from serve.batch.job import job_file
+from serve.batch.ordered_lines import BatchReport
 from serve.batch.predictor import VQAPredictor
 from serve.batch.run import run_batch
-from serve.batch.writing import BatchReport
 
 
 @pytest.fixture
@@ -81,7 +81,9 @@ def test_the_job_says_what_the_answers_were_made_by(begun: Path, predictor: VQAP
 def test_the_command_decodes_as_the_rows_ask(
     call: Call, run_folder: Path, data_file: Path, out: Path, fields: dict[str, str], flags: list[str], beams: int
 ) -> None:
-    source = write_jsonl(out.parent / "rows.jsonl", [{"image": str(data_file.parent / "0.png"), **fields}])
+    source = write_jsonl(
+        out.parent / "rows.jsonl", [{"image": borrowed(data_file.parent / "0.png", out.parent), **fields}]
+    )
 
     call("batch", source, "--out", out, "--adapter", run_folder, "--max-new-tokens", 2, "--json", *flags, *FAST)
 

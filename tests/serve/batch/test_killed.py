@@ -22,9 +22,9 @@ from stub_predictor import StubPredictor, make_stub
 
 from qformer.errors import UserError
 from serve.batch.asking import Facts
+from serve.batch.ordered_lines import BatchReport
 from serve.batch.run import run_batch
 from serve.batch.workers import Workers, agreed
-from serve.batch.writing import BatchReport
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB = [sys.executable, str(ROOT / "tests" / "stub_predictor.py")]

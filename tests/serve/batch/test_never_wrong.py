@@ -11,7 +11,7 @@ import pytest
 from data_rows import read_jsonl, write_jsonl
 
 from adapters.data.examples import Example
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.inference.answering import Completion
 from qformer.errors import UserError
 from qformer.file_lock import lock
@@ -19,9 +19,9 @@ from serve.batch import predictor as predictor_module
 from serve.batch import run
 from serve.batch.asking import Asking, Fields
 from serve.batch.job import job_file
+from serve.batch.ordered_lines import BatchReport
 from serve.batch.predictor import VQAPredictor
 from serve.batch.run import run_batch
-from serve.batch.writing import BatchReport
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_rows import read_jsonl, write_jsonl
+from data_rows import borrowed, read_jsonl, write_jsonl
 
 from adapters.data.examples import Example
 from adapters.inference.answering import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.batch.asking import Asking, Fields
+from serve.batch.ordered_lines import BatchReport
 from serve.batch.predictor import VQAPredictor
 from serve.batch.run import run_batch
-from serve.batch.writing import BatchReport
 
 
 class Stopped(Exception):
@@ -45,7 +45,7 @@ def test_rows_in_rows_out(predictor: VQAPredictor, source: Path, rows: list[dict
 def test_given_answers_are_kept_as_references_and_ids_too(
     predictor: VQAPredictor, data_file: Path, tmp_path: Path
 ) -> None:
-    image = str(data_file.parent / "0.png")
+    image = borrowed(data_file.parent / "0.png", tmp_path)
     source = write_jsonl(
         tmp_path / "rows.jsonl", [{"id": "q7", "image": image, "question": "what?", "answer": ["a", "b"]}]
     )
@@ -59,7 +59,7 @@ def test_given_answers_are_kept_as_references_and_ids_too(
 
 def test_pictures_alone_are_captioned(predictor: VQAPredictor, data_file: Path, tmp_path: Path) -> None:
     image = data_file.parent / "0.png"
-    source = write_jsonl(tmp_path / "rows.jsonl", [{"image": str(image)}])
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"image": borrowed(image, tmp_path)}])
 
     run_batch(source, tmp_path / "out.jsonl", predictor)
 
@@ -79,7 +79,7 @@ def test_rows_are_decoded_as_their_task_and_the_adapter_want(
 
     monkeypatch.setattr(predictor.engine, "reply", reply)
     predictor.batch_size = 64
-    captions = write_jsonl(tmp_path / "captions.jsonl", [{"image": str(data_file.parent / "0.png")}])
+    captions = write_jsonl(tmp_path / "captions.jsonl", [{"image": borrowed(data_file.parent / "0.png", tmp_path)}])
     beams = {"vqa": Decoding(num_beams=2), "caption": Decoding(num_beams=3)}
     for number, chosen in enumerate((None, beams, Decoding(num_beams=4))):
         predictor.decoding = chosen
@@ -99,7 +99,7 @@ def test_rows_are_decoded_as_their_task_and_the_adapter_want(
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 def test_rows_of_several_pictures(predictor: VQAPredictor, data_file: Path, tmp_path: Path, suffix: str) -> None:
-    names = [str(data_file.parent / f"{number}.png") for number in range(3)]
+    names = [borrowed(data_file.parent / f"{number}.png", tmp_path) for number in range(3)]
     asked = [
         (names[:2], "<image> or <image>: which is red?"),
         (names, "which is a circle?"),
@@ -172,7 +172,10 @@ def test_lines_are_written_after_each_batch_of_prompts(predictor: VQAPredictor, 
 def test_separators_within_a_question_do_not_break_a_line(
     predictor: VQAPredictor, data_file: Path, tmp_path: Path
 ) -> None:
-    rows = [{"image": str(data_file.parent / "0.png"), "question": f"a{mark}b?"} for mark in "\u2028\x85\x0b\r"]
+    rows = [
+        {"image": borrowed(data_file.parent / "0.png", tmp_path), "question": f"a{mark}b?"}
+        for mark in "\u2028\x85\x0b\r"
+    ]
     source, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     run_batch(source, out, predictor)
 

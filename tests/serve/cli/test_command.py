@@ -17,6 +17,8 @@ import yaml
 from command import FAST, Call, Outcome
 from safetensors.torch import load_file, save_file
 
+from adapters.inference.request import LOW
+
 PYTHON = [sys.executable, "-c", "from serve.cli.command import main; main()"]
 
 
@@ -34,7 +36,8 @@ def test_ask_prints_the_answer_alone(call: Call, run_folder: Path, picture: Path
 
     assert plain.code == 0
     assert plain.out == found["answer"] + "\n"
-    assert 0 < found.pop("confidence") <= 1
+    sure = found.pop("confidence")
+    assert 0 < sure <= 1 and ("low confidence" in plain.err) == (sure < LOW)
     assert found == {"images": [str(picture)], "question": "what colour is it?", "answer": found["answer"]}
 
 

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapters.data.caption_batches import group_captions
 from adapters.data.duplicates import copies_between_rows, describe_copies
 from adapters.data.examples import DataSet, Example
-from adapters.data.image_ref import ImageRef, blank_image
-from adapters.data.readers import read_data
-from adapters.evaluation.report import Report, check_report, save_report
-from adapters.evaluation.retrieval import recalls
+from adapters.data.reading import read_data
+from adapters.evaluation.calibration import calibrate as fit_and_check
+from adapters.evaluation.report import Answered, Report, check_report, save_report
+from adapters.evaluation.short_answers import pictures_of
 from adapters.evaluation.wordnet import WordNet
 from adapters.inference.answering import Completion
 from adapters.inference.reasoning import Passes
 from adapters.inference.reasoning_controls import blanked
-from adapters.inference.retrieval import RERANKED, Retriever
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, short_name
-from serve.evaluate_answers import score_answers, score_caption_answers, score_probe_answers
-from serve.evaluate_predictions import check_predictions, write_predictions
-from serve.training_rows import training_rows
+from serve.evaluation.answers import score_answers, score_caption_answers, score_probe_answers
+from serve.evaluation.predictions import check_predictions, write_predictions
+from serve.evaluation.training_rows import training_rows
 
 MEASURES = {"vqa": "exact_match", "probes": "accuracy", "caption": "CIDEr"}  # what controls are compared by
+_LEAST = 1e-30  # of a confidence, whose logarithm is taken
 SHOWN = 3  # pairs of one picture in training and test that are named
 
 
@@ -41,6 +41,7 @@ def evaluate(
     limit: int | None = None,
     skip_bad_rows: bool = False,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
     offline: bool = False,
     batch_size: int = 64,
     decoding: Decoding | None = None,
@@ -49,6 +50,7 @@ def evaluate(
     match: str = "exact",
     wordnet: WordNet | None = None,
     against: LoadedAdapter | None = None,
+    calibrate: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def evaluate(
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
         columns: the file's name of a field by ours, such as {"image": "photo"}.
+        allow_outside: pictures may lie outside the data's own folder; else a row that names one is bad.
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
         decoding: how tokens are chosen; as the adapter usually does if left out.
@@ -74,6 +77,7 @@ def evaluate(
             twice counts once, as DAQUAR's are.
         wordnet: of short answers: score WUPS too.
         against: of answers and probes: another adapter, which answers the same questions.
+        calibrate: of answers and probes: fit the temperature of confidences; the adapter answers with it from now on.
         on_progress: called with (done, total) distinct questions or pictures.
         tell: called with a line for whatever the reader of the scores must know: pictures that training has too, what
             could not be compared, and each score that is left out, and why.
@@ -87,7 +91,9 @@ def evaluate(
         counted, and "test" if those are not here any more as they were, so that this very set's were. With controls
         "blank_exact_match" and "shuffled_exact_match". "over_blank", "over_shuffled" and, from the training's answers,
         "over_commonest": how much higher the adapter scores, with intervals. "against": the other adapter's "name" and
-        what `adapters.evaluation.comparison.compare_hits` says, the other as the second. Then what
+        what `adapters.evaluation.comparison.compare_hits` says, the other as the second. With calibrate "temperature"
+        and "calibrated_error", the expected calibration error of answers on pictures that a temperature was not fitted
+        to. Then what
         `adapters.evaluation.breakdown.break_down` says. Of probes what `adapters.evaluation.probes.score_probes` says,
         also "by_kind", and "unclear" answers; the controls have "_accuracy", "_F1" and "_yes_rate". Of captions "n"
         pictures, "BLEU-1" to "BLEU-4", "ROUGE-L", "CIDEr" with its interval, "confidence", and "METEOR" and "SPICE" if
@@ -99,6 +105,8 @@ def evaluate(
             are no two pictures to shuffle, or a file cannot be written.
     """
     _check(task, match=match, controls=controls, blank_images=blank_images, wordnet=wordnet, against=against)
+    if calibrate and (task == "caption" or blank_images):
+        raise UserError("--calibrate goes with --task vqa or probes, and with pictures as they are")
     if predictions is not None:
         check_predictions(predictions, data, task)
     if report is not None:
@@ -111,6 +119,7 @@ def evaluate(
         broken_pictures_too=True,
         limit=limit,
         columns=columns,
+        allow_outside=allow_outside,
         offline=offline,
     )
     examples = rows.examples
@@ -146,6 +155,8 @@ def evaluate(
             examples, ask, known=known, sets=match == "set", wordnet=wordnet, controls=controls, against=second,
             tell=say,
         )  # fmt: skip
+    if calibrate:
+        scores |= _calibrated(adapter, answered)
     groups = {name: value for name, value in scores.items() if isinstance(value, dict | list)}
     single = {name: value for name, value in scores.items() if name not in groups}
     found = {**single, "in_training": in_training, "skipped": len(rows.skipped), **groups}
@@ -184,6 +195,19 @@ def _check(
         raise UserError("--against goes with --task vqa or probes, not caption; compare takes captions' predictions")
 
 
+def _calibrated(adapter: LoadedAdapter, answered: Sequence[Answered]) -> dict[str, float]:
+    """Fit the temperature of an adapter's confidences, and answer with it from now on."""
+    log_probs = [adapter.assembly.temperature * math.log(max(row.confidence, _LEAST)) for row in answered]
+    try:
+        temperature, error = fit_and_check(
+            log_probs, [row.score for row in answered], pictures_of([row.example for row in answered])
+        )
+    except ValueError as problem:
+        raise UserError(f"--calibrate: {problem}: give a file of 200 rows or more, on many pictures") from problem
+    adapter.assembly.temperature = temperature
+    return {"temperature": temperature, "calibrated_error": error}
+
+
 def check_match(match: str) -> None:
     """Raise a UserError for a way of comparing that there is not."""
     if match not in ("exact", "set"):
@@ -211,63 +235,6 @@ def _in_training(learned: DataSet | None, rows: DataSet, tell: Callable[[str], N
         listed = "; ".join(found.unreadable[:SHOWN]) + ("; …" if len(found.unreadable) > SHOWN else "")
         tell(f"{len(found.unreadable)} pictures could not be compared with the training data: {listed}")
     return count
-
-
-def evaluate_retrieval(
-    retriever: Retriever,
-    data: str | Path,
-    *,
-    blank_images: bool = False,
-    limit: int | None = None,
-    skip_bad_rows: bool = False,
-    columns: Mapping[str, str] | None = None,
-    offline: bool = False,
-    rerank: bool = True,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """Score how pictures find their captions and captions their pictures, among all of a file's.
-
-    Args:
-        retriever: the loaded first stage.
-        data: a file of captions.
-        blank_images: the control: every picture is replaced by a mid-grey one.
-        limit: only the first so many rows.
-        skip_bad_rows: leave bad rows out, and report how many as "skipped".
-        columns: the file's name of a field by ours, such as {"image": "photo"}.
-        offline: do not fetch a packaged set.
-        rerank: let ITM rank the best 16 by ITC again; "i2t_R@1" and the like are then its, and "itc_i2t_R@1" ITC's own.
-        on_progress: called with (pairs done, pairs in all) of ITM.
-
-    Returns:
-        "n" pictures, "texts", R@1, R@5 and R@10 both ways as fractions, and "skipped".
-
-    Raises:
-        UserError: the data cannot be read.
-    """
-    rows = read_data(
-        data,
-        task="caption",
-        skip_bad_rows=skip_bad_rows,
-        broken_pictures_too=True,
-        limit=limit,
-        columns=columns,
-        offline=offline,
-    )
-    pictures = group_captions(rows.examples)
-    if not pictures:
-        raise UserError(f"{data}: no pictures with captions in English, which is what the text side reads")
-    images: list[ImageRef] = [blank_image() if blank_images else picture.image for picture in pictures]
-    texts = [text for picture in pictures for text in picture.captions]
-    owners = [row for row, picture in enumerate(pictures) for _ in picture.captions]
-    scores = retriever.scores(retriever.embed_images(images), retriever.embed_texts(texts))
-    found: dict[str, float] = {"n": len(images), "texts": len(texts), "skipped": len(rows.skipped)}
-    plain = recalls(scores, owners)
-    if not rerank:
-        return found | plain
-    by_image, by_text = retriever.rerank(images, texts, scores, most=RERANKED, on_progress=on_progress)
-    to_text, to_image = recalls(by_image, owners), recalls(by_text, owners)
-    reranked = {name: (to_text if name.startswith("i2t") else to_image)[name] for name in plain}
-    return found | reranked | {f"itc_{name}": value for name, value in plain.items()}
 
 
 def _digests(example: Example) -> tuple[str, ...]:

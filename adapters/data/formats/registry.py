@@ -12,7 +12,7 @@ from pathlib import Path
 
 from adapters.data.formats.columnar import arrow_rows, parquet_rows
 from adapters.data.formats.delimited import delimited_rows
-from adapters.data.formats.excel import xlsx_rows
+from adapters.data.formats.excel import refuse_xls, xlsx_rows
 from adapters.data.formats.json_files import json_lines_rows, json_rows
 from adapters.data.formats.official import refuse_boxes
 from adapters.data.formats.picture_folders import class_rows, class_splits, table_rows, table_splits
@@ -39,8 +39,14 @@ FORMATS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
 }
 """The function that reads a data file, by the ending of its name."""
 
-REFUSED: dict[str, Callable[[Path], Iterator[RawRow]]] = {".xml": refuse_boxes}
+REFUSED: dict[str, Callable[[Path], Iterator[RawRow]]] = {".xml": refuse_boxes, ".xls": refuse_xls}
 """Endings of files that are known and not read, with what says why."""
+
+SHARDS = (".parquet", ".tar")
+"""Formats whose files make one data set if a folder holds nothing else."""
+
+ENDINGS = (*FORMATS, *REFUSED, *COMPRESSED)
+"""All endings that say a format, those that are not read too."""
 
 
 @dataclass(frozen=True)
@@ -76,3 +82,8 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[RawRow]] | None:
     """The function that reads a file, by its name; None if there is none."""
     ending = format_of(path)
     return FORMATS.get(ending) or REFUSED.get(ending)
+
+
+def is_json_lines(path: Path) -> bool:
+    """Whether a name is one of plain JSON lines."""
+    return FORMATS.get(path.suffix.lower()) is json_lines_rows

@@ -6,18 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from adapters.data.examples import Example
-from adapters.evaluation.anls import anls
 from adapters.evaluation.breakdown import break_down, right_answer, score_groups, spoken
 from adapters.evaluation.calibration import expected_calibration_error
 from adapters.evaluation.captions import cider_of_each, score_captions
-from adapters.evaluation.comparison import compare_hits, paired_difference
+from adapters.evaluation.comparison import compare_hits
 from adapters.evaluation.intervals import with_interval
 from adapters.evaluation.java_scores import java_scores
 from adapters.evaluation.probes import plain, says_yes, score_probes
 from adapters.evaluation.report import Answered
-from adapters.evaluation.vqa import as_written_only, commonest_answers, exact_match, vqa_accuracy
+from adapters.evaluation.short_answers import mean, over, pictures_of, score_short_answers
+from adapters.evaluation.vqa import as_written_only, commonest_answers, exact_match
 from adapters.evaluation.wordnet import WordNet
-from adapters.evaluation.wups import THRESHOLDS, wups
 from adapters.inference.answering import Completion
 from adapters.inference.reasoning_controls import blanked, shuffled
 from qformer.errors import UserError
@@ -38,7 +37,7 @@ def score_answers(
     against: tuple[str, Ask] | None,
     tell: Tell,
 ) -> tuple[dict[str, Any], list[Answered]]:
-    """Score short answers; what is returned is described at `serve.evaluate.evaluate`.
+    """Score short answers; what is returned is described at `serve.evaluation.run.evaluate`.
 
     Args:
         examples: the rows.
@@ -51,39 +50,25 @@ def score_answers(
         tell: called with a line for whatever a reader of the scores must know.
     """
     swapped = shuffled(examples) if controls else []  # first, since it may find that there is nothing to shuffle
-    answers, pictures = [example.answers for example in examples], pictures_of(examples)
-
-    def hits_of(texts: Sequence[str]) -> list[bool]:
-        return [exact_match(text, given, sets=sets) for text, given in zip(texts, answers, strict=True)]
-
     said = ask(examples)
     texts = [one.text for one in said]
-    hits = hits_of(texts)
-    pairs = list(zip(texts, answers, strict=True))
-    scores: dict[str, Any] = {"n": len(examples), "pictures": len(set(pictures))}
-    scores |= with_interval("exact_match", hits, pictures)
-    scores |= with_interval("vqa_accuracy", [vqa_accuracy(*pair) for pair in pairs], pictures)
-    scores["anls"] = _mean([anls(*pair) for pair in pairs])
-    if wordnet is not None:
-        for level in THRESHOLDS:
-            scores[f"wups_{level}"] = _mean([wups(*pair, wordnet, threshold=level) for pair in pairs])
-    confidences = [one.confidence for one in said]
-    scores["confidence"] = _mean(confidences)
-    scores["expected_calibration_error"] = expected_calibration_error(confidences, hits)
-    guesses = commonest_answers([row.question for row in examples], answers, known)
-    scores["commonest_answer"] = _mean(hits_of(guesses))
-    scores["commonest_answer_from"] = "training" if known else "test"
-    if known:
-        scores |= _over("commonest", hits_of(guesses), hits, pictures)
-    if controls:
-        for name, asked in (("blank", [blanked(row) for row in examples]), ("shuffled", swapped)):
-            theirs = hits_of([one.text for one in ask(asked)])
-            scores |= {f"{name}_exact_match": _mean(theirs), **_over(name, theirs, hits, pictures)}
+    asked = {"blank": [blanked(row) for row in examples], "shuffled": swapped} if controls else {}
+    scores, answered = score_short_answers(
+        examples,
+        texts,
+        [one.confidence for one in said],
+        known=known,
+        sets=sets,
+        wordnet=wordnet,
+        controls={name: [one.text for one in ask(rows)] for name, rows in asked.items()},
+    )
+    hits = [one.score == 1 for one in answered]
     if against is not None:
-        theirs = hits_of([one.text for one in against[1](examples)])
-        scores["against"] = {"name": against[0], **compare_hits(hits, theirs, pictures)}
+        other = [one.text for one in against[1](examples)]
+        theirs = [exact_match(text, row.answers, sets=sets) for text, row in zip(other, examples, strict=True)]
+        scores["against"] = {"name": against[0], **compare_hits(hits, theirs, pictures_of(examples))}
+    pairs = [(text, row.answers) for text, row in zip(texts, examples, strict=True)]
     _tell_of_forms(pairs, hits, sets=sets, wordnet=wordnet, tell=tell)
-    answered = [Answered(*row) for row in zip(examples, texts, confidences, map(float, hits), strict=True)]
     return scores | break_down(texts, examples, sets=sets), answered
 
 
@@ -121,18 +106,18 @@ def score_probe_answers(
     if unclear:
         tell(f"{len(unclear)} answers say neither yes nor no, such as '{unclear[0]}'; as in POPE, they count as yes")
     confidences = [one.confidence for one in said]
-    scores["confidence"] = _mean(confidences)
+    scores["confidence"] = mean(confidences)
     scores["expected_calibration_error"] = expected_calibration_error(confidences, hits)
     guesses = hits_of(commonest_answers([row.question for row in examples], [[one] for one in answers], known))
-    scores |= {"commonest_answer": _mean(guesses), "commonest_answer_from": "training" if known else "test"}
+    scores |= {"commonest_answer": mean(guesses), "commonest_answer_from": "training" if known else "test"}
     if known:
-        scores |= _over("commonest", guesses, hits, pictures)
+        scores |= over("commonest", guesses, hits, pictures)
     if controls:
         for name, asked in (("blank", [blanked(row) for row in examples]), ("shuffled", swapped)):
             blind = [one.text for one in ask(asked)]
             alone = score_probes([says_yes(text) for text in blind], right, pictures)
             scores |= {f"{name}_{score}": alone[score] for score in ("accuracy", "F1", "yes_rate")}
-            scores |= _over(name, hits_of(blind), hits, pictures)
+            scores |= over(name, hits_of(blind), hits, pictures)
     if against is not None:
         theirs = hits_of([one.text for one in against[1](examples)])
         scores["against"] = {"name": against[0], **compare_hits(hits, theirs, pictures)}
@@ -164,27 +149,13 @@ def score_caption_answers(
         tell(reason)
     scores: dict[str, Any] = {**score_captions(texts, answers, language=language), **by_java}
     scores |= with_interval("CIDEr", each, pictures)
-    scores["confidence"] = _mean([one.confidence for one in said])
+    scores["confidence"] = mean([one.confidence for one in said])
     if controls:
         for name, asked in (("blank", [blanked(row) for row in examples]), ("shuffled", swapped)):
             theirs = cider_of_each([one.text for one in ask(asked)], answers, language=language)
-            scores |= {f"{name}_CIDEr": _mean(theirs), **_over(name, theirs, each, pictures)}
+            scores |= {f"{name}_CIDEr": mean(theirs), **over(name, theirs, each, pictures)}
     confidences = [one.confidence for one in said]
     return scores, [Answered(*row) for row in zip(examples, texts, confidences, each, strict=True)]
-
-
-def pictures_of(examples: Sequence[Example]) -> list[tuple[str, ...]]:
-    """What distinguishes each row's picture, or pictures, from another's."""
-    return [tuple(image.digest() for image in example.images) for example in examples]
-
-
-def _over(
-    name: str, control: Sequence[float], scores: Sequence[float], pictures: Sequence[tuple[str, ...]]
-) -> dict[str, float]:
-    """How much higher the adapter scores than a control, with its interval."""
-    value, low, high = paired_difference(control, scores, pictures)
-    found = {f"over_{name}": value}
-    return found if low is None or high is None else found | {f"over_{name}_low": low, f"over_{name}_high": high}
 
 
 def _tell_of_forms(
@@ -207,7 +178,3 @@ def _tell_of_forms(
         )
     if sets and wordnet is None:
         tell("WUPS, DAQUAR's other score, is left out: it needs --wordnet with a folder of WordNet")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)

@@ -17,7 +17,7 @@ from adapters.evaluation.verdicts import verdicts
 from adapters.inference.answering import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.evaluate import evaluate
+from serve.evaluation.run import evaluate
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = "<script>alert('1')</script> & \"quoted\" \ud83d"

@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters.data.answers import choice_letter, normalise
 from adapters.data.examples import Example
-from adapters.data.readers import read_data
+from adapters.data.reading import read_data
 from adapters.data.scienceqa import read_scienceqa, scienceqa_folder
 from adapters.evaluation.rationales import language_control
 from adapters.evaluation.scienceqa import score_scienceqa
@@ -30,6 +30,7 @@ def evaluate_reasons(
     limit: int | None = None,
     skip_bad_rows: bool = False,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
     offline: bool = False,
     batch_size: int = 64,
     decoding: Decoding | None = None,
@@ -47,6 +48,7 @@ def evaluate_reasons(
         limit: only the first so many rows.
         skip_bad_rows: leave bad rows out, and report how many as "skipped".
         columns: the file's name of a field by ours, such as {"image": "photo"}.
+        allow_outside: pictures may lie outside the data's own folder; else a row that names one is bad.
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
         decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens if left out.
@@ -75,6 +77,7 @@ def evaluate_reasons(
         broken_pictures_too=True,
         limit=limit,
         columns=columns,
+        allow_outside=allow_outside,
         offline=offline,
     )
     languages = {example.language for example in rows.examples}

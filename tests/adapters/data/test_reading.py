@@ -13,7 +13,7 @@ from data_rows import CAPTION, VQA, complaint
 from PIL import Image
 
 import qformer.sources
-from adapters.data.readers import read_data, read_rows
+from adapters.data.reading import read_data, read_rows
 
 # -- what is read ------------------------------------------------------------------------------------------------
 
@@ -254,6 +254,7 @@ def test_fingerprint_follows_the_content(jsonl: Callable[..., Path], folder: Pat
 
 
 def test_forty_thousand_rows_are_read_quickly(folder: Path) -> None:
+    """At most thirty times what the JSON alone takes, in turn and the best of three: a busy machine slows both."""
     (folder / "images").mkdir()
     for number in range(400):
         (folder / "images" / f"{number}.png").touch()
@@ -262,9 +263,17 @@ def test_forty_thousand_rows_are_read_quickly(folder: Path) -> None:
         for number in range(40_000):
             row = {"image": f"images/{number % 400}.png", "question": f"Is it {number}?", "answer": "yes"}
             file.write(json.dumps(row) + "\n")
-    start = time.process_time()
-    assert len(read_data(path).examples) == 40_000
-    assert time.process_time() - start < 2
+    ours, plain = [], []
+    for _ in range(3):
+        start = time.process_time()
+        with path.open() as file:
+            assert sum(1 for line in file if json.loads(line)) == 40_000
+        plain.append(time.process_time() - start)
+        start = time.process_time()
+        assert len(read_data(path).examples) == 40_000
+        ours.append(time.process_time() - start)
+    print(f"{min(ours):.2f} s, JSON alone {min(plain):.2f} s")
+    assert min(ours) < 30 * min(plain)
 
 
 def test_a_picture_that_cannot_be_decoded_makes_a_bad_row_where_that_is_asked(jsonl: Callable[..., Path]) -> None:

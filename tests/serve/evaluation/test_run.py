@@ -9,15 +9,16 @@ from typing import Any, cast
 
 import pytest
 from command import FAST, Call
-from data_rows import read_jsonl, write_jsonl
+from data_rows import borrowed, read_jsonl, write_jsonl
 from PIL import Image
 
+from adapters.artefact.facts import read_facts
 from adapters.data.examples import Example
 from adapters.inference.answering import Completion
 from serve.adapter import load_adapter
 from serve.cli.scores import describe_scores
-from serve.evaluate import evaluate
-from serve.training_rows import training_rows
+from serve.evaluation.run import evaluate
+from serve.evaluation.training_rows import training_rows
 
 NOT_HERE = "the adapter's training data are not here as they were"
 
@@ -132,7 +133,7 @@ def test_commas_make_sets_where_that_is_asked_for(data_file: Path, tmp_path: Pat
         def reply(self, examples: list[Example], task: str, **_: object) -> list[Completion]:
             return [Completion("12,34", 3, True, -0.1) for _ in examples]
 
-    image = str(data_file.parent / "0.png")
+    image = borrowed(data_file.parent / "0.png", tmp_path)
     rows = [{"image": image, "question": "where?", "answer": answer} for answer in ("34,12", "12,34", "12")]
     data, out, told = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl", list[str]()
     engine = cast(Any, Parrot())
@@ -177,7 +178,7 @@ def test_a_file_that_cannot_take_predictions_is_refused(
 
 
 def test_predictions_from_python_and_several_pictures(taught: Path, data_file: Path, tmp_path: Path) -> None:
-    images = [str(data_file.parent / "0.png"), str(data_file.parent / "1.png")]
+    images = [borrowed(data_file.parent / "0.png", tmp_path), borrowed(data_file.parent / "1.png", tmp_path)]
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"images": images, "question": "which?", "answer": "both"}])
     engine = load_adapter(taught, device="cpu", dtype="float32", offline=True)
     scores = evaluate(engine, data, predictions=tmp_path / "out.jsonl", blank_images=True)
@@ -215,3 +216,23 @@ def test_tables_are_written_for_people() -> None:
         ["right", "answer", "→", "given", "n", "of"],
         ["yes", "→", "no", "4", "9"],
     ]
+
+
+def test_a_temperature_is_fitted_and_kept_in_the_adapter(call: Call, taught: Path, data_file: Path) -> None:
+    rows = read_jsonl(data_file)
+    many = write_jsonl(
+        data_file.with_name("many.jsonl"),
+        [row | {"question": f"{row['question']} {turn}?"} for turn in range(6) for row in rows],
+    )
+    before = call("ask", data_file.parent / "0.png", "how many?", "--adapter", taught, "--json", *FAST).values
+    found = call("evaluate", many, "--adapter", taught, "--calibrate", "--json", "--quiet", *FAST).values
+    assert 0.05 <= found["temperature"] <= 20 and 0 <= found["calibrated_error"] <= 1
+    assert read_facts(taught).temperature == found["temperature"]
+    after = call("ask", data_file.parent / "0.png", "how many?", "--adapter", taught, "--json", *FAST).values
+    assert after["answer"] == before["answer"]
+    assert after["confidence"] == pytest.approx(before["confidence"] ** (1 / found["temperature"]), rel=1e-3)
+    again = call("evaluate", many, "--adapter", taught, "--calibrate", "--json", "--quiet", *FAST).values
+    assert again["temperature"] == pytest.approx(found["temperature"], rel=0.01)  # of the same probabilities
+    few = call("evaluate", data_file, "--adapter", taught, "--calibrate", "--limit", 20, "--quiet", *FAST)
+    assert "a temperature is fitted to 50 or more" in few.mistake()
+    assert "--calibrate" in call("evaluate", data_file, "--task", "caption", "--calibrate", *FAST).mistake()

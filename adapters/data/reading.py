@@ -18,9 +18,10 @@ from typing import get_args
 from adapters.data.columns import READ, named_rows
 from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.formats.raw_rows import RawRow
+from adapters.data.picture_files import MissingImage, Pictures
 from adapters.data.picture_scan import scan_pictures
 from adapters.data.row_store import StoredExamples
-from adapters.data.rows import RATIONALE_FIELD, BadRow, MissingImage, Pictures, has_captions, read_row, tasks_of
+from adapters.data.rows import RATIONALE_FIELD, BadRow, has_captions, read_row, tasks_of
 from adapters.data.sources import open_source
 from adapters.tasks import Task
 from qformer.errors import UserError
@@ -64,6 +65,7 @@ def read_data(
     broken_pictures_too: bool = False,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
     offline: bool = False,
 ) -> DataSet:
     """Read and check rows of questions, of captions, or of questions with the reasons for their answers.
@@ -77,7 +79,7 @@ def read_data(
             "file_name" is read as "image" is, and "images" is a list of several, which `<image>` marks in the
             question may place; "id" or "question_id" is kept, and "language"; other fields are ignored. Two names of
             one field in a row make it bad. A picture is a path, absolute or relative to the data file, a base64 data
-            URI, or bytes. Conversations are read in the shapes of `adapters.data.shapes`.
+            URI, or bytes. Conversations are read in the shapes of `adapters.data.conversations`.
         task: "vqa", "caption" or "reason"; None takes what the first good row's fields say. "vqa" reads rows of
             reasons as questions with answers alone.
         need_answers: False reads rows to be answered: answers may be absent, and a picture alone is a row
@@ -87,6 +89,7 @@ def read_data(
             every picture is opened to know. For callers that cannot leave one out later.
         limit: take the first so many good rows; the file is not read further.
         columns: the file's name of a field by ours, such as {"image": "photo"}.
+        allow_outside: pictures may lie outside the data's own folder; else a row that names one is bad.
         offline: take a packaged set from the cache folder or not at all.
 
     Returns:
@@ -95,7 +98,10 @@ def read_data(
     Raises:
         UserError: the file is missing or of an unknown kind, rows are bad, or none are there.
     """
-    found = read_rows(source, task=task, need_answers=need_answers, limit=limit, columns=columns, offline=offline)
+    found = read_rows(
+        source, task=task, need_answers=need_answers, limit=limit, columns=columns, allow_outside=allow_outside,
+        offline=offline,
+    )  # fmt: skip
     if skip_bad_rows and broken_pictures_too:
         good, unreadable = scan_pictures(found.examples).sort(found.examples)
         faults = tuple(sorted((*found.faults, *unreadable), key=lambda fault: fault.row))
@@ -123,6 +129,7 @@ def read_rows(
     need_answers: bool = True,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
     offline: bool = False,
 ) -> ReadRows:
     """Read and check rows as `read_data` does, and hand over the bad ones too, even if no row is good.
@@ -135,7 +142,7 @@ def read_rows(
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: give a number of rows from 1 on")
     opened = open_source(source, offline=offline)
-    pictures = Pictures(opened.base)
+    pictures = Pictures(opened.base, also=opened.also, allow_outside=allow_outside)
     examples = StoredExamples()
     faults: list[Fault] = []
     sha = hashlib.sha256()

@@ -18,8 +18,8 @@ from adapters.data.images import open_image
 from adapters.inference.answering import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.evaluate import evaluate
-from serve.evaluate_predictions import compare_predictions
+from serve.evaluation.predictions import compare_predictions
+from serve.evaluation.run import evaluate
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (5, 5, 5)}
 SURE, UNSURE = -0.1, -1.0
@@ -195,11 +195,10 @@ def test_captions_with_controls_and_predictions(colours: Path, tmp_path: Path, c
         (["--task", "probes", "--match", "set"], "--match goes with --task vqa, not probes"),
         (
             ["--task", "retrieval", "--controls"],
-            "--controls goes with --task vqa, probes, caption, reason, not",
+            "--controls goes with --task vqa, probes, caption, reason, grounding, not",
         ),
         (["--boxes", "b.jsonl"], "--boxes goes with --task grounding, not vqa"),
-        (["--task", "grounding", "--adapter", "x"], "--adapter goes with --task vqa"),
-        (["--task", "grounding"], "--task grounding: no adapter gives boxes yet"),
+        (["--task", "grounding", "--adapter", "x", "--boxes", "b.jsonl"], "--boxes: the file is scored as it is"),
         (["--wordnet", "."], "--wordnet .: index.noun cannot be read"),
         (["--report", "r.txt"], "--report r.txt: name a file that ends in .html"),
         (["--task", "pope"], "take vqa, probes, caption, reason, retrieval or grounding"),

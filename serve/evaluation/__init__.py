@@ -1,0 +1,1 @@
+"""Scores of an adapter on data, with their controls, and the files that hold them."""
