@@ -50,7 +50,7 @@ def test_a_recipe_is_built_trained_loaded_and_asked(
     assert any("step 2" in line for line, _ in trained["stages"])
     assert asked["output"].strip()
     with safe_open(out / "run" / "best" / "bridge.safetensors", "pt") as kept:
-        assert any("queries" in name for name in kept.keys())  # noqa: SIM118  (not a mapping)
+        assert any("query" in name for name in kept.keys())  # noqa: SIM118  (not a mapping)
 
 
 @pytest.mark.parametrize("kind", ["blip2-opt", "instructblip-t5"])

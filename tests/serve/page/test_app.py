@@ -19,6 +19,7 @@ import pytest
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, AuthenticationError
+from page_client import PageClient
 from page_server import call, draw_data, get, opener, post, served
 from PIL import Image
 
@@ -176,7 +177,7 @@ def test_a_password_keeps_others_out(folder: Path, tmp_path: Path) -> None:
             get(f"{url}gradio_api/file={folder / 'red.png'}")
         with pytest.raises((AuthenticationError, ValueError), match="Could not login"):
             Client(url, verbose=False, auth=("ada", "wrong"))
-        client = Client(url, verbose=False, auth=("ada", "engine no. 1"))
+        client = PageClient(url, verbose=False, auth=("ada", "engine no. 1"))
 
         assert client.predict(handle_file(folder / "red.png"), api_name="/caption") == "a caption (en) of red.png"
 
@@ -238,7 +239,7 @@ def test_uploads_are_deleted_after_a_while_and_examples_stay(
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
     uploads = tmp_path / "uploads"
     with served(fake(folder), uploads) as url:
-        client = Client(url, verbose=False)
+        client = PageClient(url, verbose=False)
         client.predict({"text": "what?", "files": [handle_file(tmp_path / "mine.png")]}, api_name="/chat")
         came = {path.name for path in uploads.rglob("*.png")}
         began = time.monotonic()

@@ -11,6 +11,7 @@ import pytest
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from page_client import PageClient
 from page_server import served
 
 from qformer.errors import UserError
@@ -34,7 +35,7 @@ def client(address: str, engine: FakeEngine) -> Client:
     """A conversation of its own."""
     engine.decodings.clear()
     engine.pending.clear()
-    return Client(address, verbose=False)
+    return PageClient(address, verbose=False)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from page_client import PageClient
 from page_server import served
 from PIL import Image
 
@@ -40,7 +41,7 @@ def client(address: str, engine: FakeEngine) -> Client:
     """A conversation of its own."""
     engine.decodings.clear()
     engine.pending.clear()
-    return Client(address, verbose=False)
+    return PageClient(address, verbose=False)
 
 
 def said(text: str, *pictures: Path) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def test_a_conversation_goes_on_about_the_pictures_of_its_turns(client: Client, 
 def test_conversations_of_two_clients_are_apart(client: Client, address: str, folder: Path) -> None:
     client.predict(said("mine", folder / "red.png"), api_name="/chat")
 
-    assert "after 0 turns" in Client(address, verbose=False).predict(said("theirs"), api_name="/chat")
+    assert "after 0 turns" in PageClient(address, verbose=False).predict(said("theirs"), api_name="/chat")
 
 
 def test_an_answer_is_tried_again_taken_back_and_forgotten(client: Client, engine: FakeEngine, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from page_client import PageClient
 from page_server import get, served
 from PIL import Image
 from tiny import COLOURS, draw_captions, draw_data, save_tiny_bert, tiny_values
@@ -68,7 +69,7 @@ def address(engine: Engine, folder: Path, pictures: Path, cache_folder: Path) ->
 
 @pytest.fixture
 def client(address: str) -> Client:
-    return Client(address, verbose=False)
+    return PageClient(address, verbose=False)
 
 
 @pytest.fixture(scope="module")
