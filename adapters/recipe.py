@@ -76,8 +76,8 @@ class BridgeSection(Section):
     reader: Literal["names", "classes", "answers"] | None = Field(
         default=None,
         description="vectors beside the queries by ridge regression on the features. names: words that a picture names;"
-        " classes: whole names, those of the encoder's own classifier too; answers: words, and the likely answer to each"
-        " question",
+        " classes: whole names, those of the encoder's own classifier too; answers: words, and the likely answer to"
+        " each question",
     )
     hide_queries: float = Field(
         default=0.0,

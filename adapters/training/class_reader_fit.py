@@ -46,8 +46,8 @@ def fit_class_reader(assembly: Assembly, pictures: Sequence[TokenisedPicture]) -
         )
     if assembly.recipe.data.views > 1:
         raise UserError(
-            f"data.views={assembly.recipe.data.views}: bridge.reader=classes leaves each training picture out as a whole"
-            " picture, and would know its parts by heart: set data.views=1"
+            f"data.views={assembly.recipe.data.views}: bridge.reader=classes leaves each training picture out as a"
+            " whole picture, and would know its parts by heart: set data.views=1"
         )
     images: dict[str, ImageRef] = {}
     asked: dict[str, list[tuple[str, str]]] = {}

@@ -75,11 +75,11 @@ def test_resume_equals_the_unbroken_run(
     validate = finetune_module.validate
     calls = []
 
-    def press_ctrl_c(*args: Any) -> dict[str, float]:
+    def press_ctrl_c(*args: Any, **options: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 2:  # the first call is the check before training
             os.kill(os.getpid(), signal.SIGINT)
-        return validate(*args)
+        return validate(*args, **options)
 
     monkeypatch.setattr(finetune_module, "validate", press_ctrl_c)
     broken = run(recipe, tmp_path / "broken")
@@ -163,7 +163,9 @@ def test_a_row_that_is_too_long_is_left_out_and_named_if_bad_rows_are(
 
 def test_early_stopping_keeps_the_best(recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([9.0, 0.5, 0.1, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr(finetune_module, "validate", lambda *_: {"val_loss": next(losses), "val_exact_match": 0.5})
+    monkeypatch.setattr(
+        finetune_module, "validate", lambda *_, **__: {"val_loss": next(losses), "val_exact_match": 0.5}
+    )
     result = run(recipe_of(max_steps=50, validate_every=2, patience=2), tmp_path / "run")
     assert result.finished and result.steps == 8
     assert read_facts(tmp_path / "run" / "best").steps == 4
@@ -173,7 +175,7 @@ def test_early_stopping_keeps_the_best(recipe_of: Any, tmp_path: Path, monkeypat
 def test_a_broken_evaluation_fails_before_training(
     recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> dict[str, float]:
+    def broken(*_: Any, **__: Any) -> dict[str, float]:
         raise RuntimeError("evaluation")
 
     monkeypatch.setattr(finetune_module, "validate", broken)

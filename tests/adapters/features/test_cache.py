@@ -265,16 +265,17 @@ def test_a_batch_is_loaded_quickly(tmp_path: Path) -> None:
     cache = FeatureCache(Wide(), tmp_path)
     refs = pictures(*range(64))
     cache.fill(refs)
+    np.zeros(64 * 81 * 1280, dtype=np.float16).tofile(tmp_path / "plain")
     ours, plain = [], []
     for _ in range(7):  # in turn: a busy machine slows both
         begin = time.perf_counter()
         features = cache.load(refs)
         ours.append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        features.clone()
+        np.fromfile(tmp_path / "plain", dtype=np.float16)
         plain.append(time.perf_counter() - begin)
     assert features.shape == (64, 81, 1280) and features.dtype == torch.float16
-    print(f"64 x 81 x 1280 float16: {min(ours) * 1e3:.1f} ms, a copy in memory {min(plain) * 1e3:.1f} ms")
+    print(f"64 x 81 x 1280 float16: {min(ours) * 1e3:.1f} ms, a file of that size {min(plain) * 1e3:.1f} ms")
     assert min(ours) < 12 * min(plain)
 
 

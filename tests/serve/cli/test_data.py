@@ -185,7 +185,7 @@ def test_a_file_is_converted(call: Call, data_file: Path, bad_file: Path, tmp_pa
     shown = call("data", "convert", data_file, "--out", tmp_path / "rows.parquet")
     assert (shown.code, shown.out) == (0, f"{tmp_path / 'rows.parquet'}: 24 rows\n")
     back = call("data", "convert", tmp_path / "rows.parquet", "--out", tmp_path / "rows.jsonl", "--json").values
-    assert back == {"out": str(tmp_path / "rows.jsonl"), "rows": 24, "bad_rows": 0, "pictures": 12}
+    assert back == {"out": str(tmp_path / "rows.jsonl"), "rows": 24, "bad_rows": 0, "pictures": 12, "outside": False}
     assert "1 of 26 rows are bad" in call("data", "convert", bad_file, "--out", tmp_path / "x.jsonl").mistake()
     shown = call("data", "convert", bad_file, "--out", tmp_path / "x.jsonl", "--skip-bad-rows")
     assert shown.out.endswith("x.jsonl: 25 rows, 1 bad rows left out\n")
