@@ -254,7 +254,7 @@ def test_fingerprint_follows_the_content(jsonl: Callable[..., Path], folder: Pat
 
 
 def test_forty_thousand_rows_are_read_quickly(folder: Path) -> None:
-    """At most thirty times what the JSON alone takes, in turn and the best of three: a busy machine slows both."""
+    """At most thirty times what the JSON alone takes, in turn and the better of two: a busy machine slows both."""
     (folder / "images").mkdir()
     for number in range(400):
         (folder / "images" / f"{number}.png").touch()
@@ -264,7 +264,7 @@ def test_forty_thousand_rows_are_read_quickly(folder: Path) -> None:
             row = {"image": f"images/{number % 400}.png", "question": f"Is it {number}?", "answer": "yes"}
             file.write(json.dumps(row) + "\n")
     ours, plain = [], []
-    for _ in range(3):
+    for _ in range(2):
         start = time.process_time()
         with path.open() as file:
             assert sum(1 for line in file if json.loads(line)) == 40_000
