@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def recipe_file(folder: Path, tower: Path, language: Path, start: Path | None) -
     return folder / "recipe.yaml"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("QUERYBRIDGE_SLOW_TESTS" not in os.environ, reason="takes a minute: set QUERYBRIDGE_SLOW_TESTS=1")
 def test_a_recipe_is_built_trained_loaded_and_asked(
     tmp_path: Path,
     vision_folder: Path,

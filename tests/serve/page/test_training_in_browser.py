@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ def address(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("QUERYBRIDGE_SLOW_TESTS" not in os.environ, reason="takes a minute: set QUERYBRIDGE_SLOW_TESTS=1")
 def test_a_run_is_checked_started_followed_stopped_and_resumed(
     open_view: Callable[..., View], data_file: Path, runs: Path
 ) -> None:
