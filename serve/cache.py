@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.features.files import clear_features, features_info, features_root, folder_bytes
+from adapters.training.start_memory import start_files
 from qformer.errors import UserError
 from qformer.sources import PYPI_SOURCES, cache_root
 from qformer.wheels import read_manifest
@@ -20,9 +21,9 @@ def cache_info() -> dict[str, Any]:
 
     Returns:
         `cache`: the folder; `models`: frozen models and packaged data, each with name, bytes and path; `features`: by
-        encoder, each with key, encoder, pictures, bytes and path; `indexes`: bytes of the indexes of searched folders
-        and of known pictures; `bytes`: of all together. Models of the hub lie in the hub's own cache and are not
-        counted.
+        encoder, each with key, encoder, pictures, bytes and path; `indexes`: bytes of the indexes of searched folders,
+        of known pictures and of what earlier starts of training worked out; `bytes`: of all together. Models of the hub
+        lie in the hub's own cache and are not counted.
     """
     root = cache_root()
     models: list[dict[str, Any]] = [
@@ -52,7 +53,7 @@ def describe_cache(info: Mapping[str, Any]) -> str:
         f"  {readable(found['bytes']):>10}  {found['pictures']:,} pictures  {found['encoder']}  ({found['key'][:8]})"
         for found in info["features"]
     ] or ["  none"]
-    lines += ["", f"Indexes of searched folders and known pictures: {readable(info['indexes'])}"]
+    lines += ["", f"Indexes of searched folders, known pictures and earlier starts: {readable(info['indexes'])}"]
     return "\n".join(lines)
 
 
@@ -63,7 +64,7 @@ def clear_cache(*, models: bool = True, features: bool = True) -> dict[str, int]
 
     Args:
         models: remove frozen models and packaged data.
-        features: remove the features of all encoders, and the indexes of searched folders and known pictures.
+        features: remove the features of all encoders, and the indexes of searched folders, known pictures and starts.
 
     Returns:
         Bytes freed, by "models" and "features".
@@ -104,9 +105,10 @@ def _fetched(root: Path) -> list[Path]:
 
 
 def _indexes(root: Path) -> list[Path]:
-    """Files of `serve.retrieval`: indexes, their locks, what a killed process left half written; and known pictures."""
+    """Files of `serve.retrieval`, half-written ones included; known pictures; earlier starts."""
     folder = root / "indexes"
-    return sorted(path for end in ("safetensors", "lock", "partial", "sqlite3") for path in folder.glob(f"*.{end}"))
+    found = [path for end in ("safetensors", "lock", "partial", "sqlite3") for path in folder.glob(f"*.{end}")]
+    return sorted([*found, *start_files(root)])
 
 
 def _name(folder: Path) -> str:

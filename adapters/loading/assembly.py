@@ -13,7 +13,7 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import PromptBuilder, PromptStyle
 from adapters.features.cache import FeatureCache
 from adapters.loading.bundled import bundled
-from adapters.loading.reader import SPELLED, LeftOut, Reader, answers_read, names_read
+from adapters.loading.reader import LeftOut, Reader, answers_read, names_read, spelled
 from adapters.loading.vision_side import MAX_INSTRUCTION, FrozenModels, VisionSide, load_vision_side
 from adapters.recipe import LoraSection, Recipe, load_recipe
 from adapters.recipe_data import Sources
@@ -171,17 +171,9 @@ class Assembly:
 
     @torch.no_grad()
     def spell(self, answer: str) -> Tensor:
-        """What the LLM sees of an answer, as a reader gives it: its first tokens' embeddings, [SPELLED, D_l].
-
-        What is longer joins the last one, what is shorter ends in zeros.
-        """
+        """What the LLM sees of an answer, as `adapters.loading.reader.spelled` gives it, [SPELLED, D_l]."""
         table = self.model.language.base.get_input_embeddings().weight.detach()
-        tokens = self.prompts.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        out = torch.zeros(SPELLED, table.shape[1])
-        for place in range(min(SPELLED, len(tokens))):
-            own = tokens[place:] if place == SPELLED - 1 else tokens[place : place + 1]
-            out[place] = table[own].float().mean(dim=0).cpu()
-        return out
+        return spelled(table, self.prompts.tokenizer(answer, add_special_tokens=False)["input_ids"])
 
     @property
     def answer_reader(self) -> Reader | None:

@@ -239,6 +239,22 @@ class Reader:
         return cls(PictureNumbers(part("numbers")), NameRidge(**part("names")), state["name_vectors"], answers)
 
 
+def spelled(table: Tensor, tokens: Sequence[int]) -> Tensor:
+    """An answer as a reader gives it: its first tokens' embeddings, [SPELLED, D_l].
+
+    What is longer joins the last one, what is shorter ends in zeros.
+
+    Args:
+        table: the LLM's embeddings, [V, D_l].
+        tokens: of the answer.
+    """
+    out = torch.zeros(SPELLED, table.shape[1])
+    for place in range(min(SPELLED, len(tokens))):
+        own = list(tokens[place:] if place == SPELLED - 1 else tokens[place : place + 1])
+        out[place] = table[own].float().mean(dim=0).cpu()
+    return out
+
+
 def _described(questions: NameQuestions | None) -> dict[str, str] | None:
     """A file's metadata for a reader of classes."""
     return None if questions is None else {_QUESTIONS: json.dumps(asdict(questions))}

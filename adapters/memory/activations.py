@@ -29,7 +29,8 @@ ANSWER_TOKENS = 8  # of these the loss is on
 class MicroBatch:
     """The shape of the micro-batch that is rehearsed: one short question about each picture.
 
-    It is the heaviest of its number of tokens: longer rows have fewer pictures, and so less for the bridge to do.
+    Longer texts mean fewer pictures, and so less for the bridge to do. Where pictures share a row in training, what
+    their prompts open with is there once, and up to a quarter more of them fit in: that is not counted.
     """
 
     rows: int

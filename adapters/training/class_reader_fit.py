@@ -66,7 +66,7 @@ def fit_class_reader(assembly: Assembly, pictures: Sequence[TokenisedPicture]) -
     labels: dict[str, set[int]] = {}
     for digest, pairs in asked.items():
         things = [thing for question, answer in pairs if (thing := affirmed(question, answer))]
-        things += [name for question, answer in pairs if is_open(question) or either_or(question) for name in [answer]]
+        things += [answer for question, answer in pairs if is_open(question) or either_or(question)]
         found = {column[thing.lower()] for thing in things if thing.lower() in column}
         if any(affirmed(question, answer) for question, answer in pairs) and found:
             labels[digest] = found

@@ -13,7 +13,7 @@ from adapters.data.examples import sample_evenly
 from adapters.data.image_ref import ImageRef
 from adapters.data.tokenised import TokenisedPicture
 from adapters.loading.assembly import Assembly
-from adapters.loading.reader import SPELLED, AnswerReader, LeftOut, Reader, ngrams_of, question_numbers
+from adapters.loading.reader import AnswerReader, LeftOut, Reader, ngrams_of, question_numbers, spelled
 from adapters.training.alignment import distinctive_names, is_word, names_in
 from adapters.training.class_reader_fit import fit_class_reader
 from adapters.training.fitted_reader import FittedReader, Look, apply_in_parts
@@ -198,15 +198,10 @@ def _name_vectors(assembly: Assembly, names: Sequence[tuple[int, ...]]) -> Tenso
 
 
 def _spelled(assembly: Assembly, answers: Sequence[tuple[int, ...]]) -> Tensor:
-    """The first tokens of each answer, [K, SPELLED, D_l]; what is longer joins the last one, what is shorter ends."""
+    """Each answer as `adapters.loading.reader.spelled` gives it, without special tokens: [K, SPELLED, D_l]."""
     table, special = _table(assembly), set(assembly.prompts.tokenizer.all_special_ids)
-    out = torch.zeros(len(answers), SPELLED, table.shape[1])
-    for row, answer in enumerate(answers):
-        tokens = [token for token in answer if token not in special] or list(answer)
-        for place in range(min(SPELLED, len(tokens))):
-            own = tokens[place:] if place == SPELLED - 1 else tokens[place : place + 1]
-            out[row, place] = table[own].mean(dim=0)
-    return out
+    plain = ([token for token in answer if token not in special] or answer for answer in answers)
+    return torch.stack([spelled(table, tokens) for tokens in plain])
 
 
 def _ngrams(questions: Sequence[str], tokenizer: object) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -120,6 +121,13 @@ class StartMemory:
             newest = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
             for path in newest[_MOST_FILES:]:
                 path.unlink(missing_ok=True)
+
+
+def start_files(root: Path) -> list[Path]:
+    """The files that earlier starts left in a cache folder, half-written ones included."""
+    kept = re.compile(r"[0-9a-f]{64}(\..*)?")
+    folder = root / "starts"
+    return [path for path in folder.iterdir() if kept.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def _rows(data: DataSet) -> tuple[str, dict[str, ImageRef]]:

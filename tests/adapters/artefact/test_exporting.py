@@ -33,7 +33,6 @@ from adapters.loading.vision_side import load_vision_side
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from qformer.shards import LazyTensor, write_shards
 
 TEXTS = ("what is the picture of?", "is it red?", "a")
 
@@ -399,19 +398,3 @@ def test_what_stands_in_the_folder_is_left_alone(adapters: Callable[[str], Path]
     with pytest.raises(UserError, match="there is something already"):
         export_adapter(str(artefact), "blip2", tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep me"
-
-
-def test_one_shard_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    read: list[tuple[int, int]] = []  # which tensor, and how many shards were written before
-
-    def reader(number: int) -> Callable[[], torch.Tensor]:
-        def give() -> torch.Tensor:
-            read.append((number, len(list(tmp_path.glob("*.safetensors")))))
-            return torch.full((1000,), float(number))
-
-        return give
-
-    tensors = {f"t{number}": LazyTensor((1000,), torch.float32, reader(number)) for number in range(6)}
-    files = write_shards(tmp_path, tensors, "8KB")
-    assert len(files) == 3 and read == [(number, number // 2) for number in range(6)]
-    assert float(load_file(tmp_path / files[2])["t5"][0]) == 5.0
