@@ -220,9 +220,12 @@ class Recipe(Section):
     @property
     def reasoning_stages(self) -> tuple[Stage, ...]:
         """The stages that rows with reasons teach; () if there are no such rows (a mixed file's may be some)."""
-        sources = self.data.train
-        mixed = isinstance(sources, str) or any(source.task in ("reason", None) for source in sources)
-        return self.reason.stages if self.task == "reason" or (self.task == "mixed" and mixed) else ()
+        if self.task not in ("reason", "mixed"):
+            return ()
+        if isinstance(sources := self.data.train, str):
+            return self.reason.stages
+        taught = [source.stages or self.reason.stages for source in sources if source.task in ("reason", None)]
+        return tuple(dict.fromkeys(stage for stages in taught for stage in stages))
 
     def holding_out(self, fold: str | None) -> Recipe:
         """The same recipe for one run of a cross-validation, without early stopping: a fold ("2/5"), or all rows.

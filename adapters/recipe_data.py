@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from adapters.tasks import Task
+from adapters.tasks import Stage, Task
 
 
 class Section(BaseModel):
@@ -26,6 +26,9 @@ class SourceSection(Section):
         default=None, gt=0, description="of an epoch's rows, beside the others' shares; the scarcest comes whole"
     )
     columns: dict[str, str] | None = Field(default=None, description="names of its columns; left out, data.columns")
+    stages: tuple[Stage, ...] | None = Field(
+        default=None, min_length=1, description="what its rows with reasons teach; left out, reason.stages"
+    )
 
 
 Sources = str | tuple[SourceSection, ...]

@@ -14,10 +14,11 @@ from adapters.artefact.artefact import find_artefact, read_recipe
 from adapters.data.batches import prompt_for
 from adapters.data.examples import Example
 from adapters.inference.answering import Request
-from adapters.inference.reasoning import ReasonedAnswer, reasoning_mode, trained_reasoning_mode
+from adapters.inference.reasoned_answer import ReasonedAnswer, ballots, elect
+from adapters.inference.reasoning import reasoning_mode, trained_reasoning_mode
 from adapters.loading.vision_side import FrozenModels
 from qformer.decoding import Decoding
-from serve.adapter import ImageInput, LoadedAdapter, checked_choices, default_adapter, load_adapter, ranked, user_turn
+from serve.adapter import ImageInput, LoadedAdapter, checked_choices, default_adapter, load_adapter, user_turn
 
 
 def reason(
@@ -28,6 +29,7 @@ def reason(
     context: str = "",
     choices: Sequence[str] = (),
     answer_adapter: LoadedAdapter | None = None,
+    votes: int = 1,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
 ) -> ReasonedAnswer:
@@ -40,6 +42,7 @@ def reason(
         context: text that goes with the pictures.
         choices: what may be answered, the likeliest being the answer; none if anything may.
         answer_adapter: another adapter that answers.
+        votes: reasons that are sampled, whose answers are voted on (`adapters.inference.reasoned_answer`).
         decoding: how tokens are chosen, and how long an answer may be that is none of choices; greedy and 32 tokens
             if left out.
         rationale_tokens: how long the reasons may be; as the adapter's recipe says if left out.
@@ -49,27 +52,29 @@ def reason(
 
     Raises:
         UserError: a picture cannot be read, the question is empty or longer than the language model reads, there is but
-            one choice, or an adapter was not taught its stage.
+            one choice, an adapter was not taught its stage, or there is nothing to vote on.
     """
     example = question_example(pictures, question, context=context, choices=choices)
     second = answer_adapter or adapter
     way = trained_reasoning_mode(adapter.assembly, None if answer_adapter is None else answer_adapter.assembly)
     decoding = decoding or Decoding()
-    rationale = None
-    if way == "two-stage":
-        longest = rationale_tokens or adapter.assembly.rationale_tokens
-        first = asked_rationale(adapter, example, longest=longest, answer_adapter=second)
-        thinking = adapter.fit_decoding(first, replace(decoding, max_new_tokens=longest))
-        rationale = adapter.generator([first], thinking)[0].text
-    asked = asked_answer(second, example, rationale or "")
-    if not example.choices:
-        (said,) = second.generator([asked], second.fit_decoding(asked, decoding))
-        return ReasonedAnswer(rationale, said.text, said.confidence)
     worded = [second.assembly.prompts.choice(choice, example.choices) for choice in example.choices]
-    (shares,) = second.generator.choose([asked], [worded])
-    choices_by_share = ranked(example.choices, shares)
-    best = next(iter(choices_by_share))
-    return ReasonedAnswer(rationale, best, choices_by_share[best], choices_by_share)
+    answers = []
+    for ballot in ballots(decoding, votes, thinks=way == "two-stage"):
+        rationale = None
+        if way == "two-stage":
+            longest = rationale_tokens or adapter.assembly.rationale_tokens
+            first = asked_rationale(adapter, example, longest=longest, answer_adapter=second)
+            thinking = adapter.fit_decoding(first, replace(ballot, max_new_tokens=longest))
+            rationale = adapter.generator([first], thinking)[0].text
+        asked = asked_answer(second, example, rationale or "")
+        if worded:
+            (shares,) = second.generator.choose([asked], [worded])
+            answers.append(ReasonedAnswer.chosen(rationale, example.choices, shares))
+        else:
+            (said,) = second.generator([asked], second.fit_decoding(asked, decoding))
+            answers.append(ReasonedAnswer(rationale, said.text, said.confidence))
+    return elect(answers)
 
 
 def question_example(

@@ -145,9 +145,13 @@ def _too_long(prompt: Prompt, answers: Sequence[Sequence[int]], max_tokens: int)
 
 
 def _check_rationales(data: DataSet, stages: Sequence[Stage]) -> None:
-    if data.task not in ("reason", "mixed") or set(stages) == {"direct"}:
+    if data.task not in ("reason", "mixed"):
         return
-    reasons = (bool(one.rationale) for one in data.examples if (one.task or data.task) == "reason")
+    reasons = (
+        bool(one.rationale)
+        for one in data.examples
+        if (one.task or data.task) == "reason" and set(one.stages or stages) != {"direct"}
+    )
     if (first := next(reasons, None)) is not None and not (first or any(reasons)):
         raise UserError(
             f"{data.name}: no row has a rationale to learn; fill them in, or learn answers alone with"
@@ -166,7 +170,7 @@ def _to_learn(
         yield example, task, example.answers
         return
     asked, answers = replace(example, task=None), [prompts.choice(text, example.choices) for text in example.answers]
-    for stage in stages:  # a row without reasons teaches that there are none to give
+    for stage in example.stages or stages:  # a row without reasons teaches that there are none to give
         if stage == "rationale":
             yield asked, stage, [example.rationale]
         else:

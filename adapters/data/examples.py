@@ -14,7 +14,7 @@ import numpy as np
 from adapters.data.image_ref import ImageRef
 from adapters.data.lazy import Joined, Mapped, Picked
 from adapters.data.prompts import Turn
-from adapters.tasks import Mixed, Task
+from adapters.tasks import Mixed, Stage, Task
 from qformer.errors import UserError
 
 Item = TypeVar("Item")
@@ -37,6 +37,7 @@ class Example:
         choices: what may be answered to the question; empty if anything may.
         rationale: of a row with reasons: the reasons for the answer; "" if there are none.
         kind: what kind of question it is, if the row says so.
+        stages: of such a row: what it teaches, if not what the recipe says.
         steps: of such a row: how many steps its reasoning has, if it says so.
         turn: which of an epoch's passes over its file this is, counted from 0.
         history: of a question in a conversation: the turns before it, the system's first. Their pictures come first in
@@ -56,6 +57,7 @@ class Example:
     rationale: str = ""
     kind: str | None = None
     steps: int | None = None
+    stages: tuple[Stage, ...] = ()
     turn: int = 0
     history: tuple[Turn, ...] = ()
 
@@ -132,6 +134,19 @@ def merge(parts: Sequence[DataSet]) -> DataSet:
         terms="; ".join(dict.fromkeys(part.terms for part in parts if part.terms)) or None,
         faults=tuple(fault for part in parts for fault in part.faults),
     )
+
+
+def with_stages(data: DataSet, stages: Sequence[Stage] | None) -> DataSet:
+    """A data set whose rows with reasons teach these stages; None leaves them as they are.
+
+    Raises:
+        UserError: its rows are not of the task "reason".
+    """
+    if stages is None:
+        return data
+    if data.task != "reason":
+        raise UserError(f"{data.name}: stages={list(stages)} is for rows with reasons; set task: reason beside it")
+    return replace(data, examples=Mapped(data.examples, partial(replace, stages=tuple(stages))))
 
 
 def repeat(data: DataSet, times: int) -> DataSet:

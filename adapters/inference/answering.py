@@ -354,6 +354,36 @@ def reply_to_examples(
     return answer_all(assembly, asked, decoding, batch_size=batch_size, on_progress=on_progress)
 
 
+def choose_for_examples(
+    assembly: Assembly,
+    examples: Sequence[Example],
+    task: str,
+    *,
+    batch_size: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[float]]:
+    """The probability of each of an example's choices as its answer, a list an example, in their order.
+
+    Args:
+        assembly: the loaded model.
+        examples: what is asked, each with its choices.
+        task: as for `answer_examples`.
+        batch_size: questions whose pictures are looked at together.
+        on_progress: called with (done, total) after each batch.
+    """
+    prompts = assembly.prompts
+    generator = Generator(assembly)
+    shares: list[list[float]] = []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        asked = [Request(prompt_for(example, task, prompts), example.images) for example in part]
+        worded = [[prompts.choice(choice, example.choices) for choice in example.choices] for example in part]
+        shares += generator.choose(asked, worded)
+        if on_progress:
+            on_progress(min(start + batch_size, len(examples)), len(examples))
+    return shares
+
+
 def answer_all(
     assembly: Assembly,
     asked: Sequence[Request],

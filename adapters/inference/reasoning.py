@@ -1,20 +1,20 @@
 """Chain of thought in two stages, over many questions: first the reasons, then the answers with the reasons given.
 
 As multimodal chain of thought (Zhang et al. 2023, arXiv 2302.00923, section 4): both stages see the picture, and what
-the first has written goes into the second's question. One adapter may do both, or two one each.
+the first has written goes into the second's question. One adapter may do both, or two one each. If a question has
+choices, the likeliest of them is the answer; else it is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from adapters.data.examples import Example
-from adapters.data.prompts import PromptStyle
 from adapters.evaluation.rationales import score_reasons
-from adapters.evaluation.scienceqa import choice_of
-from adapters.inference.answering import answer_examples
+from adapters.inference.answering import answer_examples, choose_for_examples, reply_to_examples
+from adapters.inference.reasoned_answer import ReasonedAnswer, ballots, elect
 from adapters.loading.assembly import Assembly
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -23,30 +23,13 @@ ReasoningMode = Literal["two-stage", "direct"]
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class ReasonedAnswer:
-    """What came of a question.
-
-    Attributes:
-        rationale: the reasons, as written or as given; None if the answer was asked for directly.
-        answer: in words; if choices go by letters, the words of the choice that was named.
-        confidence: the geometric mean of the answer's token probabilities or, of a choice, its probability; None if
-            it was not asked for.
-        choices: each choice's probability as the answer, the likeliest first; None if the answer was written.
-    """
-
-    rationale: str | None
-    answer: str
-    confidence: float | None = None
-    choices: Mapping[str, float] | None = None
-
-
 def reason_examples(
     assembly: Assembly,
     examples: Sequence[Example],
     *,
     answer_adapter: Assembly | None = None,
     rationales: Sequence[str] | None = None,
+    votes: int = 1,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
     batch_size: int = 64,
@@ -59,6 +42,8 @@ def reason_examples(
         examples: what is asked, each with its context and choices; answers and reasons they hold are not looked at.
         answer_adapter: another adapter that answers, as the paper trains one for each stage.
         rationales: reasons to answer from in place of the adapter's own, one an example; "" asks directly.
+        votes: reasons that are sampled for each question, whose answers are voted on (`adapters.inference.voting`); 1
+            writes the reasons once, as `decoding` says.
         decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens if left out.
         rationale_tokens: how long the reasons may be; the recipe's `reason.rationale_tokens` if left out.
         batch_size: prompts generated together; what is written does not depend on it.
@@ -68,24 +53,26 @@ def reason_examples(
         One thought an example, in their order.
 
     Raises:
-        UserError: an adapter was not taught its stage.
+        UserError: an adapter was not taught its stage, or there is nothing to vote on.
     """
     decoding = decoding or Decoding()
     thinks = rationales is None and trained_reasoning_mode(assembly, answer_adapter) == "two-stage"
-    passes = Passes(on_progress, len(examples), 1 + thinks)
-    if thinks:
-        longest = rationale_tokens or assembly.rationale_tokens
-        rationales = give_reasons(
-            assembly, examples, decoding=replace(decoding, max_new_tokens=longest), batch_size=batch_size,
+    rounds = ballots(decoding, votes, thinks=thinks)
+    passes = Passes(on_progress, len(examples), (1 + thinks) * votes)
+    said: list[list[ReasonedAnswer]] = []
+    for ballot in rounds:
+        texts = [""] * len(examples) if rationales is None else rationales
+        if thinks:
+            thinking = replace(ballot, max_new_tokens=rationale_tokens or assembly.rationale_tokens)
+            texts = give_reasons(
+                assembly, examples, decoding=thinking, batch_size=batch_size, on_progress=passes.next()
+            )  # fmt: skip
+        answers = _give_answers(
+            answer_adapter or assembly, examples, texts, decoding=decoding, batch_size=batch_size,
             on_progress=passes.next(),
         )  # fmt: skip
-    given = [""] * len(examples) if rationales is None else rationales
-    answers = _give_answers(
-        answer_adapter or assembly, examples, given, decoding=decoding, batch_size=batch_size, on_progress=passes.next()
-    )
-    return [
-        ReasonedAnswer(text if thinks else text or None, answer) for text, answer in zip(given, answers, strict=True)
-    ]
+        said.append(answers if thinks else [replace(one, rationale=one.rationale or None) for one in answers])
+    return [elect(votes) for votes in zip(*said, strict=True)]
 
 
 def reasoning_mode(stages: Sequence[str], answering: Sequence[str] | None = None) -> ReasoningMode:
@@ -131,12 +118,6 @@ def _taught(stages: Sequence[str]) -> set[str]:
 
 def _lesson(stages: Sequence[str]) -> str:
     return f"it was taught {' and '.join(sorted(_taught(stages)))} alone (reason.stages)"
-
-
-def in_words(answer: str, choices: Sequence[str], style: PromptStyle) -> str:
-    """An answer that names a choice by its letter, in the choice's words; any other as it is."""
-    place = choice_of(answer, len(choices)) if style.letters else None
-    return answer if place is None else choices[place]
 
 
 def give_reasons(
@@ -200,11 +181,32 @@ def _give_answers(
     decoding: Decoding,
     batch_size: int,
     on_progress: Progress | None,
-) -> list[str]:
-    """The second stage: one answer an example, in words."""
+) -> list[ReasonedAnswer]:
+    """The second stage: one answer an example, the likeliest of its choices if it has any."""
     asked = [replace(one, task=None, rationale=text) for one, text in zip(examples, rationales, strict=True)]
-    said = answer_examples(assembly, asked, "answer", decoding=decoding, batch_size=batch_size, on_progress=on_progress)
-    return [in_words(text, one.choices, assembly.prompts.style) for text, one in zip(said, examples, strict=True)]
+    chosen = [place for place, one in enumerate(asked) if one.choices]
+    written = [place for place, one in enumerate(asked) if not one.choices]
+    found: dict[int, ReasonedAnswer] = {}
+    if chosen:
+        shares = choose_for_examples(
+            assembly, [asked[place] for place in chosen], "answer", batch_size=batch_size,
+            on_progress=_part(on_progress, 0, len(chosen), len(asked)),
+        )  # fmt: skip
+        for place, share in zip(chosen, shares, strict=True):
+            found[place] = ReasonedAnswer.chosen(rationales[place], asked[place].choices, share)
+    if written:
+        said = reply_to_examples(
+            assembly, [asked[place] for place in written], "answer", decoding=decoding, batch_size=batch_size,
+            on_progress=_part(on_progress, len(chosen), len(written), len(asked)),
+        )  # fmt: skip
+        for place, one in zip(written, said, strict=True):
+            found[place] = ReasonedAnswer(rationales[place], one.text, one.confidence)
+    return [found[place] for place in range(len(asked))]
+
+
+def _part(tell: Progress | None, before: int, rows: int, total: int) -> Progress | None:
+    """The callback of a part of a pass's rows, of which `before` are done already."""
+    return None if tell is None else lambda done, of: tell(before + round(done / of * rows), total)
 
 
 class Passes:

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef, blank_image
-from adapters.inference.reasoning import Passes, ReasonedAnswer, reason_examples, trained_reasoning_mode
+from adapters.inference.reasoned_answer import ReasonedAnswer
+from adapters.inference.reasoning import Passes, reason_examples, trained_reasoning_mode
 from adapters.loading.assembly import Assembly
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -25,6 +26,7 @@ def reason_controls(
     examples: Sequence[Example],
     *,
     answer_adapter: Assembly | None = None,
+    votes: int = 1,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
     batch_size: int = 64,
@@ -36,6 +38,7 @@ def reason_controls(
         assembly: as for `reason_examples`, and so are the others.
         examples: rows with their given reasons.
         answer_adapter: as above.
+        votes: as above, wherever reasons are written.
         decoding: as above.
         rationale_tokens: as above.
         batch_size: as above.
@@ -55,13 +58,14 @@ def reason_controls(
     swapped = shuffled(examples)
     blank = [blanked(example) for example in examples]
     gold = [example.rationale for example in examples]
-    passes = Passes(on_progress, len(examples), (6 + any(gold)) if two else 2)
+    passes = Passes(on_progress, len(examples), (4 * votes + 2 + any(gold)) if two else 2)
 
     def run(asked: Sequence[Example], rationales: Sequence[str] | None = None) -> list[ReasonedAnswer]:
+        thinks = two and rationales is None
         return reason_examples(
-            assembly, asked, answer_adapter=answer_adapter, rationales=rationales, decoding=decoding,
-            rationale_tokens=rationale_tokens, batch_size=batch_size,
-            on_progress=passes.next(2 if two and rationales is None else 1),
+            assembly, asked, answer_adapter=answer_adapter, rationales=rationales, votes=votes if thinks else 1,
+            decoding=decoding, rationale_tokens=rationale_tokens, batch_size=batch_size,
+            on_progress=passes.next(2 * votes if thinks else 1),
         )  # fmt: skip
 
     found = {"blank_images": run(blank), "shuffled_images": run(swapped)}

@@ -15,7 +15,17 @@ from torch import nn
 
 from adapters.artefact.artefact import find_artefact
 from adapters.artefact.facts import Facts
-from adapters.data.examples import DataSet, Example, merge, mix, repeat, sample_evenly, split_by_image, split_fold
+from adapters.data.examples import (
+    DataSet,
+    Example,
+    merge,
+    mix,
+    repeat,
+    sample_evenly,
+    split_by_image,
+    split_fold,
+    with_stages,
+)
 from adapters.data.lazy import Picked, places_where
 from adapters.data.reading import read_data
 from adapters.loading.assembly import Assembly
@@ -314,6 +324,7 @@ def read_split(recipe: Recipe, *, offline: bool = False) -> tuple[DataSet, DataS
             )
             for part in listed
         ]
+        parts = [with_stages(rows, part.stages) for rows, part in zip(parts, listed, strict=True)]
         shares = [part.share for part in listed if part.share is not None]
         if shares:  # of all, as the recipe has checked
             return merge(mix(parts, shares))

@@ -147,7 +147,7 @@ def _said(example: Example) -> tuple[object, ...]:
     turns = [(turn.role, turn.text, [image.digest() for image in turn.images]) for turn in example.history]
     one = example
     asked = (one.question, one.answers, one.language, one.task, one.context, one.choices)
-    return (*asked, one.rationale, one.turn, turns)
+    return (*asked, one.rationale, one.stages, one.turn, turns)
 
 
 def _wording(prompts: PromptBuilder) -> str:

@@ -53,6 +53,10 @@ RationaleTokensOption = Annotated[
     int | None,
     typer.Option("--rationale-tokens", min=1, help="The longest thought, in tokens; left out, the recipe's."),
 ]
+VotesOption = Annotated[
+    int,
+    typer.Option("--votes", min=1, help="Reasons that are sampled, whose answers are voted on (self-consistency)."),
+]
 SkipOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, count and report them, instead of stopping.")
 ]

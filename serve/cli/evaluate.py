@@ -25,6 +25,7 @@ from serve.cli.common import (
     QuietOption,
     RationaleTokensOption,
     SkipOption,
+    VotesOption,
     columns_of,
     decoding_over,
     progress,
@@ -67,6 +68,7 @@ def evaluate(
     beams: BeamsOption = None,
     max_new_tokens: MaxTokensOption = None,
     rationale_tokens: RationaleTokensOption = None,
+    votes: VotesOption = 1,
     predictions: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +107,7 @@ def evaluate(
         {
             "--answer-adapter": (answer_adapter, ("reason",)),
             "--rationale-tokens": (rationale_tokens, ("reason",)),
+            "--votes": (votes > 1, ("reason",)),
             "--controls": (controls, (*_WRITTEN, "reason", "grounding")),
             "--against": (against, ("vqa", "probes")),
             "--no-rerank": (not rerank, ("retrieval",)),
@@ -154,7 +157,8 @@ def evaluate(
         first, second = load_pair(adapter, answer_adapter, **loading)
         scores = evaluate_reasons(
             first, data, answer_adapter=second, controls=controls, blank_images=blank_images, batch_size=batch_size,
-            rationale_tokens=rationale_tokens, decoding=over(Decoding()), on_progress=on_progress, **reading,
+            rationale_tokens=rationale_tokens, votes=votes, decoding=over(Decoding()), on_progress=on_progress,
+            **reading,
         )  # fmt: skip
     elif task == "retrieval":
         from serve.evaluation.retrieval import evaluate_retrieval

@@ -20,6 +20,7 @@ from serve.cli.common import (
     OfflineOption,
     PresetOption,
     RationaleTokensOption,
+    VotesOption,
     check_pictures,
     decoding_over,
     report,
@@ -33,6 +34,7 @@ def reason(
     context: Annotated[str, typer.Option("--context", help="Text that goes with the picture.")] = "",
     adapter: AdapterOption = None,
     answer_adapter: AnswerAdapterOption = None,
+    votes: VotesOption = 1,
     decoding: PresetOption = None,
     beams: BeamsOption = None,
     max_new_tokens: MaxTokensOption = None,
@@ -59,8 +61,8 @@ def reason(
     settings = decoding_over(decoding, beams, max_new_tokens)(Decoding())
     first, second = load_pair(adapter, answer_adapter, device=device, dtype=dtype, offline=offline)
     thought = run(
-        first, images, question, context=context, choices=listed, answer_adapter=second, decoding=settings,
-        rationale_tokens=rationale_tokens,
+        first, images, question, context=context, choices=listed, answer_adapter=second, votes=votes,
+        decoding=settings, rationale_tokens=rationale_tokens,
     )  # fmt: skip
     if thought.rationale is None:
         print("this adapter was taught to answer directly: it gives no reasons", file=sys.stderr)

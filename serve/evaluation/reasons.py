@@ -13,7 +13,8 @@ from adapters.data.reading import read_data
 from adapters.data.scienceqa import read_scienceqa, scienceqa_folder
 from adapters.evaluation.rationales import language_control
 from adapters.evaluation.scienceqa import score_scienceqa
-from adapters.inference.reasoning import ReasonedAnswer, main_scores, reason_examples, score_thoughts
+from adapters.inference.reasoned_answer import ReasonedAnswer, ballots
+from adapters.inference.reasoning import main_scores, reason_examples, score_thoughts, trained_reasoning_mode
 from adapters.inference.reasoning_controls import blanked, reason_controls
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -33,6 +34,7 @@ def evaluate_reasons(
     allow_outside: bool = False,
     offline: bool = False,
     batch_size: int = 64,
+    votes: int = 1,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -51,6 +53,7 @@ def evaluate_reasons(
         allow_outside: pictures may lie outside the data's own folder; else a row that names one is bad.
         offline: do not fetch a packaged set.
         batch_size: prompts generated together.
+        votes: reasons that are sampled, whose answers are voted on.
         decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens if left out.
         rationale_tokens: how long the reasons may be; as the adapter's recipe says if left out.
         on_progress: called with (done, total); if there are controls, first of them, and then of the rest.
@@ -65,11 +68,13 @@ def evaluate_reasons(
 
     Raises:
         UserError: the data cannot be read, an adapter was not taught its stage, or there are no two pictures to
-            shuffle.
+            shuffle, or nothing to vote on.
     """
     if controls and blank_images:
         raise UserError("--blank-images is one of the --controls; leave it out")
     second = None if answer_adapter is None else answer_adapter.assembly
+    thinks = trained_reasoning_mode(adapter.assembly, second) == "two-stage"
+    ballots(decoding or Decoding(), votes, thinks=thinks)  # a mistake is reported before the data are read
     rows = read_data(
         data,
         task="reason",
@@ -86,6 +91,7 @@ def evaluate_reasons(
     examples = [blanked(example) for example in rows.examples] if blank_images else list(rows.examples)
     options: Any = {
         "answer_adapter": second,
+        "votes": votes,
         "decoding": decoding,
         "rationale_tokens": rationale_tokens,
         "batch_size": batch_size,

@@ -54,7 +54,9 @@ def test_both_stages_are_learned_and_come_back_from_the_artefact(recipe_of: Any,
     rows = read_data(tmp_path / "data" / "reasons.jsonl").examples[:4]
     thoughts = reason_examples(assembly, rows)
     assert all(thought.rationale and thought.rationale.startswith("It") for thought in thoughts)
-    assert thoughts == [reason_examples(assembly, [one])[0] for one in rows]  # whatever else is in the batch
+    alone = [reason_examples(assembly, [one])[0] for one in rows]  # whatever else is in the batch
+    assert [(one.rationale, one.answer) for one in thoughts] == [(one.rationale, one.answer) for one in alone]
+    assert [one.choices for one in thoughts] == [pytest.approx(one.choices, abs=1e-6) for one in alone]
 
 
 @pytest.mark.parametrize(

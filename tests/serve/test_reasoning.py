@@ -14,6 +14,7 @@ from data_rows import write_jsonl
 from reason_data import draw_reasons, write_scienceqa
 from tiny import tiny_values
 
+from adapters.data.examples import Example
 from adapters.data.reading import read_data
 from adapters.finetune import finetune
 from adapters.inference.reasoning import reason_examples
@@ -172,6 +173,10 @@ def test_what_is_too_long_is_told_before_there_are_reasons(
             ["evaluate", "DATA", "--task", "vqa", "--adapter", "both", "--rationale-tokens", 8],
             "goes with --task reason",
         ),
+        (["reason", "PICTURE", "what?", "--adapter", "direct", "--votes", 2], "the adapter answers directly"),
+        (["reason", "PICTURE", "what?", "--adapter", "both", "--votes", 2, "--beams", 3], "beams do not sample"),
+        (["evaluate", "DATA", "--task", "reason", "--adapter", "direct", "--votes", 2], "the adapter answers directly"),
+        (["evaluate", "DATA", "--adapter", "both", "--votes", 2], "--votes goes with --task reason"),
         (["batch", "DATA", "--out", "OUT", "--adapter", "both"], "--task vqa answers their questions"),
     ],
 )
@@ -283,14 +288,27 @@ def test_scienceqa_is_learned_by_letters_and_scored_by_its_columns(call: Call, s
     assert {"NAT", "TXT", "IMG", "G1-6"} <= set(found) and "G7-12" not in found
 
 
+def test_votes(call: Call, runs: dict[str, Path], picture: Path, reasons_file: Path) -> None:
+    asked = ["reason", picture, "what color is it?", "--choices", "red,blue", "--json", *FAST]
+    one, again = (call(*asked, "--votes", 3, "--adapter", runs["both"]).values for _ in range(2))
+    assert one == again and one["rationale"] and sum(one["choices"].values()) == pytest.approx(1)
+    scored = ["evaluate", reasons_file, "--task", "reason", "--votes", 2, "--limit", 4, "--quiet", *FAST]
+    assert 0 <= call(*scored, "--json", "--adapter", runs["both"]).values["accuracy"] <= 1
+
+
 def test_scienceqa_s_columns_count_the_choices_that_are_named(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_scienceqa(tmp_path / "scienceqa")
-    said = iter(["thought"] * 3 + ["iron", "Iron.", "copper"])  # right answers: iron, wood, iron
-    monkeypatch.setattr(
-        "adapters.inference.reasoning.answer_examples", lambda _, rows, *__, **___: [next(said) for _ in rows]
-    )
+    said = iter(["iron", "iron", "wood"])  # right answers: iron, wood, iron
+
+    def choose(_: object, rows: list[Example], *__: object, **___: object) -> list[list[float]]:
+        chosen = [next(said) for _ in rows]
+        return [
+            [0.9 if choice == one else 0.1 for choice in row.choices] for one, row in zip(chosen, rows, strict=True)
+        ]
+
+    monkeypatch.setattr("adapters.inference.reasoning.choose_for_examples", choose)
     found = evaluate_reasons(load_adapter(runs["both"], device="cpu", dtype="float32"), f"{folder}:test")
-    assert (found["accuracy"], found["no_choice"]) == (pytest.approx(1 / 3), 1)
+    assert (found["accuracy"], found["no_choice"]) == (pytest.approx(1 / 3), 0)
     assert (found["Avg"], found["IMG"], found["TXT"]) == (33.33, 50.0, 0.0)

@@ -11,7 +11,7 @@ import pytest
 from tiny import make_tokenizer
 
 from adapters.data.batches import TokenisedPicture, plan_epoch, prompt_for, tokenise
-from adapters.data.examples import DataSet, Example, merge
+from adapters.data.examples import DataSet, Example, merge, with_stages
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_SLOT, PromptBuilder, PromptStyle
 from adapters.data.reading import read_data
@@ -165,6 +165,22 @@ def test_beside_rows_of_other_tasks(jsonl: Callable[..., Path], data: DataSet) -
     builder = builder_of(chat=True)
     found = learned(tokenise(merge([data, plain]), builder, max_tokens=300), builder)
     assert found == [THINK, CONCLUDE, *NONE, ("Why?", "x")]
+
+
+def test_a_file_s_own_stages_go_before_the_recipe_s(jsonl: Callable[..., Path], data: DataSet) -> None:
+    own = read_data(jsonl({"image": "a.png", "question": "How?", "rationale": "Mine.", "answer": "x"}))
+    both = merge([data, with_stages(own, ("answer",))])
+    builder = builder_of(chat=True)
+    concluded = ("How?\nReasoning: Mine.\nSo what is the answer?", "x")
+    found = learned(tokenise(both, builder, max_tokens=300, stages=("direct",)), builder)
+    assert found == [DIRECT, NONE[1], concluded]
+
+
+def test_stages_of_rows_without_reasons_are_refused(jsonl: Callable[..., Path]) -> None:
+    plain = read_data(jsonl({"image": "a.png", "question": "Why?", "answer": "x"}))
+    with pytest.raises(UserError, match=r"stages=\['answer'\] is for rows with reasons"):
+        with_stages(plain, ("answer",))
+    assert with_stages(plain, None) is plain
 
 
 def test_without_any_reasons_only_direct_answers_can_be_learned(jsonl: Callable[..., Path]) -> None:

@@ -12,8 +12,10 @@ from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef, blank_image
 from adapters.data.prompts import PromptStyle
 from adapters.inference import reasoning
-from adapters.inference.reasoning import ReasonedAnswer, reason_examples, reasoning_mode, validate_reasons
+from adapters.inference.reasoned_answer import ReasonedAnswer, ballots, elect
+from adapters.inference.reasoning import reason_examples, reasoning_mode, validate_reasons
 from adapters.inference.reasoning_controls import CONTROLS, blanked, reason_controls, shuffled
+from adapters.inference.request import Completion
 from adapters.recipe import Recipe, parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
@@ -46,25 +48,40 @@ class Model:
 
     calls: list[tuple[Any, str, Decoding]] = field(default_factory=list)
     answers: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, list[float]] = field(default_factory=dict)
 
-    def __call__(self, assembly: Any, examples: list[Example], task: str, **options: Any) -> list[str]:
+    def think(self, assembly: Any, examples: list[Example], task: str, **options: Any) -> list[str]:
+        self._called(assembly, examples, task, **options)
+        seed = options["decoding"].seed
+        sampled = "" if seed is None else f", {seed}"
+        return [f"{example.question} of {example.images[0].label}{sampled}" for example in examples]
+
+    def answer(self, assembly: Any, examples: list[Example], task: str, **options: Any) -> list[Completion]:
+        self._called(assembly, examples, task, **options)
+        texts = [
+            self.answers.get(example.question, f"{example.images[0].label} [{example.rationale}]")
+            for example in examples
+        ]  # fmt: skip
+        return [Completion(text, 1, True, 0.0, ((0, 0.0),)) for text in texts]
+
+    def choose(self, assembly: Any, examples: list[Example], task: str, **options: Any) -> list[list[float]]:
+        self._called(assembly, examples, task, decoding=None, **options)
+        return [self.shares[example.rationale] for example in examples]
+
+    def _called(self, assembly: Any, examples: list[Example], task: str, **options: Any) -> None:
         assert all(example.task is None for example in examples)  # its own task would go first
         self.calls.append((assembly, task, options["decoding"]))
         if options["on_progress"]:
             options["on_progress"](1, 2)
             options["on_progress"](2, 2)
-        if task == "rationale":
-            return [f"{example.question} of {example.images[0].label}" for example in examples]
-        return [
-            self.answers.get(example.question, f"{example.images[0].label} [{example.rationale}]")
-            for example in examples
-        ]  # fmt: skip
 
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     model = Model()
-    monkeypatch.setattr(reasoning, "answer_examples", model)
+    monkeypatch.setattr(reasoning, "answer_examples", model.think)
+    monkeypatch.setattr(reasoning, "reply_to_examples", model.answer)
+    monkeypatch.setattr(reasoning, "choose_for_examples", model.choose)
     return model
 
 
@@ -82,9 +99,9 @@ ROWS = [row("q1", "a"), row("q2", "b"), row("q3", "a")]
 def test_the_answer_is_given_from_the_model_s_own_reasons(model: Model) -> None:
     assembly = assembly_of()
     assert reason_examples(assembly, ROWS) == [
-        ReasonedAnswer("q1 of a", "a [q1 of a]"),
-        ReasonedAnswer("q2 of b", "b [q2 of b]"),
-        ReasonedAnswer("q3 of a", "a [q3 of a]"),
+        ReasonedAnswer("q1 of a", "a [q1 of a]", 1.0),
+        ReasonedAnswer("q2 of b", "b [q2 of b]", 1.0),
+        ReasonedAnswer("q3 of a", "a [q3 of a]", 1.0),
     ]
     assert [(who is assembly, task) for who, task, _ in model.calls] == [(True, "rationale"), (True, "answer")]
     assert [decoding.max_new_tokens for _, _, decoding in model.calls] == [77, 32]  # the recipe's, and the default
@@ -100,31 +117,68 @@ def test_lengths_and_beams_may_be_set(model: Model) -> None:
 
 def test_another_adapter_may_answer(model: Model) -> None:
     first, second = assembly_of("rationale"), assembly_of("answer")
-    assert reason_examples(first, ROWS[:1], answer_adapter=second) == [ReasonedAnswer("q1 of a", "a [q1 of a]")]
+    assert reason_examples(first, ROWS[:1], answer_adapter=second) == [ReasonedAnswer("q1 of a", "a [q1 of a]", 1.0)]
     assert [who for who, *_ in model.calls] == [first, second]
 
 
 def test_one_that_was_taught_to_answer_directly_gives_no_reasons(model: Model) -> None:
     for assembly in (assembly_of("direct"), assembly_of(task="vqa")):
         model.calls.clear()
-        assert reason_examples(assembly, ROWS[:1]) == [ReasonedAnswer(None, "a []")]
+        assert reason_examples(assembly, ROWS[:1]) == [ReasonedAnswer(None, "a []", 1.0)]
         assert [task for _, task, _ in model.calls] == ["answer"]
 
 
 def test_given_reasons_take_the_place_of_its_own(model: Model) -> None:
     assert reason_examples(assembly_of("answer"), ROWS[:2], rationales=["So.", ""]) == [
-        ReasonedAnswer("So.", "a [So.]"),
-        ReasonedAnswer(None, "b []"),
+        ReasonedAnswer("So.", "a [So.]", 1.0),
+        ReasonedAnswer(None, "b []", 1.0),
     ]
     assert len(model.calls) == 1
 
 
-def test_a_letter_is_put_into_words(model: Model) -> None:
-    rows = [replace(row(question, "a"), choices=("red", "blue")) for question in ("q1", "q2", "q3")]
-    model.answers = {"q1": "(B)", "q2": "The answer is A.", "q3": "(A) or (B)"}
-    thoughts = reason_examples(assembly_of(letters=True), rows)
-    assert [thought.answer for thought in thoughts] == ["blue", "red", "(A) or (B)"]
-    assert reason_examples(assembly_of(), rows)[0].answer == "(B)"  # words, there
+def test_of_choices_the_likeliest_is_the_answer(model: Model) -> None:
+    rows = [replace(row("q1", "a"), choices=("red", "blue")), ROWS[1]]
+    model.shares = {"q1 of a": [0.25, 0.75]}
+    assert reason_examples(assembly_of(letters=True), rows) == [
+        ReasonedAnswer("q1 of a", "blue", 0.75, {"blue": 0.75, "red": 0.25}),
+        ReasonedAnswer("q2 of b", "b [q2 of b]", 1.0),
+    ]
+
+
+def test_several_reasons_are_sampled_and_their_choices_weighed(model: Model) -> None:
+    model.shares = {"q1 of a, 0": [0.9, 0.1], "q1 of a, 1": [0.2, 0.8], "q1 of a, 2": [0.3, 0.7]}
+    (thought,) = reason_examples(assembly_of(), [replace(row("q1", "a"), choices=("red", "blue"))], votes=3)
+    assert (thought.answer, thought.rationale) == ("blue", "q1 of a, 1")  # the reasons that speak most clearly for it
+    assert thought.choices == {"blue": pytest.approx(1.6 / 3), "red": pytest.approx(1.4 / 3)}
+    assert thought.confidence == thought.choices["blue"]
+    sampled = [decoding for _, task, decoding in model.calls if task == "rationale"]
+    assert sampled == [Decoding(max_new_tokens=77, temperature=0.7, seed=seed) for seed in (0, 1, 2)]
+
+
+def test_written_answers_are_counted() -> None:
+    votes = [ReasonedAnswer(why, answer, 0.5) for why, answer in (("a", "Two."), ("b", "three"), ("c", "two"))]
+    assert elect(votes) == ReasonedAnswer("a", "Two.", 2 / 3)
+    assert elect(votes[1:]) == ReasonedAnswer("b", "three", 1 / 2)  # among equals the first
+    assert elect(votes[:1]) == votes[0]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "thinks", "says"),
+    [
+        (Decoding(num_beams=3), True, "--votes 2 samples reasons, and beams do not sample"),
+        (Decoding(), False, "--votes 2: the adapter answers directly"),
+    ],
+)
+def test_votes_that_would_be_alike_are_refused(decoding: Decoding, thinks: bool, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        ballots(decoding, 2, thinks=thinks)
+
+
+def test_a_seed_and_a_temperature_of_one_s_own_are_taken() -> None:
+    assert ballots(Decoding(seed=5, temperature=1.0), 2, thinks=True) == [
+        Decoding(seed=5, temperature=1.0),
+        Decoding(seed=6, temperature=1.0),
+    ]
 
 
 def test_progress_counts_both_stages_as_one(model: Model) -> None:
@@ -162,11 +216,11 @@ def test_what_each_control_takes_away(model: Model) -> None:
     found = reason_controls(assembly_of(), ROWS)
     assert list(found) == list(CONTROLS)
     assert {name: thoughts[0] for name, thoughts in found.items()} == {
-        "direct": ReasonedAnswer(None, "a []"),
-        "blind_rationale": ReasonedAnswer("q1 of blank", "a [q1 of blank]"),
-        "gold_rationale": ReasonedAnswer("given q1", "a [given q1]"),
-        "blank_images": ReasonedAnswer("q1 of blank", "blank [q1 of blank]"),
-        "shuffled_images": ReasonedAnswer("q1 of b", "b [q1 of b]"),
+        "direct": ReasonedAnswer(None, "a []", 1.0),
+        "blind_rationale": ReasonedAnswer("q1 of blank", "a [q1 of blank]", 1.0),
+        "gold_rationale": ReasonedAnswer("given q1", "a [given q1]", 1.0),
+        "blank_images": ReasonedAnswer("q1 of blank", "blank [q1 of blank]", 1.0),
+        "shuffled_images": ReasonedAnswer("q1 of b", "b [q1 of b]", 1.0),
     }
     assert found["shuffled_images"][1].answer == "a [q2 of a]"
 
