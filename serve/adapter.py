@@ -16,7 +16,9 @@ from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef, image_ref
 from adapters.data.images import open_image
 from adapters.data.prompts import Turn
-from adapters.inference.answering import Completion, Generator, Request, reply_to_examples
+from adapters.inference.answering import reply_to_examples
+from adapters.inference.generator import Generator
+from adapters.inference.request import Completion, Request
 from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import FrozenModels, default_device
 from qformer.decoding import Decoding

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
-from adapters.inference.answering import Request
+from adapters.inference.request import Request
 from qformer.continuous import AnswerRow
 from qformer.decoding import Decoding
 from qformer.token_rules import TokenRules

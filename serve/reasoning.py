@@ -13,9 +13,9 @@ from pathlib import Path
 from adapters.artefact.artefact import find_artefact, read_recipe
 from adapters.data.batches import prompt_for
 from adapters.data.examples import Example
-from adapters.inference.answering import Request
 from adapters.inference.reasoned_answer import ReasonedAnswer, ballots, elect
 from adapters.inference.reasoning import reasoning_mode, trained_reasoning_mode
+from adapters.inference.request import Request
 from adapters.loading.vision_side import FrozenModels
 from qformer.decoding import Decoding
 from serve.adapter import ImageInput, LoadedAdapter, checked_choices, default_adapter, load_adapter, user_turn

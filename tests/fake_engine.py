@@ -14,7 +14,7 @@ from tiny import make_tokenizer
 from adapters.artefact.facts import Facts
 from adapters.data.images import open_image
 from adapters.data.prompts import Prompt, PromptBuilder, PromptStyle, Turn
-from adapters.inference.answering import Request
+from adapters.inference.request import Request
 from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import VisionSide
 from adapters.recipe import Recipe, parse_recipe

@@ -14,7 +14,7 @@ from tiny import draw_data
 
 from adapters.data.examples import Example
 from adapters.data.reading import read_data
-from adapters.inference.answering import Completion
+from adapters.inference.request import Completion
 from qformer.errors import UserError
 
 

@@ -40,12 +40,14 @@ class Answered:
         said: the answer.
         confidence: from 0 to 1.
         score: 1 for a right answer and 0 for a wrong one; of a caption its CIDEr.
+        rationale: the reasons that were written for it, if any were.
     """
 
     example: Example
     said: str
     confidence: float
     score: float
+    rationale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ def _calibration(report: Report) -> list[str]:
     return [
         "<h2>Calibration</h2>",
         figure(plot_calibration(bins), "share of right answers over confidence"),
-        "<p>An answer's confidence is the geometric mean of its tokens' probabilities. Below the dashed line the"
-        " adapter is surer than it is right.</p>",
+        "<p>An answer's confidence is the geometric mean of its tokens' probabilities or, of choices, the choice's."
+        " Below the dashed line the adapter is surer than it is right.</p>",
     ]
 
 
@@ -212,6 +214,9 @@ def _shown(report: Report) -> list[str]:
     first = "The worst captions" if captions else "Wrong, and the surest of it"
     found = []
     for title, rows in ((first, worst), ("The least certain", unsure)):
-        cells = "".join(card(row.example, row.said, row.confidence, row.score, captions=captions) for row in rows)
+        cells = "".join(
+            card(row.example, row.said, row.confidence, row.score, captions=captions, rationale=row.rationale)
+            for row in rows
+        )
         found += [f"<h2>{title}</h2>", f'<div class="cards">{cells}</div>' if rows else "<p>None.</p>"]
     return found

@@ -81,8 +81,10 @@ def figure(svg: bytes, alt: str) -> str:
     return f'<figure><img alt="{words(alt)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"></figure>'
 
 
-def card(example: Example, said: str, confidence: float, score: float, *, captions: bool) -> str:
-    """A row with its pictures, what was asked, what was said, and what is right."""
+def card(
+    example: Example, said: str, confidence: float, score: float, *, captions: bool, rationale: str | None = None
+) -> str:
+    """A row with its pictures, what was asked, what was said and why, and what is right."""
     lines = [_picture(image) for image in example.images]
     lines += [f'<p class="soft">{turn.role}: {words(turn.text)}</p>' for turn in example.history]
     for name, value in (
@@ -95,8 +97,12 @@ def card(example: Example, said: str, confidence: float, score: float, *, captio
     marked = "" if captions else ' class="right"' if score == 1 else ' class="wrong"'
     detail = f"CIDEr {score:.2f}, {sure}" if captions else sure
     lines.append(f'<p{marked}>said: {words(said) or "(nothing)"} <span class="soft">({detail})</span></p>')
+    if rationale is not None:
+        lines.append(f'<p class="soft">its reasons: {words(rationale) or "(none)"}</p>')
     if captions or score < 1:
         lines.append(f'<p class="right">right: {words(_counted(example.answers))}</p>')
+    if rationale is not None and example.rationale:
+        lines.append(f'<p class="soft">given reasons: {words(example.rationale)}</p>')
     place = f"row {example.row}" if example.row else example.id
     lines.append(f'<p class="soft">{words(place)}{f", {words(example.kind)}" if example.kind else ""}</p>')
     return f'<div class="card">{"".join(lines)}</div>'

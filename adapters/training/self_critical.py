@@ -21,7 +21,9 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt
 from adapters.evaluation.caption_tokens import caption_tokens
 from adapters.evaluation.captions import Cider, score_captions
-from adapters.inference.answering import Generator, Request, answer_examples
+from adapters.inference.answering import answer_examples
+from adapters.inference.generator import Generator
+from adapters.inference.request import Request
 from adapters.loading.assembly import Assembly
 from adapters.training.sharing import shared
 from qformer.decoding import Decoding

@@ -11,8 +11,9 @@ from adapters.data.batches import prompt_for
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
-from adapters.inference.answering import Completion, Generator, Request
+from adapters.inference.generator import Generator
 from adapters.inference.reasoning import trained_reasoning_mode
+from adapters.inference.request import Completion, Request
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, load_adapter, picture_ref, ranked

@@ -34,7 +34,8 @@ from serve.cli.common import (
 from serve.cli.scores import describe_comparison, describe_scores
 
 TASKS = ("vqa", "probes", "caption", "reason", "retrieval", "grounding")
-_WRITTEN = ("vqa", "probes", "caption")  # what an LLM writes, and whose answers are kept
+_WRITTEN = ("vqa", "probes", "caption")
+_KEPT = (*_WRITTEN, "reason")  # whose answers can be kept
 
 
 def evaluate(
@@ -72,11 +73,13 @@ def evaluate(
     predictions: Annotated[
         Path | None,
         typer.Option(
-            "--save-predictions", "--predictions", help="For vqa, probes and caption: a JSONL file, an answer a line."
+            "--save-predictions",
+            "--predictions",
+            help="A JSONL file, an answer a line; not of retrieval or grounding.",
         ),
     ] = None,
     report_file: Annotated[
-        Path | None, typer.Option("--report", help="For vqa, probes and caption: an HTML page, with pictures.")
+        Path | None, typer.Option("--report", help="An HTML page, with pictures; not of retrieval or grounding.")
     ] = None,
     calibrate: Annotated[
         bool,
@@ -111,8 +114,8 @@ def evaluate(
             "--controls": (controls, (*_WRITTEN, "reason", "grounding")),
             "--against": (against, ("vqa", "probes")),
             "--no-rerank": (not rerank, ("retrieval",)),
-            "--save-predictions": (predictions, _WRITTEN),
-            "--report": (report_file, _WRITTEN),
+            "--save-predictions": (predictions, _KEPT),
+            "--report": (report_file, _KEPT),
             "--calibrate": (calibrate, ("vqa", "probes")),
             "--match": (match != "exact", ("vqa",)),
             "--wordnet": (wordnet, ("vqa",)),
@@ -158,7 +161,7 @@ def evaluate(
         scores = evaluate_reasons(
             first, data, answer_adapter=second, controls=controls, blank_images=blank_images, batch_size=batch_size,
             rationale_tokens=rationale_tokens, votes=votes, decoding=over(Decoding()), on_progress=on_progress,
-            **reading,
+            predictions=predictions, report=report_file, **reading,
         )  # fmt: skip
     elif task == "retrieval":
         from serve.evaluation.retrieval import evaluate_retrieval

@@ -17,8 +17,8 @@ from adapters.evaluation.report import Answered
 from adapters.evaluation.short_answers import mean, over, pictures_of, score_short_answers
 from adapters.evaluation.vqa import as_written_only, commonest_answers, exact_match
 from adapters.evaluation.wordnet import WordNet
-from adapters.inference.answering import Completion
 from adapters.inference.reasoning_controls import blanked, shuffled
+from adapters.inference.request import Completion
 from qformer.errors import UserError
 
 Ask = Callable[[Sequence[Example]], Sequence[Completion]]

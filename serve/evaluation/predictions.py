@@ -13,7 +13,7 @@ from adapters.evaluation.vqa import vqa_accuracy
 from qformer.atomic import whole_file
 from qformer.errors import UserError
 
-TASKS = ("vqa", "probes", "caption")
+TASKS = ("vqa", "probes", "caption", "reason")
 
 
 def check_predictions(predictions: str | Path, data: str | Path, task: str) -> None:
@@ -133,6 +133,7 @@ def _prediction(one: Answered, captions: bool) -> dict[str, Any]:
         **({"kind": example.kind} if example.kind else {}),
         "answer": example.answers[0] if len(example.answers) == 1 else example.answers,
         "prediction": one.said,
+        **({} if one.rationale is None else {"rationale": one.rationale}),
         **({"CIDEr": round(one.score, 6)} if captions else {"right": one.score == 1}),
         "confidence": round(one.confidence, 4),
     }

@@ -11,14 +11,22 @@ from adapters.data.answers import choice_letter, normalise
 from adapters.data.examples import Example
 from adapters.data.reading import read_data
 from adapters.data.scienceqa import read_scienceqa, scienceqa_folder
+from adapters.evaluation.breakdown import score_groups
+from adapters.evaluation.calibration import expected_calibration_error
+from adapters.evaluation.intervals import with_interval
 from adapters.evaluation.rationales import language_control
+from adapters.evaluation.report import Answered, Report, check_report, save_report
 from adapters.evaluation.scienceqa import score_scienceqa
+from adapters.evaluation.short_answers import mean, over, pictures_of
+from adapters.evaluation.vqa import exact_match
 from adapters.inference.reasoned_answer import ReasonedAnswer, ballots
 from adapters.inference.reasoning import main_scores, reason_examples, score_thoughts, trained_reasoning_mode
 from adapters.inference.reasoning_controls import blanked, reason_controls
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.adapter import LoadedAdapter
+from serve.adapter import LoadedAdapter, short_name
+from serve.evaluation.predictions import check_predictions, write_predictions
+from serve.evaluation.run import describe_decoding
 
 
 def evaluate_reasons(
@@ -37,6 +45,8 @@ def evaluate_reasons(
     votes: int = 1,
     decoding: Decoding | None = None,
     rationale_tokens: int | None = None,
+    predictions: str | Path | None = None,
+    report: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Score answers and the reasons for them, as `adapters.evaluation.rationales.score_reasons` does.
@@ -56,6 +66,9 @@ def evaluate_reasons(
         votes: reasons that are sampled, whose answers are voted on.
         decoding: how tokens are chosen, and how long an answer may be; greedy and 32 tokens if left out.
         rationale_tokens: how long the reasons may be; as the adapter's recipe says if left out.
+        predictions: a JSONL file to write, a line for each row, as `serve.evaluation.run.evaluate` writes it, with the
+            "rationale" that was written.
+        report: an HTML file to write (`adapters.evaluation.report`).
         on_progress: called with (done, total); if there are controls, first of them, and then of the rest.
 
     Returns:
@@ -72,6 +85,10 @@ def evaluate_reasons(
     """
     if controls and blank_images:
         raise UserError("--blank-images is one of the --controls; leave it out")
+    if predictions is not None:
+        check_predictions(predictions, data, "reason")
+    if report is not None:
+        check_report(report)
     second = None if answer_adapter is None else answer_adapter.assembly
     thinks = trained_reasoning_mode(adapter.assembly, second) == "two-stage"
     ballots(decoding or Decoding(), votes, thinks=thinks)  # a mistake is reported before the data are read
@@ -98,14 +115,57 @@ def evaluate_reasons(
         "on_progress": on_progress,
     }
     found: dict[str, float] = {}
-    if controls:  # first, since they may find that there is nothing to shuffle
-        for name, thoughts in reason_controls(adapter.assembly, examples, **options).items():
-            found |= {f"{name}_{score}": value for score, value in _control_scores(name, thoughts, examples).items()}
+    # first, since they may find that there is nothing to shuffle
+    taken = reason_controls(adapter.assembly, examples, **options) if controls else {}
+    for name, thoughts in taken.items():
+        found |= {f"{name}_{score}": value for score, value in _control_scores(name, thoughts, examples).items()}
     thoughts = reason_examples(adapter.assembly, examples, **options)
     scores = {_plain(name): value for name, value in score_thoughts(thoughts, examples).items()}
     by_kind = [replace(example, question=example.kind or "") for example in examples]
     scores |= {"commonest_answer": language_control(by_kind)["accuracy"], "skipped": len(rows.skipped)}
+    answered = _answered(thoughts, examples)
+    if predictions is not None:
+        write_predictions(predictions, answered)
+    if report is not None:
+        facts = [
+            ("adapter", adapter.name), *([] if answer_adapter is None else [("answered by", answer_adapter.name)]),
+            ("data", str(data)), ("task", "reason"), ("rows", str(len(examples))),
+            ("left out", f"{len(rows.skipped)} bad rows"), ("limit", "none" if limit is None else f"{limit} rows"),
+            ("pictures", "every one replaced by a grey one" if blank_images else "as they are"),
+            ("votes", str(votes)), ("decoding", describe_decoding(decoding or Decoding())),
+        ]  # fmt: skip
+        title = f"{short_name(adapter.name)} on {Path(str(data)).name}"
+        told = _told(scores["commonest_answer"], answered, {
+            "blank": taken.get("blank_images", []), "shuffled": taken.get("shuffled_images", []),
+        })  # fmt: skip
+        save_report(Report(title, facts, "accuracy", told, answered), report)
     return scores | found | _leaderboard(data, thoughts, examples)
+
+
+def _answered(thoughts: Sequence[ReasonedAnswer], examples: Sequence[Example]) -> list[Answered]:
+    """Rows with what came of them, scored as `adapters.evaluation.rationales.score_reasons` does."""
+    return [
+        Answered(row, one.answer, one.confidence or 0.0, float(exact_match(one.answer, row.answers[:1])), one.rationale)
+        for one, row in zip(thoughts, examples, strict=True)
+    ]
+
+
+def _told(
+    commonest: float, answered: Sequence[Answered], controls: Mapping[str, Sequence[ReasonedAnswer]]
+) -> dict[str, Any]:
+    """What a report tells: the accuracy by kind, with intervals, and how far it is above each control."""
+    examples = [row.example for row in answered]
+    hits, pictures = [row.score for row in answered], pictures_of(examples)
+    confidences = [row.confidence for row in answered]
+    found: dict[str, Any] = {"n": len(hits), "pictures": len(set(pictures))}
+    found |= with_interval("accuracy", hits, pictures)
+    found |= {"confidence": mean(confidences), "commonest_answer": commonest, "commonest_answer_from": "test"}
+    found["expected_calibration_error"] = expected_calibration_error(confidences, [hit == 1 for hit in hits])
+    for name, thoughts in controls.items():
+        if thoughts:
+            blind = [row.score for row in _answered(thoughts, examples)]
+            found |= {f"{name}_accuracy": mean(blind), **over(name, blind, hits, pictures)}
+    return found | {"by_kind": score_groups([row.kind for row in examples], {"accuracy": hits}, pictures)}
 
 
 def _control_scores(name: str, thoughts: Sequence[ReasonedAnswer], examples: Sequence[Example]) -> dict[str, float]:

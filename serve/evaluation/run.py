@@ -16,9 +16,9 @@ from adapters.evaluation.calibration import calibrate as fit_and_check
 from adapters.evaluation.report import Answered, Report, check_report, save_report
 from adapters.evaluation.short_answers import pictures_of
 from adapters.evaluation.wordnet import WordNet
-from adapters.inference.answering import Completion
 from adapters.inference.reasoning import Passes
 from adapters.inference.reasoning_controls import blanked
+from adapters.inference.request import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, short_name

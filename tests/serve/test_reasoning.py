@@ -296,6 +296,20 @@ def test_votes(call: Call, runs: dict[str, Path], picture: Path, reasons_file: P
     assert 0 <= call(*scored, "--json", "--adapter", runs["both"]).values["accuracy"] <= 1
 
 
+def test_answers_and_reasons_are_kept_and_reported(
+    call: Call, runs: dict[str, Path], reasons_file: Path, tmp_path: Path
+) -> None:
+    kept, page = tmp_path / "answers.jsonl", tmp_path / "report.html"
+    asked = ["evaluate", reasons_file, "--task", "reason", "--adapter", runs["both"], "--json", "--quiet", *FAST]
+    found = call(*asked, "--controls", "--limit", 8, "--save-predictions", kept, "--report", page).values
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert len(lines) == 8 and all(line["rationale"] for line in lines)
+    assert sum(line["right"] for line in lines) / 8 == pytest.approx(found["accuracy"])
+    text = page.read_text()
+    assert "its reasons: " + lines[0]["rationale"].split()[0] in text and "given reasons: " in text
+    assert "grey pictures would score" in text and "By kind" in text
+
+
 def test_scienceqa_s_columns_count_the_choices_that_are_named(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from data_rows import borrowed, write_jsonl
 from tiny import draw_captions
 
 from adapters.data.examples import Example
-from adapters.inference.answering import Completion
+from adapters.inference.request import Completion
 from serve.evaluation.run import evaluate
 
 

@@ -27,7 +27,8 @@ from adapters.artefact.exporting import export_adapter
 from adapters.artefact.facts import Facts, read_facts
 from adapters.artefact.importing import import_published
 from adapters.data.image_ref import ImageRef
-from adapters.inference.answering import Generator, Request
+from adapters.inference.generator import Generator
+from adapters.inference.request import Request
 from adapters.loading.assembly import assemble
 from adapters.loading.vision_side import load_vision_side
 from adapters.recipe import parse_recipe

@@ -20,7 +20,8 @@ from adapters.artefact.artefact import find_artefact, load_artefact, load_vision
 from adapters.artefact.facts import read_facts
 from adapters.artefact.importing import import_published
 from adapters.data.image_ref import ImageRef
-from adapters.inference.answering import Generator, Request
+from adapters.inference.generator import Generator
+from adapters.inference.request import Request
 from adapters.inference.retrieval import Retriever
 from qformer.decoding import Decoding
 from qformer.errors import UserError

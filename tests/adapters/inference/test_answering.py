@@ -14,7 +14,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
-from adapters.inference.answering import Generator, Request, answer_examples
+from adapters.inference.answering import answer_examples
+from adapters.inference.generator import Generator
+from adapters.inference.request import Request
 from adapters.loading.assembly import Assembly, assemble
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
@@ -188,7 +190,7 @@ def test_choices_do_not_depend_on_their_batch_nor_on_what_is_looked_at_in_one_pa
     for together in (generator.choose(asked, choices), generator.choose(asked[::-1], choices[::-1])[::-1]):
         for found, expected in zip(together, alone, strict=True):
             assert found == pytest.approx(expected, abs=1e-4)
-    monkeypatch.setattr("adapters.inference.answering._CHOICE_TOKENS", 1)  # a row a choice, a pass a row
+    monkeypatch.setattr("adapters.inference.generator._CHOICE_TOKENS", 1)  # a row a choice, a pass a row
     for found, expected in zip(generator.choose(asked, choices), alone, strict=True):
         assert found == pytest.approx(expected, abs=1e-4)
 
@@ -214,7 +216,7 @@ def test_choosing_stops_where_nobody_waits(
 ) -> None:
     generator = Generator(assembly)
     asked = Request(assembly.prompts.vqa("what is it?"), (pictures[0],))
-    monkeypatch.setattr("adapters.inference.answering._CHOICE_TOKENS", 1)
+    monkeypatch.setattr("adapters.inference.generator._CHOICE_TOKENS", 1)
     passes: list[int] = []
     monkeypatch.setattr(generator, "_log_probs", lambda rows, _: passes.append(1) or [[0.0] * len(rows)])
     assert generator.choose([asked], [["a", "b", "c"]], stopped=lambda: len(passes) == 1) == [[1 / 3] * 3]

@@ -16,7 +16,7 @@ from api_server import FakeEngine, eventually, finish, http, openai_client, serv
 from fake_engine import FakeAdapter, make_recipe
 from reason_client import ask
 
-from adapters.inference.answering import Request
+from adapters.inference.request import Request
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.limits import Limits

@@ -12,7 +12,7 @@ from data_rows import read_jsonl, write_jsonl
 
 from adapters.data.examples import Example
 from adapters.data.reading import read_data
-from adapters.inference.answering import Completion
+from adapters.inference.request import Completion
 from qformer.errors import UserError
 from qformer.file_lock import lock
 from serve.batch import predictor as predictor_module

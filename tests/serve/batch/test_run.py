@@ -12,7 +12,7 @@ import pytest
 from data_rows import borrowed, read_jsonl, write_jsonl
 
 from adapters.data.examples import Example
-from adapters.inference.answering import Completion
+from adapters.inference.request import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.batch.asking import Asking, Fields

@@ -15,7 +15,7 @@ from PIL import Image
 from adapters.data.examples import Example
 from adapters.data.image_ref import blank_image
 from adapters.data.images import open_image
-from adapters.inference.answering import Completion
+from adapters.inference.request import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.evaluation.predictions import compare_predictions
@@ -190,7 +190,7 @@ def test_captions_with_controls_and_predictions(colours: Path, tmp_path: Path, c
         (["--task", "caption", "--against", "x"], "--against goes with --task vqa, probes, not caption"),
         (
             ["--task", "retrieval", "--report", "r.html"],
-            "--report goes with --task vqa, probes, caption, not",
+            "--report goes with --task vqa, probes, caption, reason, not",
         ),
         (["--task", "probes", "--match", "set"], "--match goes with --task vqa, not probes"),
         (

@@ -14,7 +14,7 @@ from PIL import Image
 from adapters.data.examples import Example
 from adapters.evaluation.report import Answered, Report, evaluation_page
 from adapters.evaluation.verdicts import verdicts
-from adapters.inference.answering import Completion
+from adapters.inference.request import Completion
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.evaluation.run import evaluate

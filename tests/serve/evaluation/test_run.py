@@ -14,7 +14,7 @@ from PIL import Image
 
 from adapters.artefact.facts import read_facts
 from adapters.data.examples import Example
-from adapters.inference.answering import Completion
+from adapters.inference.request import Completion
 from serve.adapter import load_adapter
 from serve.cli.scores import describe_scores
 from serve.evaluation.run import evaluate

@@ -14,7 +14,7 @@ from page_server import draw_data
 
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Prompt, Turn
-from adapters.inference.answering import Request
+from adapters.inference.request import Request
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.page.conversation import Conversation, KeptConversations
