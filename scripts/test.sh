@@ -30,7 +30,8 @@ stage() {
 stage lint "$QB_VENV/bin/ruff" check .
 stage format "$QB_VENV/bin/ruff" format --check .
 stage types "$QB_VENV/bin/mypy"
-stage tests "$QB_VENV/bin/python" -m pytest "$@"
+# two processes of one thread each, a file in either at a time; the options that follow may say otherwise
+stage tests "$QB_VENV/bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
 
 printf '\n== summary\n%s' "$summary"
 if [ -n "$failed" ]; then

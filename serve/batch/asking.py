@@ -21,12 +21,14 @@ class Asking:
         choices: what may be answered to every question; empty if anything may, or if rows have choices of their own.
         logprobs: with each answer, its tokens and their log-probabilities.
         rationale_tokens: how long reasons may be; as the adapter's recipe says if left out.
+        votes: reasons that are sampled for a question, whose answers are voted on.
     """
 
     task: str = "vqa"
     choices: tuple[str, ...] = ()
     logprobs: bool = False
     rationale_tokens: int | None = None
+    votes: int = 1
 
 
 @dataclass(frozen=True)

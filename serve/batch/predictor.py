@@ -12,6 +12,7 @@ from adapters.data.examples import Example
 from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
 from adapters.inference.generator import Generator
+from adapters.inference.reasoned_answer import ReasonedAnswer, ballots, elect
 from adapters.inference.reasoning import trained_reasoning_mode
 from adapters.inference.request import Completion, Request
 from qformer.decoding import Decoding
@@ -82,7 +83,8 @@ class VQAPredictor:
             UserError: the adapter was not taught to do what is asked.
         """
         if asking.task == "reason":
-            trained_reasoning_mode(self.engine.assembly)
+            thinks = trained_reasoning_mode(self.engine.assembly) == "two-stage"
+            ballots(self.decoding_for("reason"), asking.votes, thinks=thinks)
         dtype = str(self.engine.assembly.model.language.compute_dtype).removeprefix("torch.")
         return Facts(self.engine.name, self.engine.fingerprint(), asdict(self.decoding_for(asking.task)), dtype)
 
@@ -186,13 +188,24 @@ class VQAPredictor:
 
     def _thoughts(self, examples: Sequence[Example], asking: Asking) -> list[Fields]:
         """Reasons, and the answers from them (`serve.reasoning.reason`, for many at once)."""
+        thinks = trained_reasoning_mode(self.engine.assembly) == "two-stage"
+        rounds = ballots(self.decoding_for("reason"), asking.votes, thinks=thinks)
+        said = [self._thoughts_once(examples, asking, ballot, thinks=thinks) for ballot in rounds]
+        if asking.votes == 1:
+            return said[0]
+        elected = (elect([ReasonedAnswer(**fields) for fields in votes]) for votes in zip(*said, strict=True))
+        return [{name: value for name, value in vars(one).items() if value is not None} for one in elected]
+
+    def _thoughts_once(
+        self, examples: Sequence[Example], asking: Asking, thinking: Decoding, *, thinks: bool
+    ) -> list[Fields]:
         engine, decoding = self.engine, self.decoding_for("reason")
         generator = Generator(engine.assembly)
         rationales = [""] * len(examples)
-        if trained_reasoning_mode(engine.assembly) == "two-stage":
+        if thinks:
             longest = asking.rationale_tokens or engine.assembly.rationale_tokens
             first = [asked_rationale(engine, example, longest=longest) for example in examples]
-            rationales = [one.text for one in generator(first, _fitted(engine, first, decoding, longest))]
+            rationales = [one.text for one in generator(first, _fitted(engine, first, thinking, longest))]
         asked = [asked_answer(engine, example, text) for example, text in zip(examples, rationales, strict=True)]
         listed = [asking.choices or example.choices for example in examples]
         found: dict[int, Fields] = {}

@@ -32,6 +32,7 @@ def run_batch(
     logprobs: bool = False,
     min_confidence: float | None = None,
     rationale_tokens: int | None = None,
+    votes: int = 1,
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
@@ -61,6 +62,7 @@ def run_batch(
         logprobs: with each answer, its tokens and their log-probabilities.
         min_confidence: leave an answer empty whose confidence is below this.
         rationale_tokens: how long reasons may be; as the adapter's recipe says if left out.
+        votes: reasons that are sampled for a question, whose answers are voted on.
         columns: the file's name of a field by ours, such as {"image": "photo"}.
         limit: only the first so many good rows, with the bad ones among them.
         skip_bad_rows: write an error for a bad row and go on, instead of stopping there.
@@ -88,7 +90,7 @@ def run_batch(
         source, task=task, questions=questions, columns=columns, choices=bool(listed), allow_outside=allow_outside,
         offline=offline,
     )  # fmt: skip
-    asking = Asking(rows.task, listed, logprobs, rationale_tokens)
+    asking = Asking(rows.task, listed, logprobs, rationale_tokens, votes)
     _check_asking(asking, min_confidence)
     before = read_job(journal)
     if before is None and journal != out and out.exists():
@@ -115,6 +117,7 @@ def run_batch(
             "--logprobs": logprobs or None,
             "--min-confidence": min_confidence,
             "--rationale-tokens": rationale_tokens,
+            "--votes": None if votes == 1 else votes,
             "--dtype": facts.dtype,
         },
     )
@@ -158,6 +161,10 @@ def _check_asking(asking: Asking, min_confidence: float | None) -> None:
         raise UserError(
             f"--rationale-tokens: --task {asking.task} gives no reasons; leave it out, or take --task reason"
         )
+    if asking.votes > 1 and asking.task != "reason":
+        raise UserError(f"--votes: --task {asking.task} gives no reasons; leave it out, or take --task reason")
+    if asking.votes > 1 and asking.logprobs:
+        raise UserError("--logprobs: with --votes an answer is what several came to; leave one of them out")
     if min_confidence is not None and asking.task == "embed":
         raise UserError("--min-confidence: --task embed has no confidence; leave it out")
     if min_confidence is not None and not 0 <= min_confidence <= 1:

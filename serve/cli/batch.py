@@ -28,6 +28,7 @@ from serve.cli.common import (
     QuietOption,
     RationaleTokensOption,
     SkipOption,
+    VotesOption,
     columns_of,
     decoding_over,
     report,
@@ -91,6 +92,7 @@ def batch(
     beams: BeamsOption = None,
     max_new_tokens: MaxTokensOption = None,
     rationale_tokens: RationaleTokensOption = None,
+    votes: VotesOption = 1,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     offline: OfflineOption = False,
@@ -116,8 +118,8 @@ def batch(
     with _answerer(make, engine, workers) as answerer:
         done = run_batch(
             source, out, answerer, task=task, questions=question or [], choices=named, logprobs=logprobs,
-            min_confidence=min_confidence, rationale_tokens=rationale_tokens, columns=read_as, limit=limit,
-            skip_bad_rows=skip_bad_rows, allow_outside=allow_outside, offline=offline,
+            min_confidence=min_confidence, rationale_tokens=rationale_tokens, votes=votes, columns=read_as,
+            limit=limit, skip_bad_rows=skip_bad_rows, allow_outside=allow_outside, offline=offline,
             on_progress=None if quiet else Progress(),
         )  # fmt: skip
     report(

@@ -70,6 +70,9 @@ window.querybridge = {
       outer.tabIndex = -1;
     }
     for (const image of document.querySelectorAll("img:not([alt])")) image.alt = "";
+    // the library scrolls a chat to its end, which hides the first of the examples on a phone
+    const chat = document.querySelector("#chat .bubble-wrap");
+    if (chat && chat.querySelector(".placeholder, .example") && !chat.querySelector(".message")) chat.scrollTop = 0;
     document.querySelector("#chat-box textarea")?.setAttribute("aria-label", "Your turn");
     for (const list of document.querySelectorAll("#tabs [role=tablist]")) list.setAttribute("aria-label", "Tabs");
     for (const [id, role] of [["#answers", "status"], ["#compared", "status"], ["#caption", "status"]]) {

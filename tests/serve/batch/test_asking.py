@@ -179,6 +179,8 @@ def test_an_answer_of_low_confidence_is_withheld(predictor: VQAPredictor, source
         ("vqa", {"choices": ["a", "b"], "logprobs": True}, "--logprobs: with --choices nothing is written"),
         ("vqa", {"choices": ["a"]}, "choices: 1 given"),
         ("vqa", {"rationale_tokens": 9}, "--rationale-tokens: --task vqa gives no reasons"),
+        ("vqa", {"votes": 3}, "--votes: --task vqa gives no reasons"),
+        ("reason", {"votes": 3, "logprobs": True}, "--logprobs: with --votes"),
         ("vqa", {"min_confidence": 50}, "--min-confidence 50: give a number between 0 and 1"),
         ("embed", {"min_confidence": 0.5}, "--min-confidence: --task embed has no confidence"),
         ("essay", {}, "--task 'essay': take one of vqa, caption, reason, embed"),
@@ -206,17 +208,18 @@ def test_reasons_are_those_that_reason_gives(
     del asked[1]["choices"]
     source = write_jsonl(reasons.parent / "asked.jsonl", asked)
 
-    run_batch(source, tmp_path / "out.jsonl", predictor, task="reason", rationale_tokens=7)
-
-    for line, row in zip(read_jsonl(tmp_path / "out.jsonl"), asked, strict=True):
-        thought = reason(
-            engine, source.parent / row["image"], row["question"], choices=row.get("choices", ()),
-            decoding=Decoding(max_new_tokens=5), rationale_tokens=7,
-        )  # fmt: skip
-        assert (line["rationale"], line["answer"]) == (thought.rationale, thought.answer)
-        assert line["confidence"] == pytest.approx(thought.confidence, abs=1e-3)
-        assert line["input_rationale"] == row["rationale"] and line["reference"] == [row["answer"]]
-        assert line["steps"] == row["steps"]
+    for votes in (1, 3):
+        out = tmp_path / f"{votes}.jsonl"
+        run_batch(source, out, predictor, task="reason", rationale_tokens=7, votes=votes)
+        for line, row in zip(read_jsonl(out), asked, strict=True):
+            thought = reason(
+                engine, source.parent / row["image"], row["question"], choices=row.get("choices", ()), votes=votes,
+                decoding=Decoding(max_new_tokens=5), rationale_tokens=7,
+            )  # fmt: skip
+            assert (line["rationale"], line["answer"]) == (thought.rationale, thought.answer)
+            assert line["confidence"] == pytest.approx(thought.confidence, abs=1e-3)
+            assert line["input_rationale"] == row["rationale"] and line["reference"] == [row["answer"]]
+            assert line["steps"] == row["steps"]
     with pytest.raises(UserError, match="rows with reasons; --task reason gives reasons too, --task vqa"):
         run_batch(source, tmp_path / "none.jsonl", predictor)
 
