@@ -28,8 +28,9 @@ from qformer.lm_head import logits_at
 
 _LOGITS_AT_ONCE = 512  # positions: those of a whole batch of long answers would take gigabytes
 READ_AT_ONCE = 256  # positions of a prompt: between two parts of a long one it is seen whether anybody still waits
-_FEWEST_AT_ONCE = 64
-_PART_SECONDS = 0.6  # a slower machine reads smaller parts
+_FIRST_AT_ONCE = 64  # if somebody may be waiting
+_FEWEST_AT_ONCE = 16  # fewer take as long: the weights are read all the same
+_PART_SECONDS = 0.2  # that a part may take: others wait no longer, and a slower machine reads smaller ones
 
 OnStep = Callable[[Tensor, Tensor], Tensor | None]
 """Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
@@ -222,7 +223,7 @@ class PartlyRead:
             self.mask = torch.cat([read, mask], dim=1)
 
     def read_on(self, *, keep: int = 1, stopped: Callable[[], bool] | None = None) -> Tensor | None:
-        """Read on, a part of `READ_AT_ONCE` positions after the other, or of fewer if a part takes long.
+        """Read on, a part of `READ_AT_ONCE` positions after the other, or with `stopped` of as many as take a moment.
 
         Args:
             keep: positions at the end that are left unread. Beams that start from one prompt would read all of it once
@@ -235,7 +236,8 @@ class PartlyRead:
         Raises:
             Stopped: `stopped` says so.
         """
-        logits, done, most = None, self.mask.shape[1] - self.embeds.shape[1], READ_AT_ONCE
+        logits, done = None, self.mask.shape[1] - self.embeds.shape[1]
+        most = READ_AT_ONCE if stopped is None else _FIRST_AT_ONCE
         if self.cache is None and self.embeds.shape[1] > keep:
             self.cache = DynamicCache(config=self.language.config)
         while (left := self.embeds.shape[1] - keep) > 0:
@@ -245,8 +247,10 @@ class PartlyRead:
             done, began = done + part.shape[1], time.monotonic()
             with fused_attention(self.language, len(part) == 1 and done > READ_AT_ONCE):
                 logits = self._logits(part, self.mask[:, :done], self.cache, slice(-1, None))
-            if time.monotonic() - began > _PART_SECONDS:
-                most = max(min(most, _FEWEST_AT_ONCE), most // 2)
+            if (took := time.monotonic() - began) > _PART_SECONDS:
+                most = min(most, max(_FEWEST_AT_ONCE, int(part.shape[1] * _PART_SECONDS / took)))
+            elif took < _PART_SECONDS / 3:
+                most = min(READ_AT_ONCE, 2 * most)
         return logits
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:

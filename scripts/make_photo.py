@@ -194,8 +194,8 @@ def main() -> int:
     from serve.cli.command import hush_libraries
 
     hush_libraries()
-    from adapters.artefact.artefact import publish
     from adapters.artefact.averaging import average_artefacts
+    from adapters.artefact.publishing import publish
     from adapters.finetune import finetune
     from adapters.pretrain import pretrain
 

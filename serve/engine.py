@@ -31,6 +31,7 @@ from serve.writing import Writers, answer_whole, batch_key, choose_after_reading
 T = TypeVar("T")
 
 _GATHER = 0.01  # seconds that a first request waits for company
+_BRIEF_TURNS = 4  # between two slices of longer work, at most
 
 
 class Engine:
@@ -274,6 +275,14 @@ class Engine:
                 self._end_all(RuntimeError("the engine was closed"))
                 return
 
+    def _brief_turns(self) -> None:
+        """Between two slices of longer work: one, and more while somebody waits for a first token."""
+        for _ in range(_BRIEF_TURNS):
+            self._brief_turn()
+            with self._arrived:
+                if not self._queue.has_brief:
+                    return
+
     def _brief_turn(self) -> None:
         """Begin what can be begun in one short pass, and write one more token of each answer."""
         chosen: list[PendingAnswer] = []
@@ -326,7 +335,7 @@ class Engine:
             def stopped() -> bool:
                 if not self._closed:
                     with for_others():
-                        self._brief_turn()
+                        self._brief_turns()
                     language.activate()
                 return self._closed or all(pending.stopped for pending in chosen)
 

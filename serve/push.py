@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters.artefact.artefact import find_artefact, publish, read_recipe
+from adapters.artefact.artefact import find_artefact, read_recipe
 from adapters.artefact.facts import Facts, read_facts
+from adapters.artefact.publishing import publish
 from adapters.loading.bundled import MODELS, SOURCES
 from qformer.errors import UserError, first_line
 from qformer.hub import HUB_ID, cannot_be_reached

@@ -84,6 +84,11 @@ class Queue:
                 self._add(chosen, one, room)
         return chosen
 
+    @property
+    def has_brief(self) -> bool:
+        """Whether one waits that could be begun in a short pass."""
+        return any(isinstance(one, PendingAnswer) and is_brief(one) for one in self._waiting)
+
     def next_long(self, served: Sequence[str], *, room: int) -> list[PendingAnswer] | Job:
         """Take the work off the queue that is next of what takes longer; an empty list if there is none.
 

@@ -13,12 +13,13 @@ from adapters.data.images import open_image
 from adapters.inference.request import Completion
 from qformer.continuous import AnswerBatch, AnswerRow, can_continue, continuation_log_prob, read_prompts
 from qformer.errors import UserError
-from qformer.generation import READ_AT_ONCE, Stopped
+from qformer.generation import Stopped
 from qformer.language import LanguageModel
 from serve.adapter import LoadedAdapter, ranked
 from serve.pending import Answer, PendingAnswer, TokenChance
 
 _BEAM_ROWS = 40  # beams that are searched in one pass: more would keep others waiting
+_BRIEF = 128  # tokens that are read in one pass: on a CPU more would keep others waiting for half a second
 _SHORTEST = 512  # tokens: answers that take no more room than this are written in one batch, whatever they take
 
 _Key = tuple[int, int]
@@ -33,7 +34,7 @@ def is_brief(pending: PendingAnswer) -> bool:
     """Whether it can be begun in one short pass, between two tokens of others; other work is done in slices."""
     if pending.decoding.num_beams > 1 or not can_continue(language_of(pending)):
         return False
-    return _unread(pending) <= READ_AT_ONCE
+    return _unread(pending) <= _BRIEF
 
 
 def _unread(pending: PendingAnswer) -> int:
@@ -66,7 +67,7 @@ def fit_together(chosen: Sequence[PendingAnswer], *, most: int) -> bool:
         return True
     if batch_key(first)[0] == "brief":
         read = sum(map(_unread, chosen))
-        return read <= READ_AT_ONCE and (bool(first.choices) or len(chosen) <= most)
+        return read <= _BRIEF and (bool(first.choices) or len(chosen) <= most)
     beams = first.decoding.num_beams
     return len(chosen) <= (most if beams == 1 else max(1, min(most, _BEAM_ROWS // beams))) and _have_room(chosen)
 

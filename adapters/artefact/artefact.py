@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -40,7 +39,7 @@ from qformer.tensor_names import describe_differences
 
 BRIDGE_FILE = "bridge.safetensors"
 LORA_FOLDER = "lora"
-_RECIPE = "recipe.yaml"
+RECIPE = "recipe.yaml"
 # keys of the bridge that came later: left out, they do not count in an adapter's fingerprint
 _LATER = (
     "reader", "hidden_size", "num_heads", "intermediate_size", "cross_attention_every", "vocab_size",
@@ -138,7 +137,7 @@ def save_artefact(folder: Path, assembly: Assembly | VisionSide, facts: Facts) -
             if isinstance(assembly, Assembly) and assembly.reader is not None:
                 assembly.reader.save(building)
             recipe = assembly.recipe.naming_weight_deltas(keep_weight_deltas(vision_side.differences, building))
-            (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
+            (building / RECIPE).write_text(recipe.dump(), encoding="utf-8")
             save_facts(building, facts)
             (building / "README.md").write_text(write_card(recipe, facts, folder.name), encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -159,55 +158,20 @@ def save_imported(folder: Path, values: dict[str, Any], state: Mapping[str, Tens
     Raises:
         UserError: there is something in the folder, or it cannot be written.
     """
-    recipe = parse_recipe(values, _RECIPE)
+    recipe = parse_recipe(values, RECIPE)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: there is something already; name another folder")
     facts = replace(facts, versions={name: version(name) for name in _LIBRARIES})
     try:
         with whole_folder(folder) as building:
             save_file(dict(state), building / BRIDGE_FILE, metadata={"format": "pt"})
-            (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
+            (building / RECIPE).write_text(recipe.dump(), encoding="utf-8")
             save_facts(building, facts)
             (building / "README.md").write_text(write_card(recipe, facts, folder.name), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder}: the adapter cannot be written ({error}); free space or name another --out"
         ) from error
-
-
-def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
-    """Copy a trained artefact to where it ships from, with what was measured on it, and a card that says so.
-
-    Args:
-        source: the artefact.
-        target: its new folder, whose name it is called by; what is there is replaced.
-        metrics: what was measured, in place of the last validation's.
-
-    Raises:
-        UserError: it cannot be read or written.
-    """
-    facts, recipe = replace(read_facts(source), metrics=dict(metrics)), _without_folders(read_recipe(source))
-    try:
-        with whole_folder(target) as building:
-            shutil.copytree(source, building, dirs_exist_ok=True)
-            (building / _RECIPE).write_text(recipe.dump(), encoding="utf-8")
-            save_facts(building, facts)
-            (building / "README.md").write_text(write_card(recipe, facts, target.name), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{target}: the adapter cannot be written ({error}); free space") from error
-    return facts
-
-
-def _without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with its data files' names alone: their folders are private. Sources of weights stay."""
-    values = recipe.model_dump(mode="json")
-    for part in ("train", "val"):
-        named = values["data"][part]
-        if isinstance(named, str):
-            values["data"][part] = Path(named).name
-        for entry in named if isinstance(named, list) else ():
-            entry["file"] = Path(entry["file"]).name
-    return parse_recipe(values, _RECIPE)
 
 
 def _save_lora(folder: Path, assembly: Assembly) -> None:
@@ -250,7 +214,7 @@ def find_artefact(name: str | Path) -> Path:
 
 def read_recipe(folder: Path) -> Recipe:
     """The recipe an artefact was made by."""
-    return load_recipe(folder / _RECIPE)
+    return load_recipe(folder / RECIPE)
 
 
 def load_artefact(

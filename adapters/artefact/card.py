@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from adapters.artefact.facts import Facts
 from adapters.recipe import Recipe, TowerSection
 
 
-def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
-    """The card as Markdown."""
+def write_card(recipe: Recipe, facts: Facts, name: str, *, grounding_terms: Sequence[str] | None = None) -> str:
+    """The card as Markdown.
+
+    Args:
+        recipe: of the artefact.
+        facts: likewise.
+        name: what it is called.
+        grounding_terms: of the data of its head for phrases; None if it has none.
+    """
     towers = " and ".join(_tower(tower) for tower in recipe.vision.towers)
     bits = {"nf4": "4-bit NF4", "int8": "8-bit LLM.int8", "none": "unquantised"}[recipe.language.quantize]
     lora = recipe.language.lora
@@ -29,6 +36,11 @@ def write_card(recipe: Recipe, facts: Facts, name: str) -> str:
             ]
             if facts.kind == "language"
             else ["| language model | none: this is the first stage (BLIP-2, section 3.2) |"]
+        ),
+        *(
+            []
+            if grounding_terms is None
+            else [f"| head for phrases, trained apart | its terms: {'; '.join(grounding_terms) or 'not stated'} |"]
         ),
         *([f"| mean of the weights of | {_shares(facts.averaged)} |"] if facts.averaged else []),
         f"| started from | {_origin(facts)} |",

@@ -81,6 +81,7 @@ def test_a_long_prompt_is_read_in_parts(
     ids = torch.randint(5, 100, (1, 50))
     (whole,) = read_prompts(language, [language.embed(ids)[0]], [None])
     monkeypatch.setattr(generation, "READ_AT_ONCE", 16)
+    monkeypatch.setattr(generation, "_FIRST_AT_ONCE", 16)
     kernels: list[str] = []
     layer = next(module for name, module in language.base.named_modules() if name.endswith("layers.0"))
     layer.register_forward_pre_hook(lambda *_: kernels.append(language.config._attn_implementation))

@@ -41,7 +41,8 @@ def hall(run_folder: Path, cache_folder: Path) -> Iterator[Engine]:
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When each part of a prompt was read; a part of a long one takes its time."""
     monkeypatch.setattr(generation, "READ_AT_ONCE", PART)
-    monkeypatch.setattr(writing, "READ_AT_ONCE", PART)
+    monkeypatch.setattr(generation, "_FIRST_AT_ONCE", PART)
+    monkeypatch.setattr(writing, "_BRIEF", PART)
     real, times = PartlyRead._logits, []
 
     def slow(self: PartlyRead, embeds: Tensor, *rest: object) -> Tensor:

@@ -14,17 +14,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import draw_data, save_tiny_efficientnet, tiny_values
+from tiny_grounding import save_tiny_head
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from adapters.artefact.artefact import (
     adapter_fingerprint,
     find_artefact,
     load_artefact,
-    publish,
     save_artefact,
     trained_state,
 )
 from adapters.artefact.facts import Facts, read_facts
+from adapters.artefact.publishing import publish
 from adapters.loading.assembly import Assembly, assemble
 from adapters.loading.vision_side import FrozenModels, load_vision_side
 from adapters.recipe import parse_recipe
@@ -242,6 +243,18 @@ def test_what_ships_has_its_figures_and_no_folders_of_the_machine(assembly: Asse
     loaded, _ = load_artefact(folder, dtype="float32")
     for name, tensor in trained_state(loaded.parts()).items():
         assert torch.equal(tensor, trained_state(assembly.parts())[name].bfloat16().float()), name
+
+
+def test_a_head_for_phrases_outlives_a_new_bridge(assembly: Assembly, tmp_path: Path) -> None:
+    source, shipped = tmp_path / "run" / "best", tmp_path / "shipped" / "squares"
+    source.parent.mkdir()
+    save_artefact(source, assembly, Facts(assembly.fingerprints))
+    publish(source, shipped, {})
+    head = save_tiny_head(tmp_path / "parts", shipped)
+    before = head.read_bytes()
+    publish(source, shipped, {})
+    assert head.read_bytes() == before
+    assert "| head for phrases, trained apart | its terms: made up - for tests |" in (shipped / "README.md").read_text()
 
 
 def test_a_run_starts_with_another_difference_to_the_same_tower(
