@@ -57,7 +57,10 @@ def data(tmp_path: Path) -> Path:
 def test_every_run_finds_its_files(make_photo: ModuleType, data: Path) -> None:
     for part in ("train", "val"):
         make_photo.make_questions(data, part)
-    for run in (*make_photo.RUNS_OF_STAGE2, make_photo.EVERYTHING):
+    picture = str(data / "flickr8k/images/a.jpg")
+    own = {"image": picture, "question": "True?", "choices": ["yes", "no"], "rationale": "So.", "answer": "yes"}
+    write_jsonl(make_photo.MADE / "own_train.jsonl", [own])
+    for run in (*make_photo.RUNS_OF_STAGE2, make_photo.EVERYTHING, make_photo.CAPTIONS):
         for part, mixture in (("train", run.mixture), ("val", run.validation)):
             for source in make_photo.sources(data, part, mixture):
                 how = {"task": source.get("task"), "limit": source["limit"], "allow_outside": True}
@@ -83,13 +86,13 @@ def test_every_run_has_a_recipe_and_starts_from_the_one_before(make_photo: Modul
         assert before in (run.start, run.start.parent) and read_weight_delta(recipe.vision.towers[0].difference).ships
         before = run.out
         recipes[run.out / "last"] = recipe
-    # what ships is the mean still: the eighth run goes on from it, and has not been run as a whole
-    shipped, recipe = read_recipe(make_photo.SHIPPED), recipes[next(iter(make_photo.SHARES))]
-    assert set(make_photo.SHARES) == set(list(recipes)[-2:]) and recipe.data.views == shipped.data.views
-    assert differing_keys(recipe, shipped.model_copy(update={"data": recipe.data})) == []
-    last = load_recipe("photo_stage2", [*make_photo.FASTER, *make_photo.EVERYTHING.overrides])
+    assert set(make_photo.SHARES) == set(list(recipes)[-2:])
     assert make_photo.EVERYTHING.start == make_photo.MEAN
+    assert make_photo.CAPTIONS.start == make_photo.EVERYTHING.out / "last"
+    last = load_recipe("photo_stage2", [*make_photo.FASTER, *make_photo.CAPTIONS.overrides])
     assert last.bridge.reader == "classes" and last.data.views == 1
+    shipped = read_recipe(make_photo.SHIPPED)
+    assert differing_keys(last, shipped.model_copy(update={"data": last.data})) == []
 
 
 def test_validation_photos_choose_or_report_and_wordings_differ(make_photo: ModuleType, data: Path) -> None:

@@ -174,6 +174,18 @@ def save_imported(folder: Path, values: dict[str, Any], state: Mapping[str, Tens
         ) from error
 
 
+def without_folders(recipe: Recipe) -> Recipe:
+    """The recipe with its data files' names alone: their folders are private. Sources of weights stay."""
+    values = recipe.model_dump(mode="json")
+    for part in ("train", "val"):
+        named = values["data"][part]
+        if isinstance(named, str):
+            values["data"][part] = Path(named).name
+        for entry in named if isinstance(named, list) else ():
+            entry["file"] = Path(entry["file"]).name
+    return parse_recipe(values, RECIPE)
+
+
 def _save_lora(folder: Path, assembly: Assembly) -> None:
     """Write LoRA as PEFT would, but in bfloat16 and without a copy of the base model's path."""
     language = assembly.model.language

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from adapters.artefact.artefact import RECIPE, read_recipe
+from adapters.artefact.artefact import RECIPE, read_recipe, without_folders
 from adapters.artefact.card import write_card
 from adapters.artefact.facts import Facts, read_facts, save_facts
 from adapters.loading.grounding_head import read_grounding_facts
 from adapters.loading.vision_side import GROUNDING_FILE
-from adapters.recipe import Recipe, parse_recipe
 from qformer.atomic import whole_folder
 from qformer.errors import UserError
 
@@ -29,7 +28,7 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
     Raises:
         UserError: it cannot be read or written.
     """
-    facts, recipe = replace(read_facts(source), metrics=dict(metrics)), _without_folders(read_recipe(source))
+    facts, recipe = replace(read_facts(source), metrics=dict(metrics)), without_folders(read_recipe(source))
     try:
         with whole_folder(target) as building:
             shutil.copytree(source, building, dirs_exist_ok=True)
@@ -44,15 +43,3 @@ def publish(source: Path, target: Path, metrics: Mapping[str, float]) -> Facts:
     except OSError as error:
         raise UserError(f"{target}: the adapter cannot be written ({error}); free space") from error
     return facts
-
-
-def _without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with its data files' names alone: their folders are private. Sources of weights stay."""
-    values = recipe.model_dump(mode="json")
-    for part in ("train", "val"):
-        named = values["data"][part]
-        if isinstance(named, str):
-            values["data"][part] = Path(named).name
-        for entry in named if isinstance(named, list) else ():
-            entry["file"] = Path(entry["file"]).name
-    return parse_recipe(values, RECIPE)

@@ -6,12 +6,14 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapters.data.examples import Example
 from adapters.data.photo_questions import Seen, questions_about
 from adapters.data.rewording import DESCRIBE, reword, reword_unseen
+from qformer.atomic import whole_file
 
 DESCRIBED = 0.06  # share of the pictures that are to be described in other words than the usual request
 ALONE = 0.25  # share of the animals of whose pictures it is asked whether a person is there
@@ -98,3 +100,19 @@ def write_questions(file: Path, asked: Iterable[tuple[Path | None, str, str]]) -
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = ({"image": str(image), "question": question, "answer": answer} for image, question, answer in asked)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_own_reasons(file: Path, asked: Sequence[Example], reasons: Sequence[str]) -> None:
+    """Write rows with reasons that an adapter gave, in place of those that people gave.
+
+    Who learns to answer from people's reasons alone trusts reasons that it will never have.
+    """
+    rows = (
+        {
+            "image": str(row.images[0].path), "question": row.question, "choices": list(row.choices),
+            "rationale": reason, "answer": row.answer,
+        }
+        for row, reason in zip(asked, reasons, strict=True)
+    )  # fmt: skip
+    with whole_file(file) as building:
+        building.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
