@@ -8,6 +8,7 @@ CSS = """
 #top { align-items: center; flex-wrap: nowrap; gap: .75rem; }
 #head { min-width: 0; flex: 1 1 auto; overflow: hidden; }
 #head .html-container { display: flex; align-items: baseline; gap: .9rem; }
+#head .html-container > * { min-width: 0; max-width: 100%; }  /* else a long description lies under the chooser */
 #head h1 { font-size: 1.25rem; line-height: 1.3; margin: 0; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; font-weight: 650; flex: 0 1 auto; max-width: 100%; }
 #head h1 { color: var(--color-accent); }
