@@ -29,7 +29,7 @@ from qformer.lm_head import logits_at
 _LOGITS_AT_ONCE = 512  # positions: those of a whole batch of long answers would take gigabytes
 READ_AT_ONCE = 256  # positions of a prompt: between two parts of a long one it is seen whether anybody still waits
 _FIRST_AT_ONCE = 64  # if somebody may be waiting
-_FEWEST_AT_ONCE = 16  # fewer take as long: the weights are read all the same
+_FEWEST_AT_ONCE = 16  # fewer cost more a token: all weights are read each time
 _PART_SECONDS = 0.2  # that a part may take: others wait no longer, and a slower machine reads smaller ones
 
 OnStep = Callable[[Tensor, Tensor], Tensor | None]

@@ -52,6 +52,10 @@ window.querybridge = {
   addEventListener("paste", event => {
     if (!event.target.closest?.("#chat-box") && put(pictures(event.clipboardData))) event.preventDefault();
   });
+  let touched = false;  // whoever scrolls is let be
+  for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+    addEventListener(kind, () => { touched = true; }, { passive: true });
+  }
   // what the page's library leaves without a name, or names where no name may be
   const name = () => {
     for (const label of document.querySelectorAll("div.empty[aria-label]")) label.removeAttribute("aria-label");
@@ -72,7 +76,8 @@ window.querybridge = {
     for (const image of document.querySelectorAll("img:not([alt])")) image.alt = "";
     // the library scrolls a chat to its end, which hides the first of the examples on a phone
     const chat = document.querySelector("#chat .bubble-wrap");
-    if (chat && chat.querySelector(".placeholder, .example") && !chat.querySelector(".message")) chat.scrollTop = 0;
+    const empty = chat?.querySelector(".placeholder, .example") && !chat.querySelector(".message");
+    if (empty && !touched) chat.scrollTop = 0;
     document.querySelector("#chat-box textarea")?.setAttribute("aria-label", "Your turn");
     for (const list of document.querySelectorAll("#tabs [role=tablist]")) list.setAttribute("aria-label", "Tabs");
     for (const [id, role] of [["#answers", "status"], ["#compared", "status"], ["#caption", "status"]]) {

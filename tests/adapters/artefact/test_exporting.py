@@ -184,7 +184,6 @@ def test_import_export_import_is_the_same_bit_by_bit(tmp_path: Path, kind: str) 
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
     one, other = read_facts(tmp_path / "first"), read_facts(tmp_path / "second")
     assert one.fingerprints == other.fingerprints
-
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # shards as transformers cuts them
     sizes = [
         {path.name: path.stat().st_size // 1000 for path in (tmp_path / name).glob("*.safetensors")}
