@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import time
 from functools import lru_cache
 from typing import Any
@@ -112,6 +113,16 @@ def default_compute_dtype(device: str | torch.device, *, four_bit: bool = True) 
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return _faster_on_cpu(four_bit) if kind == "cpu" else torch.float32
+
+
+def has_bfloat16(device: str | torch.device) -> bool:
+    """Whether a device has instructions for bfloat16; without them a CPU takes several times as long as in float32."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return kind != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @lru_cache(maxsize=2)

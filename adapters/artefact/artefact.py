@@ -35,6 +35,7 @@ from adapters.loading.weight_deltas import keep_weight_deltas
 from adapters.recipe import Recipe, load_recipe, parse_recipe
 from qformer.atomic import earlier_folder, whole_folder
 from qformer.errors import UserError
+from qformer.precision import default_compute_dtype, has_bfloat16
 from qformer.tensor_names import describe_differences
 
 BRIDGE_FILE = "bridge.safetensors"
@@ -242,8 +243,7 @@ def load_artefact(
     Args:
         name: as `find_artefact` takes it.
         device: where the model runs.
-        dtype: "float32" or "bfloat16" for the LLM's computation; left out, the one that it was trained in or, if its
-            facts do not hold that, what suits the device.
+        dtype: "float32" or "bfloat16" for the LLM's computation; left out, `answering_dtype`.
         offline: take frozen weights from the cache only.
         frozen: what is loaded already; what this adapter shares with others is taken from there.
 
@@ -258,7 +258,7 @@ def load_artefact(
             f"--adapter {name}: this is the first stage, which can search and classify; no language model can read it"
             f" yet: querybridge pretrain RECIPE --stage 2 --start-from {name}"
         )
-    dtype = dtype or facts.compute_dtype
+    dtype = dtype or answering_dtype(facts, device)
     assembly = assemble(recipe, device=device, dtype=dtype, offline=offline, lora=False, frozen=frozen, artefact=folder)
     _check_fingerprints(folder, recipe, facts.fingerprints, assembly.fingerprints)
     load_trained(assembly, folder)
@@ -266,6 +266,18 @@ def load_artefact(
     classifier = assembly.vision_side.encoders[0].classifier
     assembly.reader = Reader.load(folder, classifier, assembly.word_vectors, assembly.spell)
     return assembly, facts
+
+
+def answering_dtype(facts: Facts, device: str) -> str:
+    """The dtype that an adapter answers in if none is named.
+
+    It is the one that it was trained in, but float32 on a device without instructions for bfloat16, which is much
+    faster there. If its facts do not hold it, it is what suits the device.
+    """
+    trained = facts.compute_dtype
+    if trained is None:
+        return str(default_compute_dtype(device)).removeprefix("torch.")
+    return trained if has_bfloat16(device) else "float32"
 
 
 def load_vision_side_artefact(

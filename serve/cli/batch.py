@@ -141,14 +141,13 @@ def _dtype(out: Path, adapter: str | None, device: str | None, *, alone: bool) -
         return str(before.settings["--dtype"]) if "--dtype" in before.settings else None
     if alone:
         return None
-    from adapters.artefact.artefact import find_artefact
+    from adapters.artefact.artefact import answering_dtype, find_artefact
     from adapters.artefact.facts import read_facts
     from adapters.loading.vision_side import default_device
-    from qformer.precision import default_compute_dtype
     from serve.adapter import default_adapter
 
     facts = read_facts(find_artefact(adapter if adapter is not None else default_adapter()))
-    return facts.compute_dtype or str(default_compute_dtype(device or default_device())).removeprefix("torch.")
+    return answering_dtype(facts, device or default_device())
 
 
 def _answerer(make: Callable[[int], Predictor], engine: str, workers: int) -> AbstractContextManager[Any]:

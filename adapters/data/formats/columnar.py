@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.data.formats.delimited import checked_header
-from adapters.data.formats.raw_rows import RawRow, table_row, unwritable
+from adapters.data.formats.raw_rows import RawRow, shorten, table_row, unwritable
 from adapters.data.picture_store import PictureStore
 from qformer.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
 
-ROWS_AT_ONCE = 64  # in memory, with their pictures
+ROWS_AT_ONCE = 64  # at most, in memory, with their pictures
+_BYTES_AT_ONCE = 32 * 2**20  # of unpacked values: fewer rows are read at once if a row may have more
+_READ_AHEAD = 2**20  # bytes of each column; else all that a row group has of it is read, which may be gigabytes
+_MOST_UNPACKED = 64 * 2**20  # bytes of a column in a row group, if that is over 100 times what they take in the file
 CLASS_QUESTION = "What is this?"
 """What is asked of a picture that has a class and no question."""
 _PICTURES = ("image", "images", "file_name", "img", "picture", "photo")  # columns of bytes that may be pictures
@@ -29,16 +32,41 @@ def parquet_rows(path: Path) -> Iterator[RawRow]:
     """The rows of a Parquet file.
 
     Raises:
-        UserError: it is damaged, breaks off, or is none.
+        UserError: it is damaged, breaks off, or is none; a column of it unpacks to over 64 MiB and 100 times its size.
     """
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
-            yield from typed_rows(path, file.schema_arrow, file.iter_batches(batch_size=ROWS_AT_ONCE))
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_AHEAD) as file:
+            at_once = _rows_at_once(path, file.metadata)
+            yield from typed_rows(path, file.schema_arrow, file.iter_batches(batch_size=at_once))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({_first_line(error)}): write it again") from error
+
+
+def _rows_at_once(path: Path, metadata: Any) -> int:
+    """How many rows of a Parquet file may be in memory, by the sizes that its footer states.
+
+    A value has as many bytes as its column's mean, or as its dictionary, whose one value may stand in every row.
+    """
+    rows = ROWS_AT_ONCE
+    for group in range(metadata.num_row_groups):
+        largest = 0.0  # bytes of a row
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+            packed, unpacked = max(column.total_compressed_size, 1), column.total_uncompressed_size
+            if unpacked > max(_MOST_UNPACKED, 100 * packed):
+                raise UserError(
+                    f"{path}: column {shorten(column.path_in_schema)} unpacks from {packed} bytes to"
+                    f" {unpacked >> 20} MiB in one row group, and a column that shrinks so much may have"
+                    f" {_MOST_UNPACKED >> 20}: write it with smaller row groups (row_group_size=1000)"
+                )
+            dictionary = 0
+            if column.has_dictionary_page and column.dictionary_page_offset is not None:
+                dictionary = column.data_page_offset - column.dictionary_page_offset
+            largest += max(unpacked / max(metadata.row_group(group).num_rows, 1), dictionary * unpacked / packed)
+        rows = min(rows, int(_BYTES_AT_ONCE / max(largest, 1)))
+    return max(rows, 1)
 
 
 def arrow_rows(path: Path) -> Iterator[RawRow]:

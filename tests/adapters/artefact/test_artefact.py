@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from adapters.artefact.artefact import (
     adapter_fingerprint,
+    answering_dtype,
     find_artefact,
     load_artefact,
     save_artefact,
@@ -96,14 +97,25 @@ def test_a_round_trip_gives_the_same_model(assembly: Assembly, artefact: Path) -
     assert set(facts.versions) == {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 
 
+@pytest.mark.parametrize(("trained", "instructions", "answers"), [
+    ("bfloat16", True, "bfloat16"), ("bfloat16", False, "float32"), ("float32", True, "float32"),
+])  # fmt: skip
+def test_a_processor_without_bfloat16_answers_in_float32(
+    trained: str, instructions: bool, answers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.artefact.artefact.has_bfloat16", lambda device: instructions)
+    assert answering_dtype(Facts({}, compute_dtype=trained), "cpu") == answers
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_computes_as_it_was_trained_unless_it_is_told_otherwise(
     assembly: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
     monkeypatch.setattr(
-        "adapters.loading.assembly.default_compute_dtype", lambda *_, **__: getattr(torch, other)
+        "adapters.artefact.artefact.default_compute_dtype", lambda *_, **__: getattr(torch, other)
     )  # what a stopwatch would say here
+    monkeypatch.setattr("adapters.artefact.artefact.has_bfloat16", lambda device: True)
     trained = assemble(assembly.recipe, dtype=dtype)
     save_artefact(tmp_path / "artefact", trained, Facts(trained.fingerprints, compute_dtype="of another run"))
     again, facts = load_artefact(tmp_path / "artefact")

@@ -8,14 +8,19 @@ import struct
 import tarfile
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from data_rows import VQA
 from PIL import Image
+from pyarrow import parquet
 from torch import nn
 
+from adapters.data.formats import columnar
+from adapters.data.formats.raw_rows import RawRow
 from adapters.data.images import open_image
 from adapters.data.reading import read_rows
 from adapters.recipe import load_recipe
@@ -114,6 +119,36 @@ def test_parquet_that_says_what_it_is_not(folder: Path) -> None:
         path.write_bytes(hostile)
         with pytest.raises(UserError, match="cannot be read as Parquet"):
             read_rows(path)
+
+
+def test_parquet_that_unpacks_to_far_more_than_it_is(tmp_path: Path) -> None:
+    """Text that Zstandard makes a thousandth of, in pages of its own and as one value of a dictionary for all rows."""
+    text = "?" * (9 * 2**20)
+    for number, (values, dictionary) in enumerate((([f"{n}{text}" for n in range(8)], False), ([8 * text] * 9, True))):
+        path = tmp_path / f"{number}.parquet"
+        table = pa.table({"image": ["a.png"] * len(values), "question": values, "answer": ["red"] * len(values)})
+        parquet.write_table(table, path, compression="zstd", use_dictionary=dictionary)
+        with pytest.raises(UserError, match=r"column question unpacks from \d+ bytes to 72 MiB in one row"):
+            read_rows(path)
+
+
+def test_fewer_rows_of_large_values_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [f"{n} " + "?" * 2**20 for n in range(40)]
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"image": ["a.png"] * 40, "question": values, "answer": ["red"] * 40})
+    parquet.write_table(table, path, compression="none", use_dictionary=False)
+    sizes = []
+    original = columnar.typed_rows
+
+    def watched(name: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[RawRow]:
+        held = list(batches)
+        sizes.extend(batch.num_rows for batch in held)
+        return original(name, schema, held)
+
+    monkeypatch.setattr(columnar, "typed_rows", watched)
+    read = [row.fields["question"] for row in columnar.parquet_rows(path)]
+    assert read == values
+    assert max(sizes) == 31  # of a MiB and a few bytes each, at most 32 MiB
 
 
 def laughs(last: str) -> str:
