@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -107,6 +107,11 @@ class DataSet:
     terms: str | None = None
     faults: tuple[Fault, ...] = ()
 
+    @cached_property
+    def images(self) -> tuple[ImageRef, ...]:
+        """The distinct pictures of the good rows, in the order in which rows first name them."""
+        return tuple(dict.fromkeys(image for example in self.examples for image in example.images))
+
     @property
     def skipped(self) -> tuple[str, ...]:
         """One line for each bad row that was left out."""
@@ -151,8 +156,10 @@ def with_stages(data: DataSet, stages: Sequence[Stage] | None) -> DataSet:
 
 def repeat(data: DataSet, times: int) -> DataSet:
     """A data set whose rows come so often in an epoch, each time at another place of it."""
+    if times == 1:
+        return data
     turns = [Mapped(data.examples, partial(replace, turn=turn)) for turn in range(times)]
-    return replace(data, examples=turns[0] if times == 1 else Joined(turns))
+    return replace(data, examples=Joined(turns))
 
 
 def mix(parts: Sequence[DataSet], shares: Sequence[float], seed: int = 0) -> list[DataSet]:

@@ -112,9 +112,11 @@ def set_up_finetuning(opened: Opened) -> FineTuning:
     row_tokens = min(train.row_tokens, train.micro_batch_tokens) if can_share else 0
     held_out = memory.tokenise(opened.val)
     validation = plan_validation(held_out, row_tokens=row_tokens)
-    images = all_views((row.images[0] for row in opened.train.examples if len(row.images) == 1), recipe.data.views)
-    named = (image for data in (opened.train, opened.val) for row in data.examples for image in row.images)
-    prepare_features(opened, assembly.vision_side, [*images, *dict.fromkeys(named)])
+    images = [*opened.train.images, *opened.val.images]
+    if recipe.data.views > 1:
+        viewed = (row.images[0] for row in opened.train.examples if len(row.images) == 1)
+        images = [*all_views(viewed, recipe.data.views), *images]
+    prepare_features(opened, assembly.vision_side, list(dict.fromkeys(images)))
 
     if not opened.quiet and opened.state is None:
         report_copies(opened.train, opened.val)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from adapters.data.duplicates import copies_between_rows, describe_copies
+from adapters.data.duplicates import copies_between, describe_copies
 from adapters.data.examples import DataSet
 from adapters.data.image_ref import ImageRef
 from adapters.features.cache import FeatureCache
@@ -76,7 +76,7 @@ def report_terms(terms: Iterable[str]) -> None:
 
 def report_copies(train: DataSet, val: DataSet) -> None:
     """Say on stderr which validation pictures are in training too, near copies included: scores on them mislead."""
-    copies = copies_between_rows(train.examples, val.examples)
+    copies = copies_between(train.images, val.images)
     for line in copies.unreadable[:3]:
         print(f"not compared: {line}", file=sys.stderr)
     if copies.pairs:
