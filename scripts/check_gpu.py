@@ -28,6 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ def machine_of(device: str) -> str:
 
 def run_tests(found: Found) -> None:
     """Every test marked `gpu`, in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     last = (done.stdout.strip().splitlines() or ["nothing"])[-1].strip("= ")
     found.add("tests", "tests marked `gpu`", last)
@@ -242,8 +243,10 @@ def compare_answers(found: Found, run: Path, device: str, test: str, questions: 
         values["language"]["quantize"] = quantize
         (copy / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         assembly, _ = load_artefact(copy, device=device, dtype=dtype)
+        answer = partial(answer_examples, assembly, asked, "vqa", decoding=Decoding(max_new_tokens=10))
+        answer()  # the warm-up, which encodes the pictures too
         began = time.monotonic()
-        texts = answer_examples(assembly, asked, "vqa", decoding=Decoding(max_new_tokens=10))
+        texts = answer()
         seconds = time.monotonic() - began
         first = first or texts
         same = sum(mine == theirs for mine, theirs in zip(texts, first, strict=True)) / len(texts)
@@ -341,7 +344,7 @@ def page(found: Found, *, on_gpu: bool) -> str:
     lines = [
         "# The check on a GPU",
         "",
-        "```bash",
+        "```",
         "python scripts/check_gpu.py --out check                  # a machine with a GPU: it writes this page",
         "python scripts/check_gpu.py --out check --device cpu     # the same, smaller, without one",
         "```",

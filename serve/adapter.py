@@ -18,7 +18,7 @@ from adapters.data.images import open_image
 from adapters.data.prompts import Turn
 from adapters.inference.answering import reply_to_examples
 from adapters.inference.generator import Generator
-from adapters.inference.request import Completion, Request
+from adapters.inference.request import Completion, Request, ranked
 from adapters.loading.assembly import Assembly
 from adapters.loading.vision_side import FrozenModels, default_device
 from qformer.decoding import Decoding
@@ -208,11 +208,6 @@ def checked_choices(choices: Sequence[str], *, where: str = "choices") -> tuple[
     if len(set(names)) < len(names):
         raise UserError(f"{where}: one is there twice; name each once")
     return names
-
-
-def ranked(choices: Sequence[str], shares: Sequence[float]) -> dict[str, float]:
-    """Choices with their probabilities, the likeliest first."""
-    return dict(sorted(zip(choices, shares, strict=True), key=lambda pair: -pair[1]))
 
 
 def short_name(name: str) -> str:

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 
 from adapters.data.images import open_image
-from adapters.inference.request import Completion
+from adapters.inference.request import Completion, ranked
 from qformer.continuous import AnswerBatch, AnswerRow, can_continue, continuation_log_prob, read_prompts
 from qformer.errors import UserError
 from qformer.generation import Stopped
 from qformer.language import LanguageModel
-from serve.adapter import LoadedAdapter, ranked
+from serve.adapter import LoadedAdapter
 from serve.pending import Answer, PendingAnswer, TokenChance
 
 _BEAM_ROWS = 40  # beams that are searched in one pass: more would keep others waiting

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapters.data.answers import normalise
+from adapters.inference.request import ranked
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 
@@ -38,9 +39,9 @@ class ReasonedAnswer:
     @classmethod
     def chosen(cls, rationale: str | None, choices: Sequence[str], shares: Sequence[float]) -> ReasonedAnswer:
         """The likeliest of some choices, given the probability of each."""
-        ranked = dict(sorted(zip(choices, shares, strict=True), key=lambda pair: -pair[1]))
-        best = next(iter(ranked))
-        return cls(rationale, best, ranked[best], ranked)
+        by_share = ranked(choices, shares)
+        best = next(iter(by_share))
+        return cls(rationale, best, by_share[best], by_share)
 
 
 def ballots(decoding: Decoding, votes: int, *, thinks: bool) -> list[Decoding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from adapters.data.image_ref import ImageRef
@@ -49,3 +50,8 @@ class Completion:
     def confidence(self) -> float:
         """The geometric mean of its tokens' probabilities, with the adapter's temperature; between 0 and 1."""
         return math.exp(self.log_prob / self.temperature)
+
+
+def ranked(choices: Sequence[str], shares: Sequence[float]) -> dict[str, float]:
+    """Choices with their probabilities, the likeliest first."""
+    return dict(sorted(zip(choices, shares, strict=True), key=lambda pair: -pair[1]))

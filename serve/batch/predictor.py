@@ -14,10 +14,10 @@ from adapters.data.images import open_image
 from adapters.inference.generator import Generator
 from adapters.inference.reasoned_answer import ReasonedAnswer, ballots, elect
 from adapters.inference.reasoning import trained_reasoning_mode
-from adapters.inference.request import Completion, Request
+from adapters.inference.request import Completion, Request, ranked
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.adapter import LoadedAdapter, load_adapter, picture_ref, ranked
+from serve.adapter import LoadedAdapter, load_adapter, picture_ref
 from serve.batch.asking import Asking, Facts, Fields
 from serve.reasoning import asked_answer, asked_rationale
 
