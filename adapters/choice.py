@@ -10,6 +10,8 @@ from adapters.data.examples import Example
 from qformer.errors import UserError
 
 FEW_QUESTIONS = 1500  # the time of a reader of questions grows by their cube
+VERY_FEW_QUESTIONS = 250  # of these four epochs are too few steps
+_ANSWERS_TRAINED = 640  # at least, so that there are at least sixty steps
 WITHOUT_READER = ("bridge.reader=null", "bridge.hide_queries=0.0")
 """For captions, which are too many different answers to score one by one."""
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
@@ -34,13 +36,17 @@ def choose_settings(examples: Sequence[Example]) -> Choice:
     questions = len(examples)
     size = f"{questions} questions about {pictures} pictures"
     if questions <= FEW_QUESTIONS:
+        small: tuple[str, ...] = ()
+        if questions < VERY_FEW_QUESTIONS:
+            small = (f"train.epochs={max(4, -(-_ANSWERS_TRAINED // questions))}", "train.batch_size=8")
         return Choice(
-            ("bridge.reader=answers", "bridge.hide_queries=0.5"),
+            ("bridge.reader=answers", "bridge.hide_queries=0.5", *small),
             (
                 f"{size}: so few teach a Q-Former little, so a closed-form reader of pictures and questions is fitted"
                 " beside it (bridge.reader=answers)",
                 "its queries are hidden in half of the training, so that the LLM learns to use the reader"
                 " (bridge.hide_queries=0.5)",
+                *([f"so few need more passes in smaller steps ({', '.join(small)})"] if small else []),
             ),
         )
     return Choice(

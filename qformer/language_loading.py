@@ -19,6 +19,7 @@ from transformers import (
 
 from qformer.errors import UserError, first_line
 from qformer.language import LanguageModel
+from qformer.malloc import large_blocks_given_back
 from qformer.precision import default_compute_dtype, int8_config, nf4_config
 from qformer.published import LANGUAGE, is_published
 from qformer.quiet import quiet_transformers
@@ -79,7 +80,7 @@ def load_language_model(
     if quantize != "none":
         options["quantization_config"] = nf4_config(dtype) if quantize == "nf4" else int8_config()
     try:
-        with quiet_transformers():
+        with quiet_transformers(), large_blocks_given_back():
             model, report = loader.from_pretrained(
                 str(folder),
                 config=config,

@@ -52,9 +52,9 @@ def main() -> int:
     from adapters.data.prompts import Turn
     from adapters.data.scenes.drawing import draw_scene, make_scenes
     from qformer.decoding import Decoding
+    from qformer.malloc import give_back_large_blocks
     from serve.adapter import picture_ref
     from serve.engine import Engine
-    from serve.malloc import give_back_large_blocks
     from serve.pending import CLIENT, PendingAnswer
 
     give_back_large_blocks()  # as a server does

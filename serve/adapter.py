@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from adapters.artefact.artefact import adapter_fingerprint, find_artefact, load_artefact
@@ -24,6 +25,7 @@ from adapters.loading.vision_side import FrozenModels, default_device
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.language import LanguageModel
+from qformer.lora import merge_lora
 from qformer.precision import dequantize_four_bit
 
 ImageInput = str | Path | bytes | Image.Image | ImageRef
@@ -252,7 +254,7 @@ def load_adapter(
         device: "cpu", "cuda", …; a GPU if there is one.
         dtype: "float32" or "bfloat16" for the LLM's computation.
         offline: take frozen weights from the cache only.
-        frozen: models that are loaded already, for adapters that share them.
+        frozen: models that are loaded already, for adapters that share them; None if no other will share its LLM.
 
     Raises:
         UserError: there is no such adapter, or it does not fit its frozen models.
@@ -261,14 +263,21 @@ def load_adapter(
     assembly, facts = load_artefact(
         folder, device=device or default_device(), dtype=dtype, offline=offline, frozen=frozen
     )
-    ready_to_answer(assembly.model.language)
+    ready_to_answer(assembly.model.language, alone=frozen is None)
     return LoadedAdapter(assembly, facts, str(name or folder.name))
 
 
-def ready_to_answer(language: LanguageModel) -> None:
-    """Unpack the 4-bit layers of an LLM on a CPU if they take no more than `DEQUANTIZED_AT_MOST` bytes."""
+def ready_to_answer(language: LanguageModel, *, alone: bool = False) -> None:
+    """Unpack the 4-bit layers of an LLM on a CPU if they take no more than `DEQUANTIZED_AT_MOST` bytes.
+
+    Args:
+        language: the LLM, with LoRA or without.
+        alone: no other adapter will answer with it, so LoRA is added to what was unpacked in float32.
+    """
     if language.device.type == "cpu":
-        dequantize_four_bit(language.model, language.compute_dtype, at_most=DEQUANTIZED_AT_MOST)
+        unpacked = dequantize_four_bit(language.model, language.compute_dtype, at_most=DEQUANTIZED_AT_MOST)
+        if unpacked and alone and language.compute_dtype == torch.float32:
+            merge_lora(language.model)
 
 
 def default_adapter() -> str:

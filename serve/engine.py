@@ -69,7 +69,7 @@ class Engine:
         self.max_waiting = max_waiting
         self.max_prompt = max_prompt
         self._adapters: dict[str, LoadedAdapter] = {}
-        frozen = FrozenModels()
+        frozen = FrozenModels() if len(adapters) > 1 else None
         for named in adapters:
             loaded = (
                 named

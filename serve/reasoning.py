@@ -137,6 +137,6 @@ def load_pair(
     ]
     # mistakes are reported before anything is loaded
     reasoning_mode(*(read_recipe(find_artefact(name)).reasoning_stages for name in names))
-    frozen = FrozenModels()
+    frozen = FrozenModels() if len(names) > 1 else None
     loaded = [load_adapter(name, device=device, dtype=dtype, offline=offline, frozen=frozen) for name in names]
     return loaded[0], loaded[1] if len(loaded) > 1 else None

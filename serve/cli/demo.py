@@ -43,7 +43,7 @@ def demo(
     """Open the web page on 127.0.0.1."""
     if auth is None and "QUERYBRIDGE_DEMO_AUTH" in os.environ:  # typer takes an empty variable for none
         raise UserError("QUERYBRIDGE_DEMO_AUTH: it is set and empty; write user:password, or unset it")
-    from serve.malloc import give_back_large_blocks
+    from qformer.malloc import give_back_large_blocks
 
     give_back_large_blocks()
     from serve.engine import Engine

@@ -72,8 +72,8 @@ def serve(
         parts = urlsplit(origin)
         if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
             raise UserError(f"--cors-origin {origin}: write scheme, name and port alone, as in https://example.org")
+    from qformer.malloc import give_back_large_blocks
     from serve.api.server import Listener
-    from serve.malloc import give_back_large_blocks
 
     give_back_large_blocks()
     listener = Listener(host, port)

@@ -32,6 +32,15 @@ def test_the_reader_follows_the_data(pictures: int, each: int, reader: str) -> N
     assert all(setting.partition("=")[0] in " ".join(choice.reasons) or "0.0" in setting for setting in choice.settings)
 
 
+@pytest.mark.parametrize(
+    ("questions", "settings"),
+    [(60, ("train.epochs=11", "train.batch_size=8")), (100, ("train.epochs=7", "train.batch_size=8")),
+     (249, ("train.epochs=4", "train.batch_size=8")), (250, ())],
+)  # fmt: skip
+def test_very_few_questions_are_seen_more_often(questions: int, settings: tuple[str, ...]) -> None:
+    assert choose_settings(rows(questions, 1)).settings[2:] == settings
+
+
 @pytest.mark.parametrize(("budget", "minutes"), [("10m", 10.0), ("90s", 1.5), ("1.5h", 90.0), (" 2m ", 2.0)])
 def test_budgets_are_read(budget: str, minutes: float) -> None:
     assert minutes_of(budget) == pytest.approx(minutes)

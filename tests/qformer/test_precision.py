@@ -11,7 +11,7 @@ from references import stir_lora
 
 from qformer.language import LanguageModel
 from qformer.language_loading import load_language_model
-from qformer.lora import LoraSettings
+from qformer.lora import LoraSettings, merge_lora
 from qformer.precision import dequantize_four_bit
 
 EVERYTHING = 2**30
@@ -62,3 +62,29 @@ def test_a_sibling_that_comes_later_stands_on_what_is_unpacked(language_folders:
 
     assert torch.equal(logits(second), logits(bare))  # its B is zero
     assert torch.equal(logits(first), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "t5"])
+def test_lora_is_added_to_what_was_unpacked_in_float32(language_folders: dict[str, Path], kind: str) -> None:
+    plain, language = (
+        load_language_model(language_folders[kind], quantize="nf4", compute_dtype=torch.float32).eval()
+        for _ in range(2)
+    )
+    language.add_lora(LoraSettings(rank=4, alpha=8))
+    stir_lora(language, seed=3)
+    before, matrices = logits(language), {name: one.clone() for name, one in language.state_dict().items()}
+    dequantize_four_bit(language.model, torch.float32, at_most=EVERYTHING)
+    assert merge_lora(language.model) > 0
+    assert merge_lora(language.model) == 0  # once is enough
+    assert torch.allclose(logits(language), before, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, logits(plain), rtol=1e-2, atol=1e-2)
+    kept = language.state_dict()
+    assert all(torch.equal(kept[name], one) for name, one in matrices.items() if "lora_" in name)
+
+
+def test_lora_is_not_added_where_it_would_be_rounded_away(language_folders: dict[str, Path]) -> None:
+    language = load_language_model(language_folders["llama"], quantize="nf4", compute_dtype=torch.bfloat16).eval()
+    language.add_lora(LoraSettings(rank=4, alpha=8))
+    assert merge_lora(language.model) == 0
+    dequantize_four_bit(language.model, torch.bfloat16, at_most=EVERYTHING)
+    assert merge_lora(language.model) == 0
