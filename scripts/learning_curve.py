@@ -4,7 +4,7 @@
 
 Each run learns from whole pictures drawn by its seed, as many as give the wanted number of questions, with the settings
 that `querybridge finetune DATA` chooses. `results.jsonl` in the folder has a line for each run, and a second call makes
-those that are missing; `curve.png` is the plot.
+those that are missing; `curve.png` is the plot, with those of other sets beside it: `--beside NAME=FOLDER`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder of all runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in every run")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the LLM's computation")
+    parser.add_argument("--title", help="of the plot (default: the training file's name)")
+    parser.add_argument(
+        "--beside", action="append", default=[], metavar="NAME=FOLDER", help="another curve's folder, drawn beside"
+    )
     options = parser.parse_args()
     from serve.cli.command import hush_libraries
 
     hush_libraries()
+    others = [read_beside(parser, text) for text in options.beside]
     sizes, seeds = (whole_numbers(parser, name, getattr(options, name)) for name in ("sizes", "seeds"))
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
@@ -53,8 +58,16 @@ def main() -> int:
                     file.write(json.dumps({**asked, **figures}) + "\n")
     rows = read_results(results)
     print(table(rows))
-    draw(rows, options.out / "curve.png", Path(options.train).name)
+    draw([(options.title or Path(options.train).name, rows), *others], options.out / "curve.png")
     return 0
+
+
+def read_beside(parser: argparse.ArgumentParser, text: str) -> tuple[str, list[dict[str, Any]]]:
+    """The name and the runs of another set's curve."""
+    name, _, folder = text.partition("=")
+    if not (rows := read_results(Path(folder) / "results.jsonl")):
+        parser.error(f"--beside {text}: write NAME=FOLDER, with results.jsonl in the folder")
+    return name, rows
 
 
 def whole_numbers(parser: argparse.ArgumentParser, name: str, text: str) -> list[int]:
@@ -152,31 +165,33 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """The means over seeds, with each run as a faint point."""
+def draw(sets: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """A panel a set: the means over seeds, with each run as a faint point."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(1.5 + 3.5 * len(sets), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, (label, colour, marker) in CURVES.items():
-        points = [(row["questions"], row[name]) for row in rows if name in row]
-        if not points:
-            continue
-        sizes = sorted({size for size, _ in points})
-        means = [
-            sum(value for at, value in points if at == size) / sum(at == size for at, _ in points) for size in sizes
-        ]
-        axes.plot(sizes, means, color=colour, marker=marker, label=label)
-        axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, alpha=0.3)
-    axes.set_xscale("log")
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("training questions")
-    axes.set_ylabel("exact match on the test questions")
-    axes.set_title(title)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    panels = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    for axes, (title, rows) in zip(panels, sets, strict=True):
+        for name, (label, colour, marker) in CURVES.items():
+            points = [(row["questions"], row[name]) for row in rows if name in row]
+            if not points:
+                continue
+            sizes = sorted({size for size, _ in points})
+            values = [[value for at, value in points if at == size] for size in sizes]
+            axes.plot(sizes, [sum(one) / len(one) for one in values], color=colour, marker=marker, label=label)
+            axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, alpha=0.3)
+        axes.set_xscale("log")
+        ticks = sorted({row["questions"] for row in rows})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("training questions")
+        axes.set_title(title)
+    panels[0].set_ylabel("exact match on the test questions")
+    panels[-1].legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -195,6 +195,11 @@ def test_a_learning_curve_has_a_run_a_size_and_seed(
     assert [(row["size"], row["seed"]) for row in map(json.loads, lines)] == [(15, 0), (15, 1), (99, 0), (99, 1)]
     assert all({"exact_match", "blank_images", "linear_probe", "seconds"} <= json.loads(line).keys() for line in lines)
     assert (tmp_path / "curve" / "curve.png").stat().st_size > 0
-    assert run_script("learning_curve.py", monkeypatch, *words, "--sizes", "15", "--seeds", "1") == 0
+    alone = (tmp_path / "curve" / "curve.png").read_bytes()
+    beside = ["--title", "colours", "--beside", f"the same={tmp_path / 'curve'}"]
+    assert run_script("learning_curve.py", monkeypatch, *words, "--sizes", "15", "--seeds", "1", *beside) == 0
+    assert (tmp_path / "curve" / "curve.png").read_bytes() != alone
+    nowhere = [*words, "--sizes", "15", "--seeds", "1", "--beside", f"other={tmp_path}"]
+    assert run_script("learning_curve.py", monkeypatch, *nowhere) == 2
     assert (tmp_path / "curve" / "results.jsonl").read_text().splitlines() == lines
     assert run_script("learning_curve.py", monkeypatch, *words, "--sizes", "few") == 2
