@@ -63,6 +63,7 @@ def merge_lora(model: nn.Module) -> int:
     from peft.tuners.lora.layer import LoraLayer
 
     merged = 0
+    layer: Any
     for layer in model.modules():
         name = _plain_lora(layer) if isinstance(layer, LoraLayer) else None
         if name is None or (weight := layer.base_layer.weight).dtype != torch.float32:
