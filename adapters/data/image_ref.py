@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import urllib.parse
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -158,6 +159,13 @@ class ImageRef:
             raise UserError(f"{self.subject} is not there: {advice}") from None
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
             raise UserError(f"{self.subject} cannot be read ({error}): give the path of a picture") from error
+
+
+def recall_digests(images: Iterable[ImageRef]) -> None:
+    """Look up together the digests of files that earlier runs have read, for `digest` to give; no file is read."""
+    waiting = {image.path: image for image in images if image.path is not None and "_content_digest" not in vars(image)}
+    for path, digest in known_pictures().digests(list(waiting)).items():
+        vars(waiting[path])["_content_digest"] = digest
 
 
 def image_ref(text: str, *, base: Path | None = None, where: str = "") -> ImageRef:

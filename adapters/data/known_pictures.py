@@ -14,6 +14,8 @@ import sqlite3
 import stat
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -26,6 +28,7 @@ CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, di
 CREATE TABLE IF NOT EXISTS looks (digest TEXT PRIMARY KEY, look BLOB NOT NULL) WITHOUT ROWID;
 """
 _TOGETHER = 2000  # rows written at once
+_ASKED_TOGETHER = 500  # files that one query asks for: SQLite takes 999 values at least
 # A file that was written so short a while ago may be written again within the same tick of its file system's clock.
 _SETTLED_NS = 2_000_000_000
 
@@ -79,6 +82,20 @@ class KnownPictures:
             return None
         return str(found[1])
 
+    def digests(self, files: Sequence[Path]) -> dict[Path, str]:
+        """As `digest`, of those of many files that are known."""
+        found: dict[Path, str] = {}
+        for start in range(0, len(files), _ASKED_TOGETHER):
+            part = {os.path.abspath(file): file for file in files[start : start + _ASKED_TOGETHER]}
+            marks = ",".join("?" * len(part))
+            query = f"SELECT path, stamp, digest FROM files WHERE path IN ({marks})"
+            for name, stamp, digest in self._all(query, tuple(part)):
+                with suppress(OSError, ValueError):
+                    status = os.stat(part[str(name)])
+                    if stat.S_ISREG(status.st_mode) and stamp_of(status) == stamp:
+                        found[part[str(name)]] = str(digest)
+        return found
+
     def read(self, file: Path, opened: BufferedReader | BytesIO) -> str:
         """The SHA-256 of an open file, in hex; it is remembered if the file stayed as it was meanwhile."""
         before = os.fstat(opened.fileno())
@@ -129,15 +146,16 @@ class KnownPictures:
             self.flush()
 
     def _one(self, query: str, key: str) -> tuple[str | bytes, ...] | None:
-        try:
-            connection = self._connect(make=False)
-            if connection is None:
-                return None
-            row: tuple[str | bytes, ...] | None = connection.execute(query, (key,)).fetchone()
-            return row
-        except sqlite3.Error as error:
-            self._give_up(error)
-            return None
+        return next(iter(self._all(query, (key,))), None)
+
+    def _all(self, query: str, values: Sequence[str]) -> list[tuple[str | bytes, ...]]:
+        with self._lock:
+            try:
+                connection = self._connect(make=False)
+                return [] if connection is None else connection.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                self._give_up(error)
+                return []
 
     def _connect(self, *, make: bool) -> sqlite3.Connection | None:
         """The connection; None if there is no file yet, or none can be had."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from adapters.data.batches import tokenise
 from adapters.data.examples import DataSet, Example
-from adapters.data.image_ref import ImageRef
+from adapters.data.image_ref import ImageRef, recall_digests
 from adapters.data.prompts import PromptBuilder
 from adapters.data.tokenised import TokenisedPictures
 from adapters.loading.assembly import Assembly
@@ -68,6 +68,7 @@ class StartMemory:
             self._wording = _wording(self.prompts)
         if not self._wording:
             return tokenise(data, self.prompts, **how)
+        recall_digests(data.images)
         rows, pictures = _rows(data)
         self._sets.append(rows)
         if not is_large:

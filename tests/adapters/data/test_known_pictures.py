@@ -110,3 +110,28 @@ def test_a_cleared_memory_is_made_again(tmp_path: Path, file: Path) -> None:
     known.remember_look("ab:1", b"look")
     known.flush()
     assert KnownPictures(tmp_path / "known").look("ab:1") == b"look"
+
+
+def test_many_are_known_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(1100)]  # more than one query may ask for
+    for number, path in enumerate(files):
+        path.write_bytes(str(number).encode())
+    known = KnownPictures(tmp_path / "known", settled_ns=0)
+    for path in files[:-1]:
+        digest_of(known, path)
+    known.flush()
+    files[7].write_bytes(b"another")
+    files[8].unlink()
+    files[9].unlink()
+    files[9].mkdir()
+    whole = known.digests(files)
+    assert set(whole) == {*files[:7], *files[10:-1]}
+    assert whole[files[1000]] == hashlib.sha256(b"1000").hexdigest()
+    assert KnownPictures(tmp_path / "nothing").digests(files) == {}
+
+    monkeypatch.setattr(image_refs, "known_pictures", lambda: known)
+    refs = [*(ImageRef(path.name, path=path) for path in files), ImageRef("b", data=b"bytes")]
+    image_refs.recall_digests(refs)
+    monkeypatch.setattr(known, "digest", lambda file: pytest.fail("asked alone"))
+    assert refs[1000].digest() == whole[files[1000]]
+    assert refs[-1].digest() == hashlib.sha256(b"bytes").hexdigest()
