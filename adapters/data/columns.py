@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from adapters.data.formats.columnar import CLASS_QUESTION
@@ -48,13 +48,12 @@ def check_columns(columns: Mapping[str, str]) -> None:
         raise UserError(f"--columns reads one column as two fields ({', '.join(columns)}): name another for one")
 
 
-def named_rows(rows: Iterator[RawRow], columns: Mapping[str, str], *, limited: bool = False) -> Iterator[RawRow]:
+def named_rows(rows: Iterator[RawRow], columns: Mapping[str, str]) -> Iterator[RawRow]:
     """Rows under the names of our fields; a class with a name, and no question, answers what the picture is.
 
     Args:
         rows: as the file has them.
         columns: the file's name of a field, by ours.
-        limited: the file may not be read to its end, so a column that was not seen may come later.
 
     Raises:
         UserError: after the last row, a column was in none of them.
@@ -67,19 +66,45 @@ def named_rows(rows: Iterator[RawRow], columns: Mapping[str, str], *, limited: b
             seen |= dict.fromkeys(map(str, row.fields))
         unseen -= row.fields.keys()
         yield _class_answered(_named(row, columns) if columns else row)
-    if unseen and seen and not limited:
-        names = ", ".join(sorted(unseen))
-        raise UserError(f"--columns: no row has '{names}' (found: {shorten(', '.join(seen), 100)}): correct the name")
+    _refuse(unseen, seen)
+
+
+def look_for_columns(rows: Iterator[RawRow], columns: Mapping[str, str]) -> None:
+    """See that a file has the columns, before only the first of its rows are read.
+
+    Raises:
+        UserError: a column is in none of the rows.
+    """
+    unseen = set(columns.values())
+    seen: dict[str, None] = {}
+    for row in rows:
+        if len(seen) < 50:
+            seen |= dict.fromkeys(map(str, row.fields))
+        unseen -= row.fields.keys()
+        if not unseen:
+            return
+    _refuse(unseen, seen)
+
+
+def _refuse(unseen: Iterable[str], seen: Iterable[str]) -> None:
+    if (names := ", ".join(sorted(unseen))) and (found := ", ".join(seen)):
+        raise UserError(f"--columns: no row has '{names}' (found: {shorten(found, 100)}): correct the name")
 
 
 def _named(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     if row.problem is not None:
         return row
     theirs = {column: field for field, column in columns.items()}
-    fields = {theirs.get(name, name): value for name, value in row.fields.items()}
-    if len(fields) < len(row.fields):
+    # an empty cell is an absent field, though a table's rows have an empty question if they have none
+    given = {
+        name: value
+        for name, value in row.fields.items()
+        if value != "" or name in theirs or columns.get(name) not in row.fields
+    }
+    fields = {theirs.get(name, name): value for name, value in given.items()}
+    if len(fields) < len(given):
         for field, column in columns.items():
-            if field in row.fields and column in row.fields and field not in theirs:
+            if field in given and column in given and field not in theirs:
                 problem = f"the row has '{field}' beside '{column}', which --columns reads as it: keep one of them"
                 return replace(row, fields={}, problem=problem)
     label = next((field for field, column in columns.items() if column == row.label), row.label)

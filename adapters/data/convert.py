@@ -8,6 +8,7 @@ the struct of bytes and path that Hugging Face's `datasets` reads.
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from adapters.data.columns import READ, named_rows
 from adapters.data.formats.raw_rows import RawRow
@@ -129,7 +132,7 @@ def _write_jsonl(out: Path, rows: _Rows) -> tuple[int, int, bool]:
             path = ref.path.absolute()
             outside = outside or not is_in(os.path.realpath(path), here)
             return os.path.relpath(path, out.parent.absolute()) if not Path(str(picture)).is_absolute() else str(path)
-        file = folder / f"{ref.content_digest()[:32]}{Path(ref.label).suffix.lower() or '.img'}"
+        file = folder / f"{ref.content_digest()[:32]}{Path(ref.label).suffix.lower() or _ending(ref)}"
         if file not in written:
             folder.mkdir(exist_ok=True)
             file.write_bytes(ref.read())
@@ -142,6 +145,15 @@ def _write_jsonl(out: Path, rows: _Rows) -> tuple[int, int, bool]:
             file.write(json.dumps(fields, ensure_ascii=False, default=str) + "\n")
             count += 1
     return count, len(written), outside
+
+
+def _ending(picture: ImageRef) -> str:
+    """The ending of a picture's format."""
+    try:
+        with Image.open(picture.open()) as opened:
+            return {"JPEG": ".jpg"}.get(str(opened.format), f".{str(opened.format).lower()}")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ".img"
 
 
 def _with_pictures(fields: Mapping[str, Any], place: Callable[[str | ImageRef], Any]) -> dict[str, Any]:
@@ -248,6 +260,8 @@ def _typed(name: str, kinds: set[str]) -> tuple[Any, Any]:
     }
     if name in IMAGE_FIELDS and kinds == {"picture", "pictures"}:
         return types["pictures"]
+    if kinds == {"int", "float"}:
+        return types["float"]
     return types[next(iter(kinds))] if len(kinds) == 1 and "else" not in kinds else types["text"]
 
 
@@ -265,6 +279,8 @@ def _cell(name: str, value: Any, schema: Any, source: Source) -> Any:
         if pyarrow.types.is_list(kind):
             return [whole(one) for one in (value if isinstance(value, list) else [value])]
         return whole(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
     if kind == pyarrow.string() and not isinstance(value, str):
         placed = _with_pictures({name: value}, lambda picture: _as_uri(picture, source))[name]
         return json.dumps(placed, ensure_ascii=False, default=str)

@@ -12,6 +12,8 @@ from adapters.data.formats.raw_rows import shorten
 from adapters.data.image_ref import ImageRef, image_ref, windows_hint
 from qformer.errors import UserError
 
+_LONGEST_PATH = 200  # characters; what is longer is probably a picture itself
+_BASE64 = " (a base64 picture begins with 'data:image/png;base64,')"
 ALLOW_OUTSIDE = "--allow-outside (in a recipe, data.allow_outside: true)"
 """What messages say of pictures that lie elsewhere."""
 
@@ -77,7 +79,7 @@ class Pictures:
         except (FileNotFoundError, NotADirectoryError):
             return MissingImage(text, found.path)
         except (OSError, ValueError) as error:
-            hint = " (a base64 picture begins with 'data:image/png;base64,')" if len(text) > 200 else ""
+            hint = _BASE64 if len(text) > _LONGEST_PATH else ""
             raise BadRow(f"image '{shorten(text)}' is not a usable path: {_cause(error)}{hint}") from None
         if not stat.S_ISREG(status.st_mode):
             raise BadRow(f"image '{text}' is not a file: give the path of a picture")
@@ -89,6 +91,8 @@ class Pictures:
         real = os.path.realpath(path)
         folders = self._folders if within is None else {*self._folders, os.path.realpath(within)}
         if not any(is_in(real, folder) for folder in folders):
+            if len(text) > _LONGEST_PATH:
+                raise BadRow(f"image '{shorten(text)}' is not a usable path{_BASE64}")
             lexical = os.path.abspath(path)
             leads = f" (it is, or lies behind, a link to {real})" if is_in(lexical, os.path.abspath(self._base)) else ""
             raise BadRow(

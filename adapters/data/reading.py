@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import get_args
 
-from adapters.data.columns import READ, named_rows
+from adapters.data.columns import READ, look_for_columns, named_rows
 from adapters.data.examples import DataSet, Example, Fault
 from adapters.data.formats.raw_rows import RawRow
 from adapters.data.picture_files import MissingImage, Pictures
@@ -151,7 +151,9 @@ def read_rows(
     good = 0
     found_task: Task | None = None
     settled_by: RawRow | None = None
-    rows = named_rows(opened.rows, columns or {}, limited=limit is not None)
+    if limit is not None and columns:
+        look_for_columns(open_source(source, offline=offline).rows, columns)
+    rows = named_rows(opened.rows, columns or {})
     if task is None and not need_answers:
         alone, settled_by = _pictures_alone(rows, limit)
         rows = chain(alone, rows)

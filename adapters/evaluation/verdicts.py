@@ -45,7 +45,7 @@ def compared(against: Mapping[str, Any]) -> list[str]:
         verdict = "That is more than chance." if low > 0 or high < 0 else "That is no more than chance."
     return [
         f"On the same questions {against['name']} has {amount(against['second'], '')} exact answers,"
-        f" {100 * abs(difference):.1f} points {'more' if difference > 0 else 'fewer'}{interval}. {verdict}",
+        f" {100 * abs(difference):.1f} points {'fewer' if difference < 0 else 'more'}{interval}. {verdict}",
         f"{against['first_only']} are right with the first alone and {against['second_only']} with {against['name']}"
         f" alone, {against['both']} with both, {against['neither']} with neither: p = {against['mcnemar_p']:.3g}"
         " (McNemar's exact test, which takes questions for independent).",

@@ -19,6 +19,11 @@ from serve.batch.rows import AskedRow
 
 _LINE_START = b'{"row": '  # how every line of ours begins
 _HELD = ("answer", "embedding", "error")  # a line holds one of them
+_OURS = frozenset((
+    "row", "question_number", "answer", "confidence", "choices", "logprobs", "rationale", "embedding", "withheld",
+    "reference", "error",
+))  # fmt: skip
+"""Names that a line of ours may have: an earlier job's own must not stand beside another answer under them."""
 _AHEAD = 2**16  # bytes of a file that are read at a time
 
 
@@ -53,7 +58,7 @@ def line_of(asked: AskedRow, found: Mapping[str, Any], *, min_confidence: float 
     if example is not None and example.answers:
         line["reference"] = list(example.answers)
     for name, value in asked.columns.items():
-        free = name if name not in line and name not in ("error", "withheld") else f"input_{name}"
+        free = name if name not in line and name not in _OURS else f"input_{name}"
         if free in line:
             raise UserError(f"row {asked.row}: columns '{name}' and '{free}' would have one name; rename one")
         line[free] = _plain(value)

@@ -174,18 +174,14 @@ def evaluate(
     else:
         from adapters.artefact.artefact import find_artefact
         from adapters.artefact.facts import keep_temperature
-        from adapters.evaluation.report import check_report
         from adapters.evaluation.wordnet import WordNet
         from serve.adapter import default_adapter, load_adapter
-        from serve.evaluation.predictions import check_predictions
+        from serve.evaluation.predictions import check_outputs
         from serve.evaluation.run import check_match
         from serve.evaluation.run import evaluate as run
 
         check_match(match)
-        if predictions is not None:
-            check_predictions(predictions, data, task)
-        if report_file is not None:
-            check_report(report_file)
+        check_outputs(predictions, report_file, data, task)
         meanings = WordNet(wordnet) if wordnet is not None else None
         loaded = load_adapter(adapter, **loading)
         other = load_adapter(against, **loading) if against is not None else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.data.bad_row import BadRow
-from adapters.data.columns import named_rows
+from adapters.data.columns import look_for_columns, named_rows
 from adapters.data.formats.raw_rows import RawRow, shorten
 from adapters.data.image_ref import ImageRef, blank_image
 from adapters.data.picture_files import Pictures
@@ -206,7 +206,9 @@ def read_phrases(
     opened = open_source(data, offline=offline)
     pictures = Pictures(opened.base, also=opened.also, allow_outside=allow_outside)
     phrases, faults = list[Phrase](), list[str]()
-    for row in named_rows(opened.rows, columns or {}, limited=limit is not None):
+    if limit is not None and columns:
+        look_for_columns(open_source(data, offline=offline).rows, columns)
+    for row in named_rows(opened.rows, columns or {}):
         try:
             phrases.append(_phrase(row, pictures))
         except BadRow as error:

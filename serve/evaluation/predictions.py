@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from adapters.evaluation.comparison import compare_hits, paired_difference
-from adapters.evaluation.report import Answered
+from adapters.evaluation.report import Answered, check_report
 from adapters.evaluation.vqa import vqa_accuracy
 from qformer.atomic import whole_file
 from qformer.errors import UserError
 
 TASKS = ("vqa", "probes", "caption", "reason")
+
+
+def check_outputs(predictions: str | Path | None, report: str | Path | None, data: str | Path, task: str) -> None:
+    """Say what is wrong with the files that are to be written before anything slow is done.
+
+    Raises:
+        UserError: as `check_predictions` and `check_report`, and if both are one file.
+    """
+    if predictions is not None:
+        check_predictions(predictions, data, task)
+    if report is not None:
+        check_report(report)
+    if predictions is not None and report is not None and Path(predictions).resolve() == Path(report).resolve():
+        raise UserError(f"--save-predictions {predictions}: the report is to be written there too; name another file")
 
 
 def check_predictions(predictions: str | Path, data: str | Path, task: str) -> None:

@@ -15,7 +15,7 @@ from adapters.evaluation.breakdown import score_groups
 from adapters.evaluation.calibration import expected_calibration_error
 from adapters.evaluation.intervals import with_interval
 from adapters.evaluation.rationales import language_control
-from adapters.evaluation.report import Answered, Report, check_report, save_report
+from adapters.evaluation.report import Answered, Report, save_report
 from adapters.evaluation.scienceqa import score_scienceqa
 from adapters.evaluation.short_answers import mean, over, pictures_of
 from adapters.evaluation.vqa import exact_match
@@ -25,7 +25,7 @@ from adapters.inference.reasoning_controls import blanked, reason_controls
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, short_name
-from serve.evaluation.predictions import check_predictions, write_predictions
+from serve.evaluation.predictions import check_outputs, write_predictions
 from serve.evaluation.run import describe_decoding
 
 
@@ -85,10 +85,7 @@ def evaluate_reasons(
     """
     if controls and blank_images:
         raise UserError("--blank-images is one of the --controls; leave it out")
-    if predictions is not None:
-        check_predictions(predictions, data, "reason")
-    if report is not None:
-        check_report(report)
+    check_outputs(predictions, report, data, "reason")
     second = None if answer_adapter is None else answer_adapter.assembly
     thinks = trained_reasoning_mode(adapter.assembly, second) == "two-stage"
     ballots(decoding or Decoding(), votes, thinks=thinks)  # a mistake is reported before the data are read

@@ -13,7 +13,7 @@ from adapters.data.duplicates import copies_between_rows, describe_copies
 from adapters.data.examples import DataSet, Example
 from adapters.data.reading import read_data
 from adapters.evaluation.calibration import calibrate as fit_and_check
-from adapters.evaluation.report import Answered, Report, check_report, save_report
+from adapters.evaluation.report import Answered, Report, save_report
 from adapters.evaluation.short_answers import pictures_of
 from adapters.evaluation.wordnet import WordNet
 from adapters.inference.reasoning import Passes
@@ -23,7 +23,7 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, short_name
 from serve.evaluation.answers import score_answers, score_caption_answers, score_probe_answers
-from serve.evaluation.predictions import check_predictions, write_predictions
+from serve.evaluation.predictions import check_outputs, write_predictions
 from serve.evaluation.training_rows import training_rows
 
 MEASURES = {"vqa": "exact_match", "probes": "accuracy", "caption": "CIDEr"}  # what controls are compared by
@@ -107,10 +107,7 @@ def evaluate(
     _check(task, match=match, controls=controls, blank_images=blank_images, wordnet=wordnet, against=against)
     if calibrate and (task == "caption" or blank_images):
         raise UserError("--calibrate goes with --task vqa or probes, and with pictures as they are")
-    if predictions is not None:
-        check_predictions(predictions, data, task)
-    if report is not None:
-        check_report(report)
+    check_outputs(predictions, report, data, task)
     kind = "caption" if task == "caption" else "vqa"
     rows = read_data(
         data,

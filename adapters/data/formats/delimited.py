@@ -6,6 +6,7 @@ import csv
 import re
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from adapters.data.formats.raw_rows import RawRow, place, shorten, table_row
@@ -15,6 +16,7 @@ from qformer.errors import UserError
 # A data URI in a cell is far longer than the 128 KiB that the csv module allows by itself.
 _LARGEST_CELL = 2**30
 _SEPARATORS = (",", ";", "\t", "|")  # the first is taken if several would do
+_MADE_FRACTION = re.compile(r"[+-]?\d+\.0")
 _NAMED = re.compile(r"sep=(.)\s*")  # Excel's own first line
 
 
@@ -47,13 +49,35 @@ def delimited_rows(path: Path) -> Iterator[RawRow]:
 
     The separator is the one that cuts the header into most cells, or what a first line `sep=;` names. Space around
     cells is left out. A row whose quotes do not close is bad, and is its first line alone: the lines after it are rows
-    again.
+    again. Whole numbers are written without the fraction that pandas gives them in a column with an empty cell.
     """
     previous_limit = csv.field_size_limit(_LARGEST_CELL)
     try:
-        yield from _rows(path, *_separated(read_lines(path)))
+        whole = _made_fractions(path) if path.is_file() else frozenset()
+        yield from _rows(path, *_separated(read_lines(path)), whole)
     finally:
         csv.field_size_limit(previous_limit)
+
+
+def _made_fractions(path: Path) -> frozenset[str]:
+    """Columns of whole numbers that pandas wrote as 3.0, for it has no whole number beside a missing one."""
+    numbered, separator = _separated(read_lines(path))
+    reader = csv.reader((text for _, text in numbered), delimiter=separator, skipinitialspace=separator != "\t")
+    header: list[str] = []
+    perhaps, empty, filled = set[int](), set[int](), set[int]()  # columns
+    with suppress(csv.Error):  # of which the rows tell
+        for cells in reader:
+            if not header and any(cell.strip() for cell in cells):
+                header, perhaps = [cell.strip() for cell in cells], set(range(len(cells)))
+            elif len(cells) == len(header) and any(cells):
+                for place in list(perhaps):
+                    cell = cells[place].strip()
+                    (filled if cell else empty).add(place)
+                    if cell and not _MADE_FRACTION.fullmatch(cell):
+                        perhaps.discard(place)
+                if not perhaps:
+                    break
+    return frozenset(header[place] for place in perhaps & empty & filled)
 
 
 def _separated(numbered: Iterator[tuple[int, str]]) -> tuple[Iterator[tuple[int, str]], str]:
@@ -81,7 +105,7 @@ def _cells(line: str, separator: str) -> int:
         return 0
 
 
-def _rows(path: Path, numbered: Iterator[tuple[int, str]], separator: str) -> Iterator[RawRow]:
+def _rows(path: Path, numbered: Iterator[tuple[int, str]], separator: str, whole: frozenset[str]) -> Iterator[RawRow]:
     lines = _Lines(numbered)
     reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=separator != "\t")
     header: list[str] | None = None
@@ -113,6 +137,11 @@ def _rows(path: Path, numbered: Iterator[tuple[int, str]], separator: str) -> It
             problem = f"{len(cells)} cells under a header of {len(header)}: put cells that hold {mark} in quotes"
             yield RawRow(where, number, {}, problem)
         else:
+            if whole:
+                cells = [
+                    cell.strip().removesuffix(".0") if name in whole else cell
+                    for name, cell in zip(header, cells, strict=True)
+                ]
             yield table_row(header, cells, where, number)
 
 

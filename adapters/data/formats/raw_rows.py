@@ -12,7 +12,7 @@ from typing import Any
 
 from adapters.data.image_ref import ImageRef
 
-LISTED = ("answers", "captions", "choices", "images", "messages", "conversations")
+LISTED = ("answers", "captions", "choices", "images", "messages", "conversations", "texts", "history")
 """Columns whose cell is a JSON list if it begins with a bracket."""
 PERHAPS_LISTED = ("answer", "caption", "image")
 """The same if it is one, else text: a file may be called "[1].png"."""

@@ -74,3 +74,17 @@ def test_a_recipe_names_columns(jsonl: Callable[..., Path]) -> None:
     ]
     train, _ = read_split(parse_recipe(values, "test"))
     assert train.examples[0].answers == ("?",)
+
+
+def test_an_empty_cell_is_not_beside_another(folder: Path) -> None:
+    (folder / "rows.csv").write_text("image,prompt,question,answer\na.png,What is it?,,a cat\n")
+    (example,) = read_data(folder / "rows.csv", columns={"question": "prompt"}).examples
+    assert example.question == "What is it?"
+
+
+def test_a_column_that_is_nowhere_is_missed_though_only_the_first_rows_are_read(jsonl: Callable[..., Path]) -> None:
+    path = jsonl(VQA, VQA, VQA)
+    with pytest.raises(UserError, match="no row has 'nix'"):
+        read_data(path, columns={"question": "nix"}, limit=1)
+    late = jsonl(VQA, {**VQA, "note": "x"})
+    assert len(read_data(late, columns={"context": "note"}, limit=1).examples) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import re
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 import webdataset
 from data_rows import VQA
 from PIL import Image
+from pyarrow import parquet
 
 from adapters.data.convert import convert_data
 from adapters.data.preview_page import preview_page
@@ -89,6 +92,27 @@ def test_nothing_changes_on_the_way(
     if ending == "parquet":
         (pictures / "a.png").rename(pictures / "moved.png")  # the pictures are inside
         assert len(said(out)) == len(said(again))
+
+
+def test_fields_that_nothing_reads_keep_their_kind_in_parquet(pictures: Path, tmp_path: Path) -> None:
+    frame = pandas.DataFrame([{**VQA, "score": 1.5, "day": datetime.date(2020, 1, 2)}, {**VQA, "score": 2.0}])
+    frame.to_parquet(pictures / "rows.parquet")
+    convert_data(pictures / "rows.parquet", tmp_path / "out.parquet")
+    first, second = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert (first["score"], second["score"]) == (1.5, 2.0)
+    assert (first["day"], second["day"]) == ("2020-01-02", None)
+
+
+@pytest.mark.parametrize("row", [
+    {"images": ["a.png"], "texts": [{"user": "What is it?", "assistant": "a cat"}]},
+    {"image": "a.png", "instruction": "And now?", "output": "a dog", "history": [["What is it?", "a cat"]]},
+])  # fmt: skip
+def test_turns_of_every_shape_come_back(
+    row: dict[str, Any], pictures: Path, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = jsonl(row)
+    convert_data(path, tmp_path / "out.parquet")
+    assert said(tmp_path / "out.parquet") == said(path)
 
 
 def test_hugging_face_reads_what_is_written(pictures: Path, jsonl: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import zstandard
 from data_rows import VQA, complaint
 
 from adapters.data.reading import read_data, read_rows
+from adapters.data.sources import open_source
 
 ROWS = [VQA, VQA | {"image": "b.png", "question": "Wie heißt es; und, warum?", "answer": "Käse"}]
 
@@ -133,3 +134,21 @@ def test_a_pattern_is_several_files_as_one(folder: Path, jsonl: Callable[..., Pa
     assert [(row.answer, row.row) for row in data.examples] == [("1", 1), ("2", 2)]
     assert data.examples[1].where == f"{folder / 'part-2.jsonl'} row 1 (line 1)"
     assert "no file has such a name" in complaint(folder / "gone-*.jsonl")
+
+
+def test_a_missing_cell_does_not_make_a_fraction_of_whole_numbers(folder: Path) -> None:
+    frame = pandas.DataFrame(
+        {"image": ["a.png", "b.png", "a.png"], "question": ["how many?"] * 3, "answer": [4, 12, None],
+         "id": [1, None, 3],
+         "price": [2.0, 3.0, 4.0], "depth": [1.0, 2.5, None]}
+    )  # fmt: skip
+    frame.to_csv(folder / "rows.csv", index=False)
+    frame.to_csv(folder / "rows.tsv", index=False, sep="\t")
+    frame.to_parquet(folder / "rows.parquet")
+    for name in ("rows.csv", "rows.tsv", "rows.parquet"):
+        examples = read_rows(folder / name, need_answers=False).examples
+        assert [row.answers for row in examples] == [("4",), ("12",), ()], name
+        assert [row.id for row in examples] == ["1", "2", "3"]
+    rows = list(open_source(folder / "rows.csv").rows)
+    assert [row.fields["price"] for row in rows] == ["2.0", "3.0", "4.0"]  # no cell is missing: they are prices
+    assert [row.fields.get("depth") for row in rows] == ["1.0", "2.5", None]

@@ -126,6 +126,26 @@ def test_a_column_with_one_of_our_names_keeps_its_value_under_another(
         run_batch(source, tmp_path / "both_out.jsonl", predictor)
 
 
+def test_an_earlier_job_s_findings_never_stand_beside_another_answer(
+    predictor: VQAPredictor, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    earlier = {
+        "logprobs": [{"token": "no", "logprob": -0.1}],
+        "embedding": [0.1, 0.2],
+        "withheld": 3,
+    }
+    source = write_jsonl(tmp_path / "rows.jsonl", [rows[0] | earlier, rows[0]])
+    for name in ("out.jsonl", "out.csv", "out.parquet"):
+        run_batch(source, tmp_path / name, predictor)
+    line = read_jsonl(tmp_path / "out.jsonl")[0]
+    assert not {"logprobs", "embedding", "withheld"} & line.keys()
+    assert (line["input_logprobs"], line["input_embedding"], line["input_withheld"]) == (
+        earlier["logprobs"], earlier["embedding"], 3
+    )  # fmt: skip
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert json.loads(table[0]["input_embedding"]) == [0.1, 0.2] and table[1]["input_embedding"] is None
+
+
 # -- what is found out -----------------------------------------------------------------------------------------------
 
 
