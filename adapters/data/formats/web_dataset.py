@@ -95,16 +95,22 @@ def _fields(path: Path, archive: tarfile.TarFile, key: str, members: dict[str, t
             pictures.append(ImageRef(f"{key}.{ending}", part=part))
     if "json" in members:
         fields = _json(archive, members["json"])
+        if not isinstance(fields, dict):
+            raise _Bad(f"{members['json'].name} holds {kind_of(fields)}: write an object with the row's fields")
     for ending, member in members.items():
         last = ending.rpartition(".")[2]
         if last in PICTURE_ENDINGS or ending == "json":
             continue
         name = "caption" if ending in _TEXTS else ending.removesuffix(f".{last}") if last in _TEXTS else ending
-        text = _read(archive, member).strip()
-        if name in fields and str(fields[name]).strip() != text:
+        value: Any
+        if last == "json":
+            name, value = ending.removesuffix(".json"), _json(archive, member)
+        else:
+            value = _read(archive, member).strip()
+        if name in fields and fields[name] != value and str(fields[name]).strip() != str(value):
             raise _Bad(f"'{name}' is there twice, in .json and as a member, and they differ: keep one")
         if not (name == "caption" and "captions" in fields):
-            fields[name] = text
+            fields[name] = value
     named = {field: fields[field] for field in ("image", "images", "file_name") if field in fields}
     ours = [f"{key}.{ending}".rpartition("/")[2] for ending in sorted(members)]
     for field, value in named.items():
@@ -120,14 +126,11 @@ def _fields(path: Path, archive: tarfile.TarFile, key: str, members: dict[str, t
     return fields
 
 
-def _json(archive: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
+def _json(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
     try:
-        value = json.loads(_read(archive, member))
+        return json.loads(_read(archive, member))
     except (ValueError, RecursionError) as error:
         raise _Bad(f"{member.name} is broken JSON ({shorten(str(error))}): mend it") from None
-    if not isinstance(value, dict):
-        raise _Bad(f"{member.name} holds {kind_of(value)}: write an object with the row's fields")
-    return value
 
 
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:

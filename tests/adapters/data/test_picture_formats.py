@@ -206,13 +206,19 @@ def test_a_shard_of_questions(tmp_path: Path) -> None:
     path = write_shard(
         tmp_path / "a.tar",
         {"png": encoded("red"), "json": {"question": "what?", "answer": "stop", "image": "0000.png"}},
-        {"jpg": encoded("lime", "JPEG"), "question.txt": "what?", "answer.txt": "sea\n"},
+        {
+            "jpg": encoded("lime", "JPEG"),
+            "question.txt": "what?",
+            "answer.txt": "sea\n",
+            "choices.json": ["sea", "go"],
+        },
         {"0.png": encoded("blue"), "1.png": encoded("red"), "json": {"question": "both?", "answer": "go"}},
     )
     found = read_data(path).examples
     assert [(row.question, row.answer, len(row.images)) for row in found] == [
         ("what?", "stop", 1), ("what?", "sea", 1), ("both?", "go", 2),
     ]  # fmt: skip
+    assert found[1].choices == ("sea", "go")
     assert open_image(found[2].images[0]).getpixel((0, 0)) == (0, 0, 255)
     assert found[0].images[0].label == "0000.png" and found[0].where == f"{path} sample 1 (0000)"
     assert colours(path)[0] == EXPECTED[0]

@@ -166,6 +166,7 @@ def test_a_way_of_comparing_that_there_is_not(words: list[str], told: str, call:
         (["--predictions", "FILE"], "this is the data file itself; name another file"),
         (["--predictions", "."], "this is a folder; name another file"),
         (["--predictions", "FILE/out.jsonl"], "cannot be written"),
+        (["--predictions", "out.html", "--report", "./out.html"], "the report is to be written there too"),
     ],
 )
 def test_a_file_that_cannot_take_predictions_is_refused(
