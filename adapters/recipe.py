@@ -342,14 +342,14 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: Sequence[str] = 
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        place = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
+        place = ".".join(str(part) for part in _problems(error)[0]["loc"])
         given = [text for text in overrides if f"{place}.".startswith(f"{text.partition('=')[0]}.")]
         raise UserError(f"{f'--set {given[-1]}' if given else where}: {_explain(error)}") from error
 
 
 def _explain(error: ValidationError) -> str:
     """The first problem in one line, and how many more there are."""
-    first = error.errors(include_url=False)[0]
+    first, *others = _problems(error)
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_beside(first["loc"])
@@ -360,8 +360,23 @@ def _explain(error: ValidationError) -> str:
         text = f"'{key}' is missing; add it"
     else:
         text = f"'{key}' is {first.get('input')!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    more = error.error_count() - 1
-    return text + (f" (and {more} more)" if more else "")
+    return text + (f" (and {len(others)} more)" if others else "")
+
+
+def _problems(error: ValidationError) -> list[dict[str, Any]]:
+    """What is wrong, each at its key; of what may be text or a list of sections, what the list lacks."""
+    found: list[dict[str, Any]] = [dict(one) for one in error.errors(include_url=False)]
+    lists = {one["loc"][:place] for one in found for place, part in enumerate(one["loc"]) if _names_a_list(part)}
+    kept = [one for one in found if one["loc"][-1:] != ("str",) or one["loc"][:-1] not in lists]
+    for one in kept:
+        one["loc"] = tuple(part for part in one["loc"] if not _names_a_list(part))
+        if one["type"] in ("tuple_type", "model_type") and one["loc"][:2] in (("data", "train"), ("data", "val")):
+            one["msg"] = "Write a file's name, or a list of {file: …}"
+    return kept
+
+
+def _names_a_list(part: int | str) -> bool:
+    return isinstance(part, str) and part.startswith("tuple[")
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
@@ -370,7 +385,9 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     for part in location[:-1]:
         if isinstance(part, str) and part in section.model_fields:
             annotation: Any = section.model_fields[part].annotation
-            for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            inner = getattr(annotation, "__args__", ())
+            deeper = [one for given in inner for one in getattr(given, "__args__", ())]
+            for candidate in (annotation, *inner, *deeper):
                 if isinstance(candidate, type) and issubclass(candidate, Section):
                     section = candidate
     return list(section.model_fields)

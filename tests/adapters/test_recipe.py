@@ -276,3 +276,17 @@ def test_a_recipe_cannot_be_changed_in_place(tmp_path: Path) -> None:
     recipe: Recipe = load_recipe(write(tmp_path, small()))
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.epochs = 3.0
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ([{"file": "a", "shares": 1}], "unknown key 'data.train.0.shares'; did you mean 'share'?"),
+        ([{"file": "a"}, "b.csv"], "'data.train.1' is 'b.csv': write a file's name, or a list of {file: …}"),
+        (7, "'data.train' is 7: write a file's name, or a list of {file: …}"),
+    ],
+)
+def test_a_mixture_is_told_what_it_lacks(train: object, told: str) -> None:
+    values = load_recipe("domain_cpu").model_dump(mode="json")
+    with pytest.raises(UserError, match=re.escape(told)):
+        parse_recipe({**values, "data": {**values["data"], "train": train}}, "mix.yaml")
