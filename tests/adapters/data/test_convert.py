@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import io
 import json
@@ -178,3 +179,15 @@ def test_the_page_stands_by_itself_and_shows_words_as_they_are(
         (tmp_path / "own.html").write_text("<p>mine</p>")
         with pytest.raises(UserError, match=words):
             preview_page(source, tmp_path / name)
+
+
+def test_pictures_without_a_name_get_the_ending_of_their_format(tmp_path: Path) -> None:
+    pandas.DataFrame([{**VQA, "image": encoded("red")}]).to_parquet(tmp_path / "rows.parquet")
+    convert_data(tmp_path / "rows.parquet", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["image"].endswith(".png")
+
+
+def test_a_picture_as_bare_base64_is_told_what_it_lacks(jsonl: Callable[..., Path]) -> None:
+    bare = "/" + base64.b64encode(encoded("red") * 3).decode()
+    with pytest.raises(UserError, match="a base64 picture begins with 'data:image/png;base64,'"):
+        read_data(jsonl({**VQA, "image": bare}))
