@@ -53,7 +53,7 @@ def undo_speed_up(model: nn.Module) -> None:
 def merge_lora(model: nn.Module) -> int:
     """Add LoRA to float32 weights of its layers for answering: W + (alpha / r) B A, section 4.1 of the paper.
 
-    It answers a quarter to a half faster, in the same words to the last rounding. Not for training, nor for an LLM that
+    It answers a sixth faster, in the same words to the last rounding. Not for training, nor for an LLM that
     other adapters answer with. Layers in 4 or 8 bits or in bfloat16, where LoRA would be rounded away, stay as they
     are. The matrices stay where they are too.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from adapters.data.formats.columnar import CLASS_QUESTION
@@ -59,14 +59,11 @@ def named_rows(rows: Iterator[RawRow], columns: Mapping[str, str]) -> Iterator[R
         UserError: after the last row, a column was in none of them.
     """
     check_columns(columns)
-    unseen = set(columns.values())
-    seen: dict[str, None] = {}
+    search = _Search(columns)
     for row in rows:
-        if len(seen) < 50:
-            seen |= dict.fromkeys(map(str, row.fields))
-        unseen -= row.fields.keys()
+        search.look(row)
         yield _class_answered(_named(row, columns) if columns else row)
-    _refuse(unseen, seen)
+    search.end()
 
 
 def look_for_columns(rows: Iterator[RawRow], columns: Mapping[str, str]) -> None:
@@ -75,20 +72,31 @@ def look_for_columns(rows: Iterator[RawRow], columns: Mapping[str, str]) -> None
     Raises:
         UserError: a column is in none of the rows.
     """
-    unseen = set(columns.values())
-    seen: dict[str, None] = {}
+    search = _Search(columns)
     for row in rows:
-        if len(seen) < 50:
-            seen |= dict.fromkeys(map(str, row.fields))
-        unseen -= row.fields.keys()
-        if not unseen:
+        search.look(row)
+        if not search.unseen:
             return
-    _refuse(unseen, seen)
+    search.end()
 
 
-def _refuse(unseen: Iterable[str], seen: Iterable[str]) -> None:
-    if (names := ", ".join(sorted(unseen))) and (found := ", ".join(seen)):
-        raise UserError(f"--columns: no row has '{names}' (found: {shorten(found, 100)}): correct the name")
+class _Search:
+    """Which columns have been seen so far."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self.unseen = set(columns.values())
+        self._seen: dict[str, None] = {}
+
+    def look(self, row: RawRow) -> None:
+        if len(self._seen) < 50:
+            self._seen |= dict.fromkeys(map(str, row.fields))
+        self.unseen -= row.fields.keys()
+
+    def end(self) -> None:
+        """Raise UserError if a column was in none of the rows."""
+        if self.unseen and self._seen:
+            names, found = ", ".join(sorted(self.unseen)), shorten(", ".join(self._seen), 100)
+            raise UserError(f"--columns: no row has '{names}' (found: {found}): correct the name")
 
 
 def _named(row: RawRow, columns: Mapping[str, str]) -> RawRow:

@@ -91,13 +91,11 @@ class Pictures:
         real = os.path.realpath(path)
         folders = self._folders if within is None else {*self._folders, os.path.realpath(within)}
         if not any(is_in(real, folder) for folder in folders):
-            if len(text) > _LONGEST_PATH:
-                raise BadRow(f"image '{shorten(text)}' is not a usable path{_BASE64}")
             lexical = os.path.abspath(path)
             leads = f" (it is, or lies behind, a link to {real})" if is_in(lexical, os.path.abspath(self._base)) else ""
             raise BadRow(
                 f"image '{shorten(text, 200)}' lies outside the data's own folder, {self._base.absolute()}{leads}: put"
-                f" it there, or add {ALLOW_OUTSIDE} if you trust the data"
+                f" it there, or add {ALLOW_OUTSIDE} if you trust the data{_BASE64 if len(text) > _LONGEST_PATH else ''}"
             )
 
 

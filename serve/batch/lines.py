@@ -19,11 +19,13 @@ from serve.batch.rows import AskedRow
 
 _LINE_START = b'{"row": '  # how every line of ours begins
 _HELD = ("answer", "embedding", "error")  # a line holds one of them
-_OURS = frozenset((
-    "row", "question_number", "answer", "confidence", "choices", "logprobs", "rationale", "embedding", "withheld",
-    "reference", "error",
-))  # fmt: skip
-"""Names that a line of ours may have: an earlier job's own must not stand beside another answer under them."""
+FIELDS = (
+    "row", "question_number", "id", "image", "images", "question", "answer", "confidence", "withheld", "rationale",
+    "choices", "logprobs", "embedding", "reference", "error",
+)  # fmt: skip
+"""Names of what a line may hold of ours, in the order of a table's columns."""
+# An earlier job's must not stand beside another answer; what was asked is the row's own.
+_FOUND = frozenset(FIELDS) - {"id", "image", "images", "question"}
 _AHEAD = 2**16  # bytes of a file that are read at a time
 
 
@@ -58,7 +60,7 @@ def line_of(asked: AskedRow, found: Mapping[str, Any], *, min_confidence: float 
     if example is not None and example.answers:
         line["reference"] = list(example.answers)
     for name, value in asked.columns.items():
-        free = name if name not in line and name not in _OURS else f"input_{name}"
+        free = name if name not in line and name not in _FOUND else f"input_{name}"
         if free in line:
             raise UserError(f"row {asked.row}: columns '{name}' and '{free}' would have one name; rename one")
         line[free] = _plain(value)

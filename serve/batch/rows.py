@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from adapters.data.columns import named_rows
+from adapters.data.columns import look_for_columns, named_rows
 from adapters.data.conversations import SHAPE_FIELDS, is_conversation
 from adapters.data.examples import Example, Fault
 from adapters.data.formats.columnar import CLASS_QUESTION
@@ -169,6 +169,8 @@ class BatchRows:
         self._folder = _picture_folder(source) if questions or task in ("caption", "embed") else None
         if self._folder is None:
             check_source(source)
+            if self._columns:  # a job with a limit does not come to the end of the rows
+                look_for_columns(open_source(source, offline=offline).rows, self._columns)
         self.name = self._open().name
         self.task = self._asked_task or self._task_of_rows()
 

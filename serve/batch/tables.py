@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.data.formats.registry import ENDINGS, is_json_lines
 from qformer.atomic import whole_file
 from qformer.errors import UserError
+from serve.batch.lines import FIELDS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 TABLES = (".csv", ".parquet")
 _GROUP = 16_384  # rows of a group in a Parquet file
 _INT64 = 2**63
-_FIRST = (
-    "row", "question_number", "id", "image", "images", "question", "answer", "confidence", "withheld", "rationale",
-    "choices", "logprobs", "embedding", "reference", "error",
-)  # fmt: skip
 
 
 def check_table(out: Path) -> None:
@@ -79,7 +76,7 @@ def _kinds(journal: Path) -> dict[str, set[str]]:
             kinds = found.setdefault(name, set())
             if value is not None:
                 kinds.add(_kind(value))
-    ours = [name for name in _FIRST if name in found]
+    ours = [name for name in FIELDS if name in found]
     return {name: found[name] for name in [*ours, *(name for name in found if name not in ours)]}
 
 

@@ -6,7 +6,6 @@ import csv
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from adapters.data.formats.raw_rows import RawRow, place, shorten, table_row
@@ -62,11 +61,13 @@ def delimited_rows(path: Path) -> Iterator[RawRow]:
 def _made_fractions(path: Path) -> frozenset[str]:
     """Columns of whole numbers that pandas wrote as 3.0, for it has no whole number beside a missing one."""
     numbered, separator = _separated(read_lines(path))
-    reader = csv.reader((text for _, text in numbered), delimiter=separator, skipinitialspace=separator != "\t")
+    rows = csv.reader(
+        (text for _, text in numbered), delimiter=separator, strict=True, skipinitialspace=separator != "\t"
+    )
     header: list[str] = []
     perhaps, empty, filled = set[int](), set[int](), set[int]()  # columns
-    with suppress(csv.Error):  # of which the rows tell
-        for cells in reader:
+    try:
+        for cells in rows:
             if not header and any(cell.strip() for cell in cells):
                 header, perhaps = [cell.strip() for cell in cells], set(range(len(cells)))
             elif len(cells) == len(header) and any(cells):
@@ -77,6 +78,8 @@ def _made_fractions(path: Path) -> frozenset[str]:
                         perhaps.discard(place)
                 if not perhaps:
                     break
+    except csv.Error:  # told when the row is read; what follows it is not known
+        return frozenset()
     return frozenset(header[place] for place in perhaps & empty & filled)
 
 
