@@ -126,6 +126,14 @@ def test_a_column_with_one_of_our_names_keeps_its_value_under_another(
         run_batch(source, tmp_path / "both_out.jsonl", predictor)
 
 
+def test_a_column_that_is_nowhere_is_missed_before_anything_is_answered(
+    predictor: VQAPredictor, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no row has 'nix'"):
+        run_batch(source, tmp_path / "out.jsonl", predictor, columns={"question": "nix"}, limit=1)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_an_earlier_job_s_findings_never_stand_beside_another_answer(
     predictor: VQAPredictor, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
