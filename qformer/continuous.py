@@ -7,7 +7,7 @@ own random generator, so that its tokens are those that `qformer.generation.gene
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from qformer.decoding import Decoding
-from qformer.generation import PartlyRead, PrefixCache, Stopped
+from qformer.generation import PartlyRead, PrefixCache
 from qformer.language import LanguageModel
 from qformer.lm_head import logits_at
 from qformer.token_rules import TokenRules
@@ -54,44 +54,39 @@ def can_continue(language: LanguageModel) -> bool:
 
 
 @contextmanager
-def ended_between_layers(
-    language: LanguageModel, unwanted: Callable[[], bool]
-) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Have every pass through a model end between two of its layers, if nobody waits for it any more.
+def looking_up_between_layers(language: LanguageModel, look: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Have `look` called before every layer of each pass through a model: it may end the pass, or let others go first.
 
-    One part of a long prompt may take a second on a busy machine; one layer of it takes a thirtieth of that.
+    A part of a long prompt, or a token of a search with many beams, may take a second on a busy machine; one layer of
+    it takes a thirtieth of that.
 
     Args:
         language: its layers are looked at; of a model that has no list of them, none is.
-        unwanted: looked at before each layer; it does no work with the model.
+        look: raises `Stopped` to end the pass. What it has the model do itself is not looked at, and done with the
+            attention that the model had outside.
 
     Yields:
-        A context for passes that are made meanwhile for somebody else, which are not ended.
-
-    Raises:
-        Stopped: `unwanted` said so.
+        The same look, to be called between two passes.
     """
-    others = 0
+    config = language.config
+    plain, looking = config._attn_implementation, False
 
-    def look(*_: object) -> None:
-        if not others and unwanted():
-            raise Stopped
-
-    @contextmanager
-    def for_others() -> Iterator[None]:
-        nonlocal others
-        others += 1
+    def look_up(*_: object) -> None:
+        nonlocal looking
+        if looking:
+            return
+        looking, config._attn_implementation, mine = True, plain, config._attn_implementation
         try:
-            yield
+            look()
         finally:
-            others -= 1
+            looking, config._attn_implementation = False, mine
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in _layers_of(language)]
+    hooks = [layer.register_forward_pre_hook(look_up) for layer in _layers_of(language)]
     try:
-        yield for_others
+        yield look_up
     finally:
-        for hook in hooks:
-            hook.remove()
+        for each in hooks:
+            each.remove()
 
 
 def _layers_of(language: LanguageModel) -> list[nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,9 +27,6 @@ from qformer.lm_head import logits_at
 
 _LOGITS_AT_ONCE = 512  # positions: those of a whole batch of long answers would take gigabytes
 READ_AT_ONCE = 256  # positions of a prompt: between two parts of a long one it is seen whether anybody still waits
-_FIRST_AT_ONCE = 64  # if somebody may be waiting
-_FEWEST_AT_ONCE = 16  # fewer cost more a token: all weights are read each time
-_PART_SECONDS = 0.2  # that a part may take: others wait no longer, and a slower machine reads smaller ones
 
 OnStep = Callable[[Tensor, Tensor], Tensor | None]
 """Looks on while tokens are generated: ids [B, N] and log-probabilities [B, N] so far; ends rows, bool [B], or none."""
@@ -223,7 +219,7 @@ class PartlyRead:
             self.mask = torch.cat([read, mask], dim=1)
 
     def read_on(self, *, keep: int = 1, stopped: Callable[[], bool] | None = None) -> Tensor | None:
-        """Read on, a part of `READ_AT_ONCE` positions after the other, or with `stopped` of as many as take a moment.
+        """Read on, a part of `READ_AT_ONCE` positions after the other.
 
         Args:
             keep: positions at the end that are left unread. Beams that start from one prompt would read all of it once
@@ -237,20 +233,15 @@ class PartlyRead:
             Stopped: `stopped` says so.
         """
         logits, done = None, self.mask.shape[1] - self.embeds.shape[1]
-        most = READ_AT_ONCE if stopped is None else _FIRST_AT_ONCE
         if self.cache is None and self.embeds.shape[1] > keep:
             self.cache = DynamicCache(config=self.language.config)
         while (left := self.embeds.shape[1] - keep) > 0:
             if logits is not None and stopped is not None and stopped():
                 raise Stopped
-            part, self.embeds = self.embeds.tensor_split([min(left, most)], dim=1)
-            done, began = done + part.shape[1], time.monotonic()
+            part, self.embeds = self.embeds.tensor_split([min(left, READ_AT_ONCE)], dim=1)
+            done += part.shape[1]
             with fused_attention(self.language, len(part) == 1 and done > READ_AT_ONCE):
                 logits = self._logits(part, self.mask[:, :done], self.cache, slice(-1, None))
-            if (took := time.monotonic() - began) > _PART_SECONDS:
-                most = min(most, max(_FEWEST_AT_ONCE, int(part.shape[1] * _PART_SECONDS / took)))
-            elif took < _PART_SECONDS / 3:
-                most = min(READ_AT_ONCE, 2 * most)
         return logits
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor, contiguous_format, nn
 
 _ASKED: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()  # of each head, the innermost last
 
@@ -26,8 +26,9 @@ def logits_at(model: Any, positions: Tensor | tuple[slice, slice]) -> Iterator[N
     asked, own = _ASKED.setdefault(head, []), object()
 
     def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        # A slice that isn't contiguous would have torch multiply batch by batch, with a copy of the head for each
-        return (args[0][positions].contiguous(),) if asked[-1] is own else None
+        # Unless its strides are those of a tensor of its own, torch multiplies batch by batch, with a copy of the head
+        # for each; `contiguous` leaves the strides of a slice of one row as they are.
+        return (args[0][positions].clone(memory_format=contiguous_format),) if asked[-1] is own else None
 
     asked.append(own)
     hook = head.register_forward_pre_hook(pick)

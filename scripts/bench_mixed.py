@@ -33,7 +33,7 @@ _TIMES_IDLE = (
 )
 _ENDS = 1.0  # seconds after who asked has left
 _BESIDE = 2.0  # seconds of a short question beside a long prompt
-_FLAT = 64  # MiB that memory may grow by in the second half of the load
+_FLAT = 64  # MiB by which the peak of the load's second half may exceed what was needed until then
 
 
 def main() -> int:
@@ -66,7 +66,7 @@ def main() -> int:
     firsts: list[float] = []
     wrong: list[str] = []
     faults: list[str] = []
-    memory: list[float] = []
+    peaks: list[float] = []  # MiB: of an idle engine that reads one long prompt, of the load's halves
     counts = {"short": 0, "captions": 0, "long": 0}
     lock = threading.Lock()
     with Engine([options.adapter], device="cpu", dtype=options.dtype, max_waiting=200) as engine:
@@ -82,9 +82,12 @@ def main() -> int:
         def describe(number: int) -> str:
             return engine.caption(pictures[number % _PICTURES]).result().text
 
+        _peak()
         alone = [ask(number)[1] for number in range(len(tasks))]
         captions_alone = [describe(number) for number in range(_PICTURES)]
         idle = [ask(number)[0] for number in range(2 * len(tasks))]
+        engine.chat(long_turns, decoding=short).result()
+        peaks.append(_peak())
         ends = time.monotonic() + options.seconds
         sent: list[PendingAnswer] = []
 
@@ -106,9 +109,7 @@ def main() -> int:
         def long_prompt(number: int) -> None:
             sent.append(engine.chat(long_turns, decoding=short))
             counts["long"] += 1
-            while time.monotonic() < min(ends, began + (number + 1) * options.long_every):
-                memory.append(_resident())
-                time.sleep(min(0.5, options.long_every))
+            time.sleep(max(0.0, min(ends, began + (number + 1) * options.long_every) - time.monotonic()))
 
         def client(name: str, act: Callable[[int], None], first: int = 0) -> threading.Thread:
             def work() -> None:
@@ -132,8 +133,11 @@ def main() -> int:
         threads = [client(f"short {n}", short_question, n) for n in range(options.clients - busy)]
         threads += [client(f"caption {n}", caption, n) for n in range(busy)]
         threads.append(client("long", long_prompt))
+        time.sleep(options.seconds / 2)
+        peaks.append(_peak())
         for thread in threads:
             thread.join()
+        peaks.append(_peak())
         for pending in sent:
             pending.stop()
         answered = sum(pending.result().finish != "stopped" for pending in sent)
@@ -146,7 +150,6 @@ def main() -> int:
         beside.stop()
         beside.result()
     p95 = {name: statistics.quantiles(times, n=20)[18] for name, times in (("idle", idle), ("loaded", firsts))}
-    middle = memory[len(memory) // 2 :]
     found: dict[str, Any] = {
         **counts,
         "long_answered": answered,
@@ -158,7 +161,7 @@ def main() -> int:
         "first_token_loaded_p95": round(p95["loaded"], 3),
         "first_token_loaded_worst": round(max(firsts), 3),
         "loaded_against_idle": round(p95["loaded"] / p95["idle"], 2),
-        "memory_mib": {"start": round(memory[0]), "middle": round(middle[0]), "end": round(memory[-1])},
+        "peak_mib": dict(zip(("idle", "first_half", "second_half"), map(round, peaks), strict=True)),
         "left_long_prompt": {name: round(value, 3) for name, value in left.items()},
         "short_beside_long_seconds": round(took, 3),
         "cores": len(os.sched_getaffinity(0)),
@@ -166,7 +169,7 @@ def main() -> int:
     print(json.dumps({**vars(options), **found}))
     kept = (
         p95["loaded"] <= _TIMES_IDLE * p95["idle"]
-        and memory[-1] - middle[0] <= _FLAT
+        and peaks[2] - max(peaks[:2]) <= _FLAT
         and left["wall"] <= _ENDS
         and took <= _BESIDE
     )
@@ -186,10 +189,13 @@ def _leave(engine: Any, turns: list[Any], decoding: Any) -> dict[str, float]:
     return {"wall": wall, "cpu": cpu, "cpu_in_the_second_after": time.process_time() - after}
 
 
-def _resident() -> float:
-    """MiB of this process that are in memory."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _peak() -> float:
+    """MiB that this process had in memory at most since the last call."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        found = next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # proc(5): the peak begins anew from what is there now
+    return found
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TypeVar
 from adapters.data.prompts import Turn
 from adapters.inference.request import Request
 from adapters.loading.vision_side import FrozenModels
-from qformer.continuous import can_continue, ended_between_layers
+from qformer.continuous import can_continue, looking_up_between_layers
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.generation import Stopped
@@ -31,7 +31,10 @@ from serve.writing import Writers, answer_whole, batch_key, choose_after_reading
 T = TypeVar("T")
 
 _GATHER = 0.01  # seconds that a first request waits for company
-_BRIEF_TURNS = 4  # between two slices of longer work, at most
+_SLICE = 0.05  # seconds of longer work before the others get on
+_OTHERS = 0.4  # seconds that they get at a time, if so many are waiting, and what was begun then
+_LONGER_SHARE = 0.25  # of their time is what longer work gets next: a fifth of the engine's
+_COMES_BACK = 0.005  # seconds in which who has just got an answer may ask again
 
 
 class Engine:
@@ -275,13 +278,19 @@ class Engine:
                 self._end_all(RuntimeError("the engine was closed"))
                 return
 
-    def _brief_turns(self) -> None:
-        """Between two slices of longer work: one, and more while somebody waits for a first token."""
-        for _ in range(_BRIEF_TURNS):
+    def _let_others_on(self) -> None:
+        """Between two slices of longer work: begin what is brief, as long as more of it waits, and write on."""
+        began = time.monotonic()
+        while True:
+            before = len(self._writers)
             self._brief_turn()
+            took = time.monotonic() - began
             with self._arrived:
-                if not self._queue.has_brief:
-                    return
+                if len(self._writers) < before:
+                    self._arrived.wait_for(lambda: self._queue.has_brief, timeout=_COMES_BACK)
+                if took > _OTHERS or not self._queue.has_brief:
+                    break
+        self._slice_ends = time.monotonic() + max(_SLICE, _LONGER_SHARE * took)
 
     def _brief_turn(self) -> None:
         """Begin what can be begun in one short pass, and write one more token of each answer."""
@@ -325,19 +334,21 @@ class Engine:
 
     def _do_in_slices(self, chosen: list[PendingAnswer]) -> None:
         language = language_of(chosen[0])
+        self._slice_ends = time.monotonic() + _SLICE
 
-        def unwanted() -> bool:
+        def look() -> None:
             # what was written of an answer is kept: its writing ends after a token, and not between two layers
-            return self._closed or all(pending.stopped and not pending.text for pending in chosen)
+            if self._closed or all(pending.stopped and not pending.text for pending in chosen):
+                raise Stopped
+            if time.monotonic() > self._slice_ends:
+                self._let_others_on()
+                language.activate()
 
-        with ended_between_layers(language, unwanted) as for_others:
+        with looking_up_between_layers(language, look) as look_up:
 
             def stopped() -> bool:
-                if not self._closed:
-                    with for_others():
-                        self._brief_turns()
-                    language.activate()
-                return self._closed or all(pending.stopped for pending in chosen)
+                look_up()  # some models have no list of layers
+                return all(pending.stopped for pending in chosen)
 
             if batch_key(chosen[0])[0] == "whole":
                 answer_whole(chosen, stopped)

@@ -19,7 +19,8 @@ from serve.adapter import LoadedAdapter
 from serve.pending import Answer, PendingAnswer, TokenChance
 
 _BEAM_ROWS = 40  # beams that are searched in one pass: more would keep others waiting
-_BRIEF = 128  # tokens that are read in one pass: on a CPU more would keep others waiting for half a second
+_BRIEF = 128  # tokens of a prompt that is read in one pass: on a CPU more would keep others waiting for half a second
+_BRIEF_TOGETHER = 256  # tokens of several such prompts, which share what a pass costs however few they are
 _SHORTEST = 512  # tokens: answers that take no more room than this are written in one batch, whatever they take
 
 _Key = tuple[int, int]
@@ -67,7 +68,7 @@ def fit_together(chosen: Sequence[PendingAnswer], *, most: int) -> bool:
         return True
     if batch_key(first)[0] == "brief":
         read = sum(map(_unread, chosen))
-        return read <= _BRIEF and (bool(first.choices) or len(chosen) <= most)
+        return read <= _BRIEF_TOGETHER and (bool(first.choices) or len(chosen) <= most)
     beams = first.decoding.num_beams
     return len(chosen) <= (most if beams == 1 else max(1, min(most, _BEAM_ROWS // beams))) and _have_room(chosen)
 

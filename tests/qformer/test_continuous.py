@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from qformer import generation
-from qformer.continuous import AnswerBatch, AnswerRow, can_continue, continuation_log_prob, read_prompts
+from qformer.continuous import (
+    AnswerBatch,
+    AnswerRow,
+    can_continue,
+    continuation_log_prob,
+    looking_up_between_layers,
+    read_prompts,
+)
 from qformer.decoding import Decoding
-from qformer.generation import PrefixCache, Stopped, generate, prefill
+from qformer.generation import PrefixCache, Stopped, fused_attention, generate, prefill
 from qformer.language import LanguageModel
 from qformer.language_loading import load_language_model
 from qformer.token_rules import TokenRules
@@ -81,7 +89,6 @@ def test_a_long_prompt_is_read_in_parts(
     ids = torch.randint(5, 100, (1, 50))
     (whole,) = read_prompts(language, [language.embed(ids)[0]], [None])
     monkeypatch.setattr(generation, "READ_AT_ONCE", 16)
-    monkeypatch.setattr(generation, "_FIRST_AT_ONCE", 16)
     kernels: list[str] = []
     layer = next(module for name, module in language.base.named_modules() if name.endswith("layers.0"))
     layer.register_forward_pre_hook(lambda *_: kernels.append(language.config._attn_implementation))
@@ -103,6 +110,30 @@ def test_a_long_prompt_is_read_in_parts(
     with pytest.raises(Stopped):
         beams = Decoding(num_beams=2)
         generate(language, language.embed(ids), torch.ones_like(ids), beams, stopped=lambda: True)
+
+
+def test_a_pass_may_be_left_for_another_between_two_layers(language_folders: dict[str, Path]) -> None:
+    """The other one is not looked at, and attends as if it were alone; then the first goes on as it was."""
+    language = load(language_folders["llama"])
+    one, other = (language.embed(torch.randint(5, 100, (1, length)))[0] for length in (12, 7))
+    alone = [read_prompts(language, [each], [None])[0].logits for each in (one, other)]
+    between: list[tuple[str, Tensor]] = []
+
+    def look() -> None:
+        (read,) = read_prompts(language, [other], [None])
+        between.append((language.config._attn_implementation, read.logits))
+
+    with looking_up_between_layers(language, look) as look_up, fused_attention(language, True):
+        (first,) = read_prompts(language, [one], [None])
+        look_up()
+        assert language.config._attn_implementation == "sdpa"
+    assert len(between) == language.config.num_hidden_layers + 1
+    torch.testing.assert_close(first.logits, alone[0], rtol=1e-4, atol=1e-5)
+    for attention, logits in between:
+        assert attention == "eager"
+        torch.testing.assert_close(logits, alone[1], rtol=0, atol=0)
+    read_prompts(language, [one], [None])
+    assert len(between) == language.config.num_hidden_layers + 1
 
 
 def test_a_continuation_weighs_by_all_its_tokens(language_folders: dict[str, Path]) -> None:

@@ -274,14 +274,16 @@ def test_the_embedded_llm_is_small_in_four_bit() -> None:
     assert linear_memory(four.base)["linear"] / in_bfloat16 <= 0.30
 
 
-def test_the_head_gets_rows_that_lie_together(language_folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_head_gets_rows_that_lie_together(language_folders: dict[str, Path], rows: int) -> None:
     """Torch multiplies a slice of [B, T, D] row by row, with a copy of the whole head for each: seconds a batch."""
     language = load(language_folders["llama"])
     seen: list[torch.Tensor] = []
     head = language.base.get_output_embeddings()
     with logits_at(language.base, (slice(None), slice(-1, None))):
         hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        language.model(torch.randint(5, 100, (3, 6)))
+        language.model(torch.randint(5, 100, (rows, 6)))
         hook.remove()
-    assert seen[0].shape[:2] == (3, 1)
-    assert seen[0].is_contiguous()
+    width = seen[0].shape[2]
+    assert seen[0].shape == (rows, 1, width)
+    assert seen[0].stride() == (width, width, 1)  # one row counts as contiguous with any strides

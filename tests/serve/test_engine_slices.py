@@ -18,6 +18,7 @@ from qformer.continuous import _layers_of
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.generation import PartlyRead, _StopWhenAsked
+from serve import engine as engine_module
 from serve import writing
 from serve.adapter import user_turn
 from serve.engine import Engine
@@ -41,7 +42,6 @@ def hall(run_folder: Path, cache_folder: Path) -> Iterator[Engine]:
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When each part of a prompt was read; a part of a long one takes its time."""
     monkeypatch.setattr(generation, "READ_AT_ONCE", PART)
-    monkeypatch.setattr(generation, "_FIRST_AT_ONCE", PART)
     monkeypatch.setattr(writing, "_BRIEF", PART)
     real, times = PartlyRead._logits, []
 
@@ -132,6 +132,39 @@ def test_who_leaves_ends_the_reading_of_a_part_between_two_layers(
     assert (found.finish, found.text) == ("stopped", "")
     assert hall.chat(question(data_file), decoding=SHORT).result(60).tokens > 0
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_a_short_question_is_answered_between_two_layers_of_a_long_pass(
+    hall: Engine, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And neither answer changes."""
+    alone = hall.chat(LONG, decoding=SHORT).result(60), hall.chat(question(data_file), decoding=SHORT).result(60)
+    monkeypatch.setattr(writing, "_BRIEF", PART)
+    monkeypatch.setattr(engine_module, "_SLICE", 0.0)
+    language = hall.adapter().assembly.model.language
+    layers = _layers_of(language)
+    order: list[tuple[int, bool]] = []  # of each pass of a layer: which, and whether it reads the long prompt
+    asked: list[PendingAnswer] = []
+
+    def look(number: int, shape: tuple[int, ...]) -> None:
+        order.append((number, shape[1] > PART))
+        if order == [(0, True)]:
+            asked.append(hall.chat(question(data_file), decoding=SHORT))
+
+    hooks = [
+        layer.register_forward_hook(lambda _, given, __, number=number: look(number, given[0].shape))
+        for number, layer in enumerate(layers)
+    ]
+    try:
+        long = hall.chat(LONG, decoding=SHORT).result(60)
+        (short,) = (one.result(60) for one in asked)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert order[:2] == [(0, True), (0, False)]  # the short question's first layer, before the long prompt's second
+    assert (1, True) in order[2:]
+    assert (long.text, short.text) == (alone[0].text, alone[1].text)
+    assert short.confidence == pytest.approx(alone[1].confidence, rel=1e-4)
 
 
 def test_a_short_question_passes_a_beam_search(hall: Engine, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
