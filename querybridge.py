@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from qformer.decoding import Decoding
     from qformer.errors import UserError
     from serve.adapter import LoadedAdapter, load_adapter, picture_ref
-    from serve.attention import look
     from serve.batch.predictor import VQAPredictor
     from serve.batch.run import run_batch
-    from serve.engine import Engine
+    from serve.engine.engine import Engine
     from serve.evaluation.run import evaluate
-    from serve.grounding import Grounder, ground, load_grounder
+    from serve.looking.attention import look
+    from serve.looking.grounding import Grounder, ground, load_grounder
     from serve.push import push
     from serve.retrieval import PictureIndex, classify, load_retriever
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Decoding": "qformer.decoding",
-    "Engine": "serve.engine",
-    "Grounder": "serve.grounding",
+    "Engine": "serve.engine.engine",
+    "Grounder": "serve.looking.grounding",
     "LoadedAdapter": "serve.adapter",
     "PictureIndex": "serve.retrieval",
     "Retriever": "adapters.inference.retrieval",
@@ -48,14 +48,14 @@ _MODULES = {
     "evaluate": "serve.evaluation.run",
     "export_adapter": "adapters.artefact.exporting",
     "finetune": "adapters.finetune",
-    "ground": "serve.grounding",
+    "ground": "serve.looking.grounding",
     "import_published": "adapters.artefact.importing",
     "load_adapter": "serve.adapter",
-    "load_grounder": "serve.grounding",
+    "load_grounder": "serve.looking.grounding",
     "load_recipe": "adapters.recipe",
     "load_retriever": "serve.retrieval",
     "load_vision_side_artefact": "adapters.artefact.artefact",
-    "look": "serve.attention",
+    "look": "serve.looking.attention",
     "picture_ref": "serve.adapter",
     "pretrain": "adapters.pretrain",
     "push": "serve.push",

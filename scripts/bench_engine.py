@@ -31,7 +31,7 @@ def main() -> int:
     from adapters.data.scenes.drawing import draw_scene, make_scenes
     from qformer.decoding import Decoding
     from serve.adapter import user_turn
-    from serve.engine import Engine
+    from serve.engine.engine import Engine
 
     short = Decoding(max_new_tokens=4)
     first, second, kept, switched = [], [], [], []

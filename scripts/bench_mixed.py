@@ -54,8 +54,8 @@ def main() -> int:
     from qformer.decoding import Decoding
     from qformer.malloc import give_back_large_blocks
     from serve.adapter import picture_ref
-    from serve.engine import Engine
-    from serve.pending import CLIENT, PendingAnswer
+    from serve.engine.engine import Engine
+    from serve.engine.pending import CLIENT, PendingAnswer
 
     give_back_large_blocks()  # as a server does
 

@@ -31,12 +31,14 @@ import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from adapters.data.examples import Example
 from adapters.data.reading import read_data
+from qformer.errors import UserError
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -180,4 +182,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"make_dialogues: {error}", file=sys.stderr)
+        sys.exit(2)

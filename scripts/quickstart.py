@@ -51,7 +51,7 @@ def main() -> int:
     print(f"  .venv/bin/querybridge demo --adapter {RUN}", flush=True)
     if not options.no_demo:
         from adapters.catalogue import shipped_adapters
-        from serve.engine import Engine
+        from serve.engine.engine import Engine
         from serve.page.app import launch
 
         shipped = [load_adapter(name, offline=options.offline, frozen=frozen) for name in shipped_adapters()]

@@ -40,7 +40,7 @@ from qformer.atomic import whole_file
 from qformer.errors import UserError
 from qformer.grounding import GroundingConfig, GroundingHead
 from serve.evaluation.grounding import Phrase, read_phrases
-from serve.grounding import box_and_point
+from serve.looking.grounding import box_and_point
 
 PHOTO_TERMS = "Flickr30k Entities (Plummer et al. 2015) on Flickr8k's photos - non-commercial research"
 

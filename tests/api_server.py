@@ -20,8 +20,8 @@ from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.api.app import build_app
 from serve.api.server import Listener, make_server
-from serve.engine import Engine
-from serve.pending import Answer, Busy, PendingAnswer
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer, Busy, PendingAnswer
 
 CHAT = "/v1/chat/completions"
 PNG = base64.b64decode(

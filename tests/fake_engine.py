@@ -21,7 +21,7 @@ from adapters.recipe import Recipe, parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import checked_choices
-from serve.pending import Answer, Busy, PendingAnswer
+from serve.engine.pending import Answer, Busy, PendingAnswer
 
 
 def make_recipe(folder: Path, **changes: Any) -> Recipe:

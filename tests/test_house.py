@@ -291,7 +291,7 @@ def test_files_in_line_are_no_circle() -> None:
         ("adapters/data/scenes/drawing.py", "def f():\n    from adapters.data import rows"),
         ("adapters/loading/assembly.py", "from ..artefact import facts"),
         ("adapters/training/start.py", "from adapters.finetune import finetune"),
-        ("serve/engine.py", "from serve.api.schemas import Chat"),
+        ("serve/engine/engine.py", "from serve.api.schemas import Chat"),
         ("serve/page/app.py", "import serve.cli.command"),
         ("serve/cli/command.py", "import querybridge"),
         ("querybridge.py", "import scripts.quickstart"),
@@ -314,11 +314,11 @@ def test_imports_that_go_down_are_allowed() -> None:
         "qformer/a.py": "",
         "adapters/data/rows.py": "from adapters.data.scenes import drawing\nimport qformer.a",
         "adapters/data/scenes/drawing.py": "",
-        "serve/engine.py": "from adapters.data.rows import Row",
-        "serve/api/app.py": "from serve.engine import Engine\nfrom serve.page.app import mount",
-        "serve/page/app.py": "from serve import engine",
+        "serve/engine/engine.py": "from adapters.data.rows import Row",
+        "serve/api/app.py": "from serve.engine.engine import Engine\nfrom serve.page.app import mount",
+        "serve/page/app.py": "from serve.engine import engine",
         "scripts/quickstart.py": "import serve.api.app, querybridge",
-        "querybridge.py": "import serve.engine",
+        "querybridge.py": "import serve.engine.engine",
     }
     assert climbs(import_graph(made_up), FLOORS) == []
 

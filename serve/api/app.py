@@ -27,11 +27,11 @@ from serve.api.description import description_page, openapi
 from serve.api.embeddings import Embedder, embed_with
 from serve.api.errors import ApiError, closing, fault
 from serve.api.metrics import MEDIA_TYPE, Metrics
-from serve.engine import Engine
-from serve.guards import Failures, NoFraming, address_of, is_own_origin
-from serve.hosts import LOOPBACK_NAMES, host_name
+from serve.engine.engine import Engine
+from serve.engine.pending import CLIENT
 from serve.limits import Limits
-from serve.pending import CLIENT
+from serve.web.guards import Failures, NoFraming, address_of, is_own_origin
+from serve.web.hosts import LOOPBACK_NAMES, host_name
 
 BODY_PATIENCE = 10.0  # seconds that a body may come slowly, or not at all
 _GONE = 499  # what other servers log if a client did not wait for its answer

@@ -25,9 +25,9 @@ from serve.api.plan import plan_of
 from serve.api.progress import PartialAnswer, Progress, all_written
 from serve.api.replies import Reply, tokens_told
 from serve.api.schemas import parse_request
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer, Busy, PendingAnswer
 from serve.limits import Limits
-from serve.pending import Answer, Busy, PendingAnswer
 
 LOG = logging.getLogger("querybridge.http")
 SLOWEST = 1024  # bytes a second of a body that is still waited for

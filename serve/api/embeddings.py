@@ -21,8 +21,8 @@ from serve.adapter import LoadedAdapter
 from serve.api.chat import ChatService
 from serve.api.errors import ApiError, invalid, too_busy, too_slow, unsupported
 from serve.api.schemas import IGNORED, Part, Shape
-from serve.engine import Engine
-from serve.pending import Busy
+from serve.engine.engine import Engine
+from serve.engine.pending import Busy
 
 MAX_INPUTS = 64
 MAX_EMBEDDED_TEXT = 10_000  # characters of one text; the first stage reads far fewer

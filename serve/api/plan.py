@@ -19,8 +19,8 @@ from qformer.token_rules import TokenRules
 from serve.adapter import LoadedAdapter, checked_choices
 from serve.api.errors import ApiError, unsupported
 from serve.api.schemas import ChatRequest, turns_of
-from serve.engine import Engine
-from serve.pending import PendingAnswer
+from serve.engine.engine import Engine
+from serve.engine.pending import PendingAnswer
 from serve.reasoning import asked_answer, asked_rationale, question_example
 
 

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from serve.api.errors import ApiError
-from serve.pending import Answer, PendingAnswer, TokenChance
-from serve.writing import chances_of
+from serve.engine.pending import Answer, PendingAnswer, TokenChance
+from serve.engine.writing import chances_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from serve.pending import Answer, TokenChance
+from serve.engine.pending import Answer, TokenChance
 
 Told = Callable[[Sequence[TokenChance]], list[dict[str, Any]]]
 """Tokens' probabilities in OpenAI's words."""

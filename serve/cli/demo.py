@@ -46,7 +46,7 @@ def demo(
     from qformer.malloc import give_back_large_blocks
 
     give_back_large_blocks()
-    from serve.engine import Engine
+    from serve.engine.engine import Engine
     from serve.page.app import launch
 
     with Engine(adapter or (None,), device=device, dtype=dtype, offline=offline, max_prompt=max_prompt) as engine:

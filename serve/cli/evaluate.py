@@ -145,7 +145,7 @@ def evaluate(
                 )
             locate = boxes_of_file(boxes)
         else:
-            from serve.grounding import NO_HEAD, load_grounder
+            from serve.looking.grounding import NO_HEAD, load_grounder
 
             grounder = load_grounder(adapter, device=device, offline=offline)
             if not grounder.has_head and not quiet:

@@ -13,7 +13,7 @@ from serve.cli.common import AdapterOption, DeviceOption, JsonOption, OfflineOpt
 
 if TYPE_CHECKING:
     from serve.adapter import LoadedAdapter
-    from serve.grounding import Grounding
+    from serve.looking.grounding import Grounding
 
 
 def ground(
@@ -36,7 +36,7 @@ def ground(
     picture = open_image(ref)  # mistakes are reported before anything is loaded
     if not phrase.strip():
         raise UserError("PHRASE: it is empty; say what to look for, such as the man in red")
-    from serve.grounding import describe_found, load_grounder
+    from serve.looking.grounding import describe_found, load_grounder
 
     (found,) = load_grounder(adapter, device=device, offline=offline).find(ref, [phrase])
     if out is not None:
@@ -72,8 +72,8 @@ def show_answer(adapter: LoadedAdapter, image: str, answer: str, out: Path | Non
         return {}, ""
     from adapters.data.image_ref import image_ref
     from adapters.data.images import open_image
-    from serve.grounding import NO_HEAD, Grounder
-    from serve.named_things import things_named
+    from serve.looking.grounding import NO_HEAD, Grounder
+    from serve.looking.named_things import things_named
 
     names = things_named(answer)
     if not names:
@@ -99,7 +99,7 @@ def save_drawing(picture: Any, found: Sequence[Grounding], out: Path, flag: str)
     Raises:
         UserError: it cannot be written.
     """
-    from serve.grounding import draw_found
+    from serve.looking.grounding import draw_found
 
     try:
         draw_found(picture, found).save(out)

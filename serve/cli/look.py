@@ -35,8 +35,8 @@ def look(
     from adapters.artefact.artefact import load_vision_side_artefact
     from adapters.loading.vision_side import default_device
     from serve.adapter import default_adapter
-    from serve.attention import describe, draw
-    from serve.attention import look as run
+    from serve.looking.attention import describe, draw
+    from serve.looking.attention import look as run
 
     vision_side, _ = load_vision_side_artefact(
         adapter or default_adapter(), device=device or default_device(), offline=offline, need_text=False

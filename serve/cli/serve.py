@@ -79,8 +79,8 @@ def serve(
     listener = Listener(host, port)
     from serve.api.app import build_app
     from serve.api.server import serve as run
-    from serve.engine import Engine
-    from serve.hosts import LOOPBACK_NAMES
+    from serve.engine.engine import Engine
+    from serve.web.hosts import LOOPBACK_NAMES
 
     if not listener.is_loopback and api_key is None:
         print(

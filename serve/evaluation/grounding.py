@@ -16,7 +16,7 @@ from adapters.data.picture_files import Pictures
 from adapters.data.sources import open_source
 from adapters.evaluation.grounding import Box, Located, Point, score_grounding
 from qformer.errors import UserError
-from serve.grounding import Grounder, Grounding
+from serve.looking.grounding import Grounder, Grounding
 
 _NUMBERS = "four fractions of the picture: left, top, right and bottom, such as [0.1, 0.2, 0.5, 0.9]"
 

@@ -18,7 +18,7 @@ from typing import Any
 import gradio as gr
 
 from qformer.errors import UserError
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.limits import MAX_FILE_SIZE
 from serve.page.blocks import Page
 from serve.page.context import PageContext

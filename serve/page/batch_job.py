@@ -26,7 +26,7 @@ from serve.batch.predictor import VQAPredictor
 from serve.batch.rows import BatchRows
 from serve.batch.run import run_batch
 from serve.batch.tables import write_table
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.page.context import submit_all, wait_for
 from serve.page.security import inside
 

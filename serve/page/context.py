@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from qformer.errors import UserError
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer, PendingAnswer
 from serve.page.examples import ExamplePicture
 from serve.page.inputs import for_programs, titled, uploaded
-from serve.pending import Answer, PendingAnswer
 
 T = TypeVar("T")
 

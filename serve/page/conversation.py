@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer, PendingAnswer
 from serve.page.context import read_along
 from serve.page.inputs import as_visitor, check_kept
-from serve.pending import Answer, PendingAnswer
 
 # Of any conversation: two requests of one session may come at once. If what is left over is collected meanwhile, its
 # end comes in the same thread.

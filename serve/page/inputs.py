@@ -20,8 +20,8 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.images import open_image
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.engine.pending import CLIENT, Busy
 from serve.page.security import inside
-from serve.pending import CLIENT, Busy
 
 MAX_TOKENS = 512
 MAX_BEAMS = 8

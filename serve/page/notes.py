@@ -8,8 +8,8 @@ from typing import Any
 
 from adapters.inference.request import LOW
 from serve.adapter import LoadedAdapter
+from serve.engine.pending import Answer
 from serve.page.examples import CREDITS
-from serve.pending import Answer
 
 _MARKS = re.compile(r"([\\`*_\[\]#|~])")  # of Markdown
 _KINDS = {

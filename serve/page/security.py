@@ -17,9 +17,9 @@ import gradio as gr
 from gradio import processing_utils
 from starlette.middleware import Middleware
 
-from serve.guards import BoundedUploads, NoFraming, OwnOriginOnly, SlowedLogin
-from serve.hosts import OwnNamesOnly
 from serve.limits import MAX_UPLOADS, UPLOAD_SECONDS
+from serve.web.guards import BoundedUploads, NoFraming, OwnOriginOnly, SlowedLogin
+from serve.web.hosts import OwnNamesOnly
 
 _UPLOADS = "GRADIO_TEMP_DIR"  # where Gradio looks for the place of uploads
 

@@ -22,7 +22,7 @@ from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import load_adapter
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.evaluation.reasons import evaluate_reasons
 from serve.reasoning import asked_answer, asked_rationale, question_example, reason
 

@@ -14,9 +14,9 @@ from adapters.data.images import open_image
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter
-from serve.attention import CAVEAT, Attention, describe_plainly, draw, look
-from serve.grounding import Grounder, Grounding, describe_found, draw_found
-from serve.named_things import things_named
+from serve.looking.attention import CAVEAT, Attention, describe_plainly, draw, look
+from serve.looking.grounding import Grounder, Grounding, describe_found, draw_found
+from serve.looking.named_things import things_named
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext
 from serve.page.inputs import show_user_errors, uploaded, whole
 from serve.page.notes import look_note, shown_note

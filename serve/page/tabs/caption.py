@@ -12,11 +12,11 @@ import gradio as gr
 from adapters.data.image_ref import ImageRef
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.pending import PendingAnswer
 from serve.page.context import ASKS_MODELS, PRIVATE, Asking, PageContext, read_along, submit_all, wait_for
 from serve.page.inputs import Settings, show_user_errors, uploaded
 from serve.page.notes import caption_note, shown_note
-from serve.pending import PendingAnswer
 
 LANGUAGES = {"English": "en", "Chinese (中文)": "zh"}
 STYLES = {"Best of several (beam search)": "beam", "Quick (greedy)": "greedy", "Varied (three, sampled)": "varied"}

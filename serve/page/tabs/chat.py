@@ -15,13 +15,13 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import IMAGE_MARK, Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.engine.pending import Answer
 from serve.limits import MAX_TURN_PICTURES
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, SOON, PageContext
 from serve.page.conversation import Conversation, KeptConversations, Said
 from serve.page.inputs import Settings, check_kept, file_data, show_user_errors, uploaded, words
 from serve.page.notes import footnote, waiting_note
 from serve.page.transcript import as_json, as_markdown
-from serve.pending import Answer
 
 USUAL = Decoding(max_new_tokens=128)
 AGAIN = 0.7  # temperature of another try, if none is set: the same settings would give the same words

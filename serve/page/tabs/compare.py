@@ -15,12 +15,12 @@ from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
 from qformer.errors import UserError
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer, PendingAnswer
 from serve.page.context import ASKS_MODELS, PRIVATE, SOON, PageContext, last, submit_all, wait_for
 from serve.page.inputs import show_user_errors, uploaded, words
 from serve.page.notes import how_it_went
 from serve.page.votes import VERDICTS, VoteFile
-from serve.pending import Answer, PendingAnswer
 
 DECODINGS = {
     "As usual": "usual",

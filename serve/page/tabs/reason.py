@@ -13,12 +13,12 @@ import gradio as gr
 from adapters.data.image_ref import ImageRef
 from qformer.decoding import Decoding
 from serve.adapter import checked_choices
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, Asking, PageContext, last, read_along
 from serve.page.examples import ANY_QUESTION
 from serve.page.inputs import Settings, as_visitor, show_user_errors, uploaded, words
 from serve.page.notes import footnote, reason_note, shown_note, waiting_note
-from serve.pending import Answer
 from serve.reasoning import asked_answer, asked_rationale, question_example
 
 

@@ -21,7 +21,7 @@ from adapters.data.images import open_image
 from adapters.inference.retrieval import Retriever
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.limits import MAX_SEARCHED_UPLOADS
 from serve.page.context import ASKS_MODELS, IMMEDIATE, PRIVATE, PageContext
 from serve.page.inputs import plain_words, show_user_errors, titled, uploaded, whole

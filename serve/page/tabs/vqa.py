@@ -12,11 +12,11 @@ import gradio as gr
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Turn
 from qformer.errors import UserError
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer, PendingAnswer
 from serve.page.context import ASKS_MODELS, PRIVATE, Asking, PageContext, last, submit_all, wait_for
 from serve.page.examples import ANY_QUESTION
 from serve.page.inputs import Settings, show_user_errors, uploaded, words
-from serve.pending import Answer, PendingAnswer
 
 MAX_QUESTIONS = 24
 _HINT = (

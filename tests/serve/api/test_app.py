@@ -15,7 +15,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
 from serve.adapter import user_turn
-from serve.engine import Engine
+from serve.engine.engine import Engine
 
 LONGEST = 8
 COLOUR = "what colour is it?"

@@ -64,7 +64,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import serve.engine, serve.api.server
 from api_server import FakeEngine
-serve.engine.Engine = lambda adapters, **_: FakeEngine()
+serve.engine.engine.Engine = lambda adapters, **_: FakeEngine()
 serve.api.server._GRACE = 0.5
 {PROGRAM}
 """

@@ -18,7 +18,7 @@ import yaml
 from api_server import PNG, served
 from command import Call
 
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.limits import Limits
 
 ROOT = Path(__file__).parents[3]

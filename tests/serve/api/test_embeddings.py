@@ -18,7 +18,7 @@ from adapters.data.image_ref import ImageRef
 from adapters.finetune import finetune
 from adapters.inference.retrieval import Retriever
 from adapters.recipe import parse_recipe
-from serve.engine import Engine
+from serve.engine.engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from api_server import data_uri, openai_client, said, served, shown, user
 from openai import BadRequestError, OpenAI
 
-from serve.engine import Engine
+from serve.engine.engine import Engine
 
 COLOUR = "what colour is it?"
 SCHEMA = {

@@ -29,8 +29,8 @@ from api_server import (
     user,
 )
 
+from serve.engine.pending import PendingAnswer
 from serve.limits import Limits
-from serve.pending import PendingAnswer
 
 
 @pytest.fixture

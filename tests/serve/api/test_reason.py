@@ -18,7 +18,7 @@ from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from serve.adapter import ImageInput
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.reasoning import asked_answer, asked_rationale, question_example, reason
 
 TOKENS = 24  # of its reasons

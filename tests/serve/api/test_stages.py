@@ -19,8 +19,8 @@ from reason_client import ask
 from adapters.inference.request import Request
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.engine.pending import PendingAnswer
 from serve.limits import Limits
-from serve.pending import PendingAnswer
 
 CHAT = "/v1/chat/completions"
 

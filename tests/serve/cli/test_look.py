@@ -8,7 +8,7 @@ import pytest
 from command import Call
 from PIL import Image
 
-from serve.attention import CAVEAT
+from serve.looking.attention import CAVEAT
 
 
 def test_it_draws_where_the_bridge_looks(call: Call, run_folder: Path, data_file: Path, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ sys.path.insert(0, {str(tests)!r})
 from pathlib import Path
 import serve.engine
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
-serve.engine.Engine = lambda *a, **k: FakeEngine(FakeAdapter(make_recipe(Path({str(tmp_path)!r})), "quickstart"))
+serve.engine.engine.Engine = lambda *a, **k: FakeEngine(FakeAdapter(make_recipe(Path({str(tmp_path)!r})), "quickstart"))
 sys.argv = ["querybridge", "demo", "--port", "0"]
 from serve.cli.command import main
 main()

@@ -17,11 +17,11 @@ from adapters.data.prompts import Prompt, Turn
 from adapters.inference.request import Request
 from qformer.decoding import Decoding
 from qformer.errors import UserError
+from serve.engine.pending import Busy, PendingAnswer
 from serve.page.conversation import Conversation, KeptConversations
 from serve.page.inputs import Settings
 from serve.page.tabs.reason import think
 from serve.page.transcript import as_json, as_markdown
-from serve.pending import Busy, PendingAnswer
 
 
 @pytest.fixture

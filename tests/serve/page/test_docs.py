@@ -16,7 +16,7 @@ from tiny import draw_captions, save_tiny_bert, tiny_values
 
 from adapters.finetune import finetune
 from adapters.recipe import parse_recipe
-from serve.engine import Engine
+from serve.engine.engine import Engine
 
 PAGE = (Path(__file__).parents[3] / "docs" / "demo.md").read_text(encoding="utf-8")
 

@@ -17,11 +17,11 @@ from page_server import served
 from PIL import Image
 
 from qformer.decoding import Decoding
+from serve.engine.pending import Answer
 from serve.page.inputs import Settings, plain_words
 from serve.page.notes import about, footnote, head, how_it_went, look_note, reason_note, search_note
 from serve.page.tabs.reason import ReasoningInProgress, as_messages
 from serve.page.tabs.vqa import as_table, parse_line
-from serve.pending import Answer
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from adapters.inference.retrieval import Retriever
 from adapters.recipe import parse_recipe
 from qformer.decoding import Decoding
 from serve.adapter import picture_ref
-from serve.attention import CAVEAT
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.pending import Busy, PendingAnswer
+from serve.looking.attention import CAVEAT
 from serve.page.tabs.search import ImageFinder
-from serve.pending import Busy, PendingAnswer
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 
 from adapters.data.prompts import Turn
 from qformer.decoding import Decoding
-from serve.engine import Engine
-from serve.pending import Answer, Busy, PendingAnswer
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer, Busy, PendingAnswer
 
 QUESTION = [Turn("user", "what is it?")]
 SHORT = Decoding(max_new_tokens=6)

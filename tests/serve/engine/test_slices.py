@@ -18,11 +18,11 @@ from qformer.continuous import _layers_of
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from qformer.generation import PartlyRead, _StopWhenAsked
-from serve import engine as engine_module
-from serve import writing
 from serve.adapter import user_turn
-from serve.engine import Engine
-from serve.pending import CLIENT, PendingAnswer
+from serve.engine import engine as engine_module
+from serve.engine import writing
+from serve.engine.engine import Engine
+from serve.engine.pending import CLIENT, PendingAnswer
 
 SHORT = Decoding(max_new_tokens=4)
 BEAMS = Decoding(max_new_tokens=40, num_beams=3, length_penalty=5.0)

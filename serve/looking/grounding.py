@@ -26,7 +26,7 @@ from qformer.bridge import QFormer
 from qformer.errors import UserError
 from qformer.grounding import Found
 from serve.adapter import ImageInput, picture_ref
-from serve.attention import heat_over, overlay, places_of
+from serve.looking.attention import heat_over, overlay, places_of
 
 NO_HEAD = (
     "This adapter has no grounding head, so there is no box, and the heat map may hardly depend on the phrase"

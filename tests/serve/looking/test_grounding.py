@@ -19,9 +19,9 @@ from adapters.recipe import parse_recipe
 from qformer.attention import MultiHeadAttention, matching_mask
 from qformer.errors import UserError
 from qformer.grounding import Found
-from serve.attention import heat_over
-from serve.grounding import Grounder, Grounding, box_and_point, describe_found, draw_found, match_relevance
-from serve.named_things import things_named
+from serve.looking.attention import heat_over
+from serve.looking.grounding import Grounder, Grounding, box_and_point, describe_found, draw_found, match_relevance
+from serve.looking.named_things import things_named
 
 HEAT = np.array([[0.0, 0.0], [0.0, 1.0]])
 FOUND = Grounding("the mug", (0.5, 0.25, 1.0, 0.75), (0.75, 0.75), HEAT, (0.25, 0.75), (0.0, 0.0, 80.0, 40.0), (80, 40))

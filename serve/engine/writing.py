@@ -16,7 +16,7 @@ from qformer.errors import UserError
 from qformer.generation import Stopped
 from qformer.language import LanguageModel
 from serve.adapter import LoadedAdapter
-from serve.pending import Answer, PendingAnswer, TokenChance
+from serve.engine.pending import Answer, PendingAnswer, TokenChance
 
 _BEAM_ROWS = 40  # beams that are searched in one pass: more would keep others waiting
 _BRIEF = 128  # tokens of a prompt that is read in one pass: on a CPU more would keep others waiting for half a second

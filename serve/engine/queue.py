@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from serve.adapter import LoadedAdapter
-from serve.pending import CLIENT, PendingAnswer
-from serve.writing import batch_key, fit_together, is_brief
+from serve.engine.pending import CLIENT, PendingAnswer
+from serve.engine.writing import batch_key, fit_together, is_brief
 
 
 class Job:

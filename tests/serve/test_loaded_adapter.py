@@ -1,4 +1,4 @@
-"""The engine on a real, tiny adapter: kinds of pictures, several at once, and what a wrong call is told."""
+"""A loaded adapter, real and tiny: kinds of pictures, several at once, and what a wrong call is told."""
 
 from __future__ import annotations
 

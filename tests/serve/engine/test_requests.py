@@ -19,8 +19,8 @@ from qformer.continuous import AnswerBatch
 from qformer.decoding import Decoding
 from qformer.errors import UserError
 from serve.adapter import LoadedAdapter, load_adapter, short_name, user_turn
-from serve.engine import Engine
-from serve.pending import Answer, Busy
+from serve.engine.engine import Engine
+from serve.engine.pending import Answer, Busy
 
 SHORT = Decoding(max_new_tokens=8)
 

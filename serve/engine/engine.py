@@ -23,10 +23,10 @@ from qformer.errors import UserError
 from qformer.generation import Stopped
 from qformer.token_rules import TokenRules
 from serve.adapter import ImageInput, LoadedAdapter, checked_choices, load_adapter, short_name
+from serve.engine.pending import Busy, PendingAnswer
+from serve.engine.queue import Job, Queue, Waiting
+from serve.engine.writing import Writers, answer_whole, batch_key, choose_after_reading, end_unwritten, language_of
 from serve.limits import MAX_PROMPT
-from serve.pending import Busy, PendingAnswer
-from serve.queue import Job, Queue, Waiting
-from serve.writing import Writers, answer_whole, batch_key, choose_after_reading, end_unwritten, language_of
 
 T = TypeVar("T")
 
@@ -41,8 +41,8 @@ class Engine:
     """Several adapters over frozen models that are loaded once; one thread works for all who ask.
 
     Requests that are answered at the same time share their passes through the models, each being answered as it would
-    be alone. Who asks for much doesn't keep others waiting: each client of `serve.pending.CLIENT` gets a turn. Every
-    method may be called from any thread.
+    be alone. Who asks for much doesn't keep others waiting: each client of `serve.engine.pending.CLIENT` gets a turn.
+    Every method may be called from any thread.
 
     Args:
         adapters: loaded ones, or names as `load_adapter` takes them; the default first. None is the shipped default.

@@ -18,7 +18,7 @@ from adapters.loading.vision_side import VisionSide, load_vision_side
 from adapters.recipe import parse_recipe
 from qformer.bridge import QFormer
 from qformer.errors import UserError
-from serve.attention import CAVEAT, CLASS_TOKEN, Attention, Places, describe, draw, look
+from serve.looking.attention import CAVEAT, CLASS_TOKEN, Attention, Places, describe, draw, look
 
 MakeSight = Callable[..., VisionSide]
 WHOLE = (0.0, 0.0, 90.0, 60.0)
