@@ -62,8 +62,8 @@ def looking_up_between_layers(language: LanguageModel, look: Callable[[], None])
 
     Args:
         language: its layers are looked at; of a model that has no list of them, none is.
-        look: raises `Stopped` to end the pass. What it has the model do itself is not looked at, and done with the
-            attention that the model had outside.
+        look: raises `Stopped` to end the pass. What it has models do itself is not looked at, and done as outside of
+            the pass: without its autocast, and with the attention that the model had before.
 
     Yields:
         The same look, to be called between two passes.
@@ -77,7 +77,8 @@ def looking_up_between_layers(language: LanguageModel, look: Callable[[], None])
             return
         looking, config._attn_implementation, mine = True, plain, config._attn_implementation
         try:
-            look()
+            with torch.autocast(language.device.type, enabled=False):
+                look()
         finally:
             looking, config._attn_implementation = False, mine
 

@@ -112,14 +112,20 @@ def test_a_long_prompt_is_read_in_parts(
         generate(language, language.embed(ids), torch.ones_like(ids), beams, stopped=lambda: True)
 
 
-def test_a_pass_may_be_left_for_another_between_two_layers(language_folders: dict[str, Path]) -> None:
-    """The other one is not looked at, and attends as if it were alone; then the first goes on as it was."""
-    language = load(language_folders["llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_may_be_left_for_another_between_two_layers(
+    language_folders: dict[str, Path], dtype: torch.dtype
+) -> None:
+    """The other one is not looked at, and computes as if it were alone; then the first goes on as it was."""
+    language = load_language_model(language_folders["llama"], quantize="none", compute_dtype=dtype)
     one, other = (language.embed(torch.randint(5, 100, (1, length)))[0] for length in (12, 7))
-    alone = [read_prompts(language, [each], [None])[0].logits for each in (one, other)]
+    with fused_attention(language, True):
+        (first_alone,) = read_prompts(language, [one], [None])
+    (other_alone,) = read_prompts(language, [other], [None])
     between: list[tuple[str, Tensor]] = []
 
     def look() -> None:
+        assert not torch.is_autocast_enabled("cpu")
         (read,) = read_prompts(language, [other], [None])
         between.append((language.config._attn_implementation, read.logits))
 
@@ -128,10 +134,10 @@ def test_a_pass_may_be_left_for_another_between_two_layers(language_folders: dic
         look_up()
         assert language.config._attn_implementation == "sdpa"
     assert len(between) == language.config.num_hidden_layers + 1
-    torch.testing.assert_close(first.logits, alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.logits, first_alone.logits, rtol=0, atol=0)
     for attention, logits in between:
         assert attention == "eager"
-        torch.testing.assert_close(logits, alone[1], rtol=0, atol=0)
+        torch.testing.assert_close(logits, other_alone.logits, rtol=0, atol=0)
     read_prompts(language, [one], [None])
     assert len(between) == language.config.num_hidden_layers + 1
 
