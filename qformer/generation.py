@@ -33,7 +33,7 @@ OnStep = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class Stopped(Exception):
-    """Nobody waits for the answer any more; raised while its prompt is being read."""
+    """Nobody waits for the answer any more; raised while its prompt is being read, or before a search has found any."""
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,8 @@ class Generator:
         waiting = {
             key: one for key, one in zip(keys, asked, strict=True) if one.images and not self._touch(key)
         }  # each once
+        # kept apart: what is answered for others while these are read may have it forgotten
+        found = {key: cast(PrefixCache, self._kept[key]) for key in keys if key in self._kept}
         by_length: dict[int, list[tuple[_Key, Request]]] = {}
         for key, one in waiting.items():
             by_length.setdefault(len(one.prompt.shared), []).append((key, one))
@@ -233,8 +235,10 @@ class Generator:
             prompts = [Prompt(one.prompt.shared, (), one.prompt.num_images) for _, one in alike]
             vectors = self._vectors([one for _, one in alike])
             read = self.assembly.model.prefill(collate_prompts(prompts, pad).to(device), vectors, stopped=stopped)
-            self._kept |= zip([key for key, _ in alike], read, strict=True)
-        return [cast(PrefixCache, self._kept[key]) if key in self._kept else None for key in keys]
+            known = dict(zip([key for key, _ in alike], read, strict=True))
+            found |= known
+            self._kept |= known
+        return [found.get(key) for key in keys]
 
     def _vectors(self, asked: Sequence[Request]) -> Tensor:
         """Vectors of all the pictures of a batch, [I, Q, D_l] in reading order; each is computed once."""

@@ -33,7 +33,7 @@ T = TypeVar("T")
 _GATHER = 0.01  # seconds that a first request waits for company
 _SLICE = 0.05  # seconds of longer work before the others get on
 _OTHERS = 0.4  # seconds that they get at a time, if so many are waiting, and what was begun then
-_LONGER_SHARE = 0.25  # of their time is what longer work gets next: a fifth of the engine's
+_LONGER_SHARE = 0.25  # of their time is what longer work gets next at the least: a fifth of the engine's
 _COMES_BACK = 0.005  # seconds in which who has just got an answer may ask again
 
 
@@ -87,6 +87,7 @@ class Engine:
         self._writers = Writers()
         self._arrived = threading.Condition()
         self._closed = False
+        self._slice_ends = 0.0  # when longer work lets the others on
         self._thread = threading.Thread(target=self._work, name="querybridge-engine", daemon=True)
         self._thread.start()
 
@@ -284,11 +285,12 @@ class Engine:
         while True:
             before = len(self._writers)
             self._brief_turn()
-            took = time.monotonic() - began
+            if (took := time.monotonic() - began) > _OTHERS or self._closed:
+                break
             with self._arrived:
                 if len(self._writers) < before:
-                    self._arrived.wait_for(lambda: self._queue.has_brief, timeout=_COMES_BACK)
-                if took > _OTHERS or not self._queue.has_brief:
+                    self._arrived.wait_for(lambda: self._queue.has_brief or self._closed, timeout=_COMES_BACK)
+                if not self._queue.has_brief:
                     break
         self._slice_ends = time.monotonic() + max(_SLICE, _LONGER_SHARE * took)
 
@@ -310,7 +312,7 @@ class Engine:
         self._writers.step()
 
     def _long_turn(self) -> None:
-        """Do the oldest work that takes longer, with a brief turn for the others between its slices."""
+        """Do the oldest work that takes longer, with brief turns for the others between its slices."""
         chosen: list[PendingAnswer] = []
         try:
             with self._arrived:
@@ -347,6 +349,10 @@ class Engine:
         with looking_up_between_layers(language, look) as look_up:
 
             def stopped() -> bool:
+                if self._closed:
+                    raise Stopped
+                if ended := all(pending.stopped for pending in chosen):  # a search says what it has found
+                    return ended
                 look_up()  # some models have no list of layers
                 return all(pending.stopped for pending in chosen)
 

@@ -20,7 +20,7 @@ from serve.engine.pending import Answer, PendingAnswer, TokenChance
 
 _BEAM_ROWS = 40  # beams that are searched in one pass: more would keep others waiting
 _BRIEF = 128  # tokens of a prompt that is read in one pass: on a CPU more would keep others waiting for half a second
-_BRIEF_TOGETHER = 256  # tokens of several such prompts, which share what a pass costs however few they are
+_BRIEF_TOGETHER = 256  # of several, padded to the longest: they share what a pass costs however few tokens it reads
 _SHORTEST = 512  # tokens: answers that take no more room than this are written in one batch, whatever they take
 
 _Key = tuple[int, int]
@@ -42,7 +42,7 @@ def _unread(pending: PendingAnswer) -> int:
     """Tokens that have still to be read; none of a picture that cannot be read, which is said when it is begun."""
     try:
         return pending.adapter.generator.unread(pending.asked)
-    except UserError:
+    except (UserError, OSError):
         return 0
 
 
@@ -67,7 +67,7 @@ def fit_together(chosen: Sequence[PendingAnswer], *, most: int) -> bool:
     if len(chosen) == 1:
         return True
     if batch_key(first)[0] == "brief":
-        read = sum(map(_unread, chosen))
+        read = len(chosen) * max(map(_unread, chosen))
         return read <= _BRIEF_TOGETHER and (bool(first.choices) or len(chosen) <= most)
     beams = first.decoding.num_beams
     return len(chosen) <= (most if beams == 1 else max(1, min(most, _BEAM_ROWS // beams))) and _have_room(chosen)
@@ -130,10 +130,8 @@ class Writers:
             language_of(writing[0]).activate()
             try:
                 self._batches[key].step()
-            except BaseException as error:
+            except BaseException as error:  # the engine's thread gets no signals, and the others go on
                 self._fail(key, error)
-                if not isinstance(error, Exception):
-                    raise
                 continue
             self._look(key, list(writing))
 

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +231,28 @@ def test_a_beam_search_stops_where_nobody_waits(assembly: Assembly, pictures: li
     (whole,) = Generator(assembly)([asked], beams)
     (cut,) = Generator(assembly)([asked], beams, stopped=lambda: steps.append(1) or len(steps) == 3)
     assert len(steps) <= 4 and cut.tokens <= 4 < whole.tokens
+
+
+def test_a_picture_that_is_forgotten_meanwhile_is_answered_about_all_the_same(
+    assembly: Assembly, pictures: list[ImageRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two layers of a prompt others are answered, whose pictures may take the room of what is known."""
+    if not assembly.model.language.can_reuse_prefix:
+        pytest.skip("it reads each prompt whole")
+    asked = [Request(assembly.prompts.vqa("what is it?"), (picture,)) for picture in pictures[:2]]
+    alone = Generator(assembly)(asked, GREEDY)
+    generator = Generator(assembly)
+    generator([asked[0]], GREEDY)
+    read = assembly.model.prefill
+
+    def forgetful(*given: Any, **options: Any) -> Any:
+        generator._kept.clear()
+        return read(*given, **options)
+
+    monkeypatch.setattr(assembly.model, "prefill", forgetful)
+    assert all(prefix is not None for prefix in generator._prefixes(asked))
+    generator([asked[0]], GREEDY)
+    assert [one.text for one in generator(asked, GREEDY)] == [one.text for one in alone]
 
 
 def test_the_picture_changes_the_answer(assembly: Assembly, pictures: list[ImageRef]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapters.data.image_ref import ImageRef
 from adapters.data.prompts import Turn
+from adapters.inference.request import Request
 from qformer import generation
 from qformer.continuous import _layers_of
 from qformer.decoding import Decoding
@@ -192,6 +193,34 @@ def test_a_short_question_passes_a_beam_search(hall: Engine, data_file: Path, mo
     left.stop()
     left.result(60)
     assert len(steps) < 10
+
+
+def test_who_cannot_be_read_fails_alone_and_ends_no_longer_work(
+    hall: Engine, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk may fail when it is asked how much of a prompt is known."""
+    alone = hall.chat(LONG, decoding=SHORT).result(60)
+    monkeypatch.setattr(writing, "_BRIEF", PART)
+    monkeypatch.setattr(engine_module, "_SLICE", 0.0)
+    generator = hall.adapter().generator
+    unread, asked = generator.unread, list[PendingAnswer]()
+
+    def failing(one: Request) -> int:
+        if asked and one is asked[0].asked:
+            raise OSError(5, "Input/output error")
+        return unread(one)
+
+    monkeypatch.setattr(generator, "unread", failing)
+    (first, *_) = _layers_of(hall.adapter().assembly.model.language)
+    hook = first.register_forward_hook(
+        lambda *_: None if asked else asked.append(hall.chat(question(data_file, 3), decoding=SHORT))
+    )
+    try:
+        assert hall.chat(LONG, decoding=SHORT).result(60).text == alone.text
+    finally:
+        hook.remove()
+    assert asked[0].result(60).tokens > 0
+    assert hall.chat(question(data_file, 2), decoding=SHORT).result(60).tokens > 0
 
 
 def test_a_closed_question_with_a_long_prompt(hall: Engine, data_file: Path, parts: list[float]) -> None:
