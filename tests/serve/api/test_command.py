@@ -62,7 +62,7 @@ def test_who_waits_when_it_ends_is_told(run_folder: Path) -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import serve.engine, serve.api.server
+import serve.engine.engine, serve.api.server
 from api_server import FakeEngine
 serve.engine.engine.Engine = lambda adapters, **_: FakeEngine()
 serve.api.server._GRACE = 0.5

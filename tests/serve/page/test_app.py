@@ -213,7 +213,7 @@ def test_ctrl_c_ends_the_server_and_exits_with_130(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(tests)!r})
 from pathlib import Path
-import serve.engine
+import serve.engine.engine
 from fake_engine import FakeAdapter, FakeEngine, make_recipe
 serve.engine.engine.Engine = lambda *a, **k: FakeEngine(FakeAdapter(make_recipe(Path({str(tmp_path)!r})), "quickstart"))
 sys.argv = ["querybridge", "demo", "--port", "0"]
