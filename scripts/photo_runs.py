@@ -201,3 +201,5 @@ REBALANCED = replace(
         "train.validate_every=350",
     ),
 )
+# one describes and finds better, the other answers better; the reader is the first one's, which saw all questions
+SHARES_AT_LAST = {SETTLED / "last": 0.5, BALANCED / "last": 0.5}

@@ -60,7 +60,7 @@ def test_every_run_finds_its_files(make_photo: ModuleType, data: Path) -> None:
     picture = str(data / "flickr8k/images/a.jpg")
     own = {"image": picture, "question": "True?", "choices": ["yes", "no"], "rationale": "So.", "answer": "yes"}
     write_jsonl(make_photo.MADE / "own_train.jsonl", [own])
-    for run in (*make_photo.RUNS_OF_STAGE2, make_photo.EVERYTHING, make_photo.CAPTIONS):
+    for run in (*make_photo.RUNS_OF_STAGE2, make_photo.EVERYTHING, make_photo.CAPTIONS, make_photo.REBALANCED):
         for part, mixture in (("train", run.mixture), ("val", run.validation)):
             for source in make_photo.sources(data, part, mixture):
                 how = {"task": source.get("task"), "limit": source["limit"], "allow_outside": True}
@@ -91,7 +91,9 @@ def test_every_run_has_a_recipe_and_starts_from_the_one_before(make_photo: Modul
     assert make_photo.CAPTIONS.start == make_photo.EVERYTHING.out / "last"
     last = load_recipe("photo_stage2", [*make_photo.FASTER, *make_photo.CAPTIONS.overrides])
     assert last.bridge.reader == "classes" and last.data.views == 1
-    shipped = read_recipe(make_photo.SHIPPED)
+    assert make_photo.REBALANCED.start == make_photo.CAPTIONS.out / "last"
+    assert list(make_photo.SHARES_AT_LAST) == [run.out / "last" for run in (make_photo.CAPTIONS, make_photo.REBALANCED)]
+    shipped = read_recipe(make_photo.SHIPPED)  # the mean has its first part's recipe
     assert differing_keys(last, shipped.model_copy(update={"data": last.data})) == []
 
 

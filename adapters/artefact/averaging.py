@@ -26,7 +26,7 @@ from qformer.errors import UserError
 _WEIGHTS = ("bridge.safetensors", "lora/adapter_model.safetensors")
 
 
-def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
+def average_artefacts(parts: Mapping[Path, float], out: Path, *, first_reader: bool = False) -> None:
     """Write the weighted mean of artefacts.
 
     The mean has the terms of all, no figures until they are measured, and everything else from the first one. LoRA's
@@ -35,6 +35,8 @@ def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
     Args:
         parts: artefacts' folders, each with its share; the shares add up to 1.
         out: the new artefact's folder; what is there is replaced.
+        first_reader: take the first one's closed-form reader if the others have another of the same kind: what it says
+            are words, which an LLM that learned beside another reader knows too.
 
     Raises:
         UserError: the frozen parts or the weights are not of one kind, or a folder cannot be read or written.
@@ -48,10 +50,12 @@ def average_artefacts(parts: Mapping[Path, float], out: Path) -> None:
             raise UserError(f"{folder}: its frozen parts are not those of {first}; average adapters of one kind")
     readers = {folder: (folder / READER).read_bytes() if (folder / READER).is_file() else None for folder in parts}
     if other := next((folder for folder, reader in readers.items() if reader != readers[first]), None):
-        raise UserError(
-            f"{other}: its closed-form reader is not that of {first}, and readers have no mean; average adapters that"
-            " were trained on the same data, or without one (bridge.reader=null)"
-        )
+        kinds = {read_recipe(folder).bridge.reader for folder in parts}
+        if not first_reader or len(kinds) > 1:
+            raise UserError(
+                f"{other}: its closed-form reader is not that of {first}, and readers have no mean; average adapters"
+                " that were trained on the same data, or without one (bridge.reader=null)"
+            )
     terms = tuple(dict.fromkeys(term for theirs in facts.values() for term in theirs.terms))
     averaged = {str(folder): share for folder, share in parts.items()}
     mean = replace(facts[first], terms=terms, metrics={}, averaged=averaged)

@@ -15,6 +15,7 @@ from tiny import draw_data, tiny_values
 from adapters.artefact.averaging import average_artefacts
 from adapters.artefact.facts import read_facts, save_facts
 from adapters.finetune import finetune
+from adapters.loading.reader import FILE as READER
 from adapters.recipe import parse_recipe
 from qformer.errors import UserError
 from serve.adapter import load_adapter
@@ -58,6 +59,16 @@ def test_each_weight_is_the_mean_and_the_rest_the_first_ones(two: tuple[Path, Pa
     assert f"{second} (0.25)" in (out / "README.md").read_text()
     picture = tmp_path / "data" / "red0.png"
     assert isinstance(load_adapter(out, device="cpu", dtype="float32").ask(picture, "what colour?"), str)
+
+
+def test_of_two_readers_the_first_ones_is_taken_if_asked_for(two: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, folder in enumerate(two):
+        (folder / READER).write_bytes(bytes([number]))
+    shares = {folder: 0.5 for folder in two}
+    with pytest.raises(UserError, match="its closed-form reader is not that of"):
+        average_artefacts(shares, tmp_path / "mean")
+    average_artefacts(shares, tmp_path / "mean", first_reader=True)
+    assert (tmp_path / "mean" / READER).read_bytes() == bytes([0])
 
 
 def test_what_cannot_be_averaged_is_told(two: tuple[Path, Path], tmp_path: Path) -> None:
